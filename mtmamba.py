@@ -1,0 +1,874 @@
+"""MTMamba: multi-task dense scene understanding with a Mamba-based decoder, in plain PyTorch.
+
+    Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba: Enhancing Multi-Task Dense Scene Understanding by
+    Mamba-Based Decoders. ECCV 2024. https://arxiv.org/abs/2407.02228
+
+This file stands alone: copy it, have torch and timm.
+
+    model = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
+    outputs = model(torch.randn(1, 3, 448, 576))         # {"semseg": (1, 40, 448, 576), "depth": ...}
+
+Symbols of the paper, their names here and their shapes; every feature map is channels last:
+
+    x        image          (B, 3, H, W)           RGB, normalised with ImageNet's mean and deviation
+    f_1..f_4 features       (B, H/s, W/s, C_s)     encoder outputs at strides s = 4, 8, 16, 32    Eq. 9
+    z^t, r^t z[t], r[t]     (B, H, W, C)           feature of task t inside a decoder stage       Eq. 26-29
+    g^t      g              (B, H, W, D)           gate                                           Eq. 16, 23
+    T        len(tasks)                            number of tasks
+    alpha    EXPANSION                             D = alpha * C, the inner width
+    N        d_state                               state size
+    R        dt_rank                               rank of the step size's projection, ceil(C / 16)
+    K        K                                     scan directions, 4                             Eq. 10
+    Delta    delta          (B, H, W, K, D)        step size                                      Eq. 8
+    A        A              (K, D, N)              state matrix, diagonal, negative               Eq. 5
+    B, C     B, C           (B, H, W, K, N)        input and output matrices                      Eq. 6, 7
+    D        D              (K, D)                 skip connection                                Eq. 2
+
+Reads top-down: MTMamba, decoder stage, CTM, STM, MFE, SS2D, the scan, patch expand and heads, window attention
+(for the paper's ablations), encoder, published checkpoints, cost.
+"""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+EXPANSION = 2                    # alpha of Eq. 13
+K = 4                            # scan directions of Eq. 10
+ENCODER_STRIDES = (4, 8, 16, 32)
+ENCODER_DROP_PATH = 0.1          # stochastic depth of the encoder
+DECODER_DROP_PATH = 0.2          # of the decoder's first block; falls linearly to 0 at its last one
+
+# Table 6.
+ENCODERS = {
+    "swin-tiny": "swin_tiny_patch4_window7_224",
+    "swin-small": "swin_small_patch4_window7_224",
+    "swin-base": "swin_base_patch4_window12_384",
+    "swin-large": "swin_large_patch4_window12_384",
+}
+
+# The rows of Tables 2-5: the blocks of each task per decoder stage and their number, what CTM (if any) hands on
+# per task, what MFE and the gates are made of, and whether the tasks share one encoder.
+# The paper names the Swin and W-MSA rows but does not describe them. The structures here are inferred: they are the
+# ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
+VARIANTS = {
+    "mtmamba": dict(block="stm", depth=2, fusion="adaptive", mfe="ss2d", gate="linear", shared_encoder=True),
+    # Table 2
+    "stm1": dict(block="stm", depth=1, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
+    "stm2": dict(block="stm", depth=2, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
+    "stm3": dict(block="stm", depth=3, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
+    "swin-multi-task": dict(block="swin", depth=2, fusion=None, mfe=None, gate=None, shared_encoder=True),
+    "swin-single-task": dict(block="swin", depth=2, fusion=None, mfe=None, gate=None, shared_encoder=False),
+    # Table 3
+    "mfe-wmsa": dict(block="stm", depth=2, fusion="adaptive", mfe="wmsa", gate="linear", shared_encoder=True),
+    # Table 4
+    "gate-wmsa": dict(block="stm", depth=2, fusion="adaptive", mfe="ss2d", gate="wmsa", shared_encoder=True),
+    # Table 5
+    "fusion-specific": dict(block="stm", depth=2, fusion="specific", mfe="ss2d", gate="linear", shared_encoder=True),
+    "fusion-shared": dict(block="stm", depth=2, fusion="shared", mfe="ss2d", gate="linear", shared_encoder=True),
+}
+
+
+class MTMamba(nn.Module):
+    """Figure 1: a shared encoder, three decoder stages, a head per task.
+
+    tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. The order counts: CTM concatenates the
+        tasks' features in it (Eq. 20).
+    img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
+    encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
+    pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
+    encoder_kwargs: further arguments of timm.create_model.
+    variant: a key of VARIANTS.
+    d_state: N.
+    backend: of the scan, see selective_scan_2d.
+    Raises ValueError on an unknown variant or encoder, no tasks, or channel counts below 1.
+    """
+
+    def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
+                 encoder: str = "swin_large_patch4_window12_384", pretrained: bool = False,
+                 encoder_kwargs: dict | None = None, variant: str = "mtmamba", d_state: int = 16,
+                 backend: str | None = None):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
+        if not tasks or any(channels < 1 for channels in tasks.values()):
+            raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
+        structure = dict(VARIANTS[variant])
+        self.shared_encoder = structure.pop("shared_encoder")
+        self.tasks = dict(tasks)
+
+        def build_encoder():
+            return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
+        self.encoder = build_encoder() if self.shared_encoder else nn.ModuleDict({t: build_encoder() for t in tasks})
+        c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
+
+        blocks = structure["depth"] + (structure["fusion"] is not None)    # per stage
+        drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
+        self.stages = nn.ModuleList(
+            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], swin_heads=heads,
+                         d_state=d_state, backend=backend, **structure)
+            for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
+        self.heads = nn.ModuleDict({t: Head(c1, channels) for t, channels in tasks.items()})
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {task: (B, C_t, H, W)}, raw outputs (logits, metres, unnormalised normals).
+
+        Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
+        Raises ValueError on another shape or an integer image.
+        """
+        stride = ENCODER_STRIDES[-1]
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ValueError("expected a float image batch (B, 3, H, W), normalised with ImageNet's mean and "
+                             f"deviation; found {tuple(image.shape)} {image.dtype}")
+        H, W = image.shape[2:]
+        if H < stride or W < stride:
+            raise ValueError(f"expected an image of at least {stride}x{stride} pixels (the encoder's stride), found "
+                             f"{H}x{W}; enlarge it first")
+        image = F.pad(image, (0, -W % stride, 0, -H % stride))
+
+        if self.shared_encoder:
+            shared = self.encoder(image)
+            features = {t: shared for t in self.tasks}
+        else:
+            features = {t: self.encoder[t](image) for t in self.tasks}           # Eq. 9
+        z = {t: f[3] for t, f in features.items()}                               # (B, H/32, W/32, C_4)
+        for i, stage in enumerate(self.stages):
+            z = stage(z, {t: f[2 - i] for t, f in features.items()})             # (B, H/16.., W/16.., C_3..)
+        # The published implementation resizes here to the input's size. The heads end at four times stride 4, the
+        # padded input's size, so cropping is all that is left to do.
+        return {t: head(z[t]).permute(0, 3, 1, 2)[:, :, :H, :W] for t, head in self.heads.items()}
+
+
+class DecoderStage(nn.Module):
+    """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
+
+    block, depth, fusion, mfe, gate: a row of VARIANTS. drop_path: stochastic depth of each block in order.
+    """
+
+    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], block: str, depth: int,
+                 fusion: str | None, mfe: str, gate: str, swin_heads: int, d_state: int, backend: str | None):
+        super().__init__()
+
+        def build_block(i):
+            if block == "swin":
+                return decoder_swin_block(dim, swin_heads, shifted=i % 2 == 1, drop_path=drop_path[i])
+            return STM(dim, mfe, gate, drop_path[i], d_state, backend)
+        self.expand = nn.ModuleDict({t: PatchExpand(dim_in, dim, factor=2) for t in tasks})
+        self.fuse = nn.ModuleDict({t: nn.Linear(2 * dim, dim) for t in tasks})
+        self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(depth)]) for t in tasks})
+        self.ctm = CTM(tasks, dim, mfe, gate, fusion, drop_path[-1], d_state, backend) if fusion else None
+
+    def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
+        """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
+        r = {}
+        for t in z:
+            r_t = self.expand[t](z[t])                                # Eq. 26   (B, 2H, 2W, C)
+            r_t = self.fuse[t](torch.cat([r_t, f[t]], dim=-1))        # Eq. 27
+            r[t] = self.blocks[t](r_t)                                # Eq. 28
+        return self.ctm(r) if self.ctm else r                         # Eq. 29
+
+
+class CTM(nn.Module):
+    """Cross-task Mamba block, Figure 2(b), Eq. 19-25.
+
+    fusion: "adaptive" is Eq. 24; "specific" and "shared" (Table 5) hand on the task's own feature or the shared one
+        alone, and build nothing that they do not use.
+    Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
+    and the gate has no bias, the two are the same function with the gate's weight negated
+    (load_published_checkpoint does that).
+    """
+
+    def __init__(self, tasks: list[str], dim: int, mfe: str, gate: str, fusion: str, drop_path: float, d_state: int,
+                 backend: str | None):
+        super().__init__()
+        self.fusion = fusion
+        d_inner = EXPANSION * dim
+
+        def per_task(build):
+            return nn.ModuleDict({t: build() for t in tasks})
+        if fusion in ("adaptive", "specific"):
+            self.norm = per_task(lambda: nn.LayerNorm(dim))
+            self.mfe = per_task(lambda: MFE(dim, dim, mfe, d_state, backend))
+        if fusion in ("adaptive", "shared"):
+            self.norm_shared = nn.LayerNorm(len(tasks) * dim)
+            self.mfe_shared = MFE(len(tasks) * dim, dim, mfe, d_state, backend)
+        if fusion == "adaptive":
+            self.gate = per_task(lambda: build_gate(dim, gate))
+        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
+        if self.fusion != "specific":
+            z_shared = self.norm_shared(torch.cat(list(z.values()), dim=-1))    # Eq. 20   (B, H, W, TC)
+            z_shared = self.mfe_shared(z_shared)                                # Eq. 22   (B, H, W, D)
+        out = {}
+        for t, z_t in z.items():
+            if self.fusion == "shared":
+                fused = z_shared
+            else:
+                z_ln = self.norm[t](z_t)                                        # Eq. 19   (B, H, W, C)
+                fused = self.mfe[t](z_ln)                                       # Eq. 21   (B, H, W, D)
+                if self.fusion == "adaptive":
+                    g = torch.sigmoid(self.gate[t](z_ln))                       # Eq. 23   (B, H, W, D)
+                    fused = g * fused + (1 - g) * z_shared                      # Eq. 24
+            out[t] = z_t + self.drop_path(self.out[t](fused))                   # Eq. 25   (B, H, W, C)
+        return out
+
+
+class STM(nn.Module):
+    """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
+
+    def __init__(self, dim: int, mfe: str, gate: str, drop_path: float, d_state: int, backend: str | None):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mfe = MFE(dim, dim, mfe, d_state, backend)
+        self.gate = build_gate(dim, gate)
+        self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)"""
+        z_ln = self.norm(z)                                     # Eq. 14
+        z_mfe = self.mfe(z_ln)                                  # Eq. 15   (B, H, W, D)
+        g = F.silu(self.gate(z_ln))                             # Eq. 16   (B, H, W, D)
+        return z + self.drop_path(self.out(z_mfe * g))          # Eq. 17, 18   (B, H, W, C)
+
+
+def build_gate(dim: int, kind: str) -> nn.Module:
+    """(B, H, W, C) -> (B, H, W, D): the linear map of Eq. 16 and 23, or Table 4's window attention before it."""
+    linear = nn.Linear(dim, EXPANSION * dim, bias=False)
+    return linear if kind == "linear" else nn.Sequential(WindowMSA(dim), linear)
+
+
+class MFE(nn.Module):
+    """Mamba-based feature extractor, Eq. 13: LN . SS2D . SiLU . Conv . Linear.
+
+    dim_in: input channels. dim: C of the decoder stage, which sets D and R also where dim_in is T * C (Eq. 22).
+    kind: "ss2d", or "wmsa" (Table 3), where one window attention replaces all that follows the linear map.
+    """
+
+    def __init__(self, dim_in: int, dim: int, kind: str, d_state: int, backend: str | None):
+        super().__init__()
+        d_inner = EXPANSION * dim
+        self.linear = nn.Linear(dim_in, d_inner, bias=False)
+        self.wmsa = WindowMSA(d_inner) if kind == "wmsa" else None
+        if kind == "ss2d":
+            self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
+            self.ss2d = SS2D(d_inner, d_state, dt_rank=math.ceil(dim / 16), backend=backend)
+            self.norm = nn.LayerNorm(d_inner)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, H, W, C_in) -> (B, H, W, D)"""
+        z = self.linear(z)                                               # (B, H, W, D)
+        if self.wmsa:
+            return self.wmsa(z)
+        z = self.conv(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)         # depthwise; the permutes move no data
+        return self.norm(self.ss2d(F.silu(z)))
+
+
+class SS2D(nn.Module):
+    """2D selective scan, Eq. 6-8 and 10-12: the map's own Delta, B and C per direction, then the scan.
+
+    No outer projections and no LayerNorm. The projections act on each pixel alone, so they commute with the order of
+    the scan: one linear map on the feature map in place serves all directions.
+    dt_rank: R; None takes ceil(d_inner / (16 alpha)), which is ceil(C / 16).
+    Differs: the paper gives A the shape L x C; that of Mamba and of the published weights is D x N, per direction.
+    """
+
+    def __init__(self, d_inner: int, d_state: int = 16, dt_rank: int | None = None, backend: str | None = None):
+        super().__init__()
+        self.d_state, self.dt_rank = d_state, dt_rank or math.ceil(d_inner / (16 * EXPANSION))
+        self.backend = backend
+        self.x_proj_weight = nn.Parameter(torch.empty(K, self.dt_rank + 2 * d_state, d_inner))    # rows: Delta, B, C
+        self.dt_weight = nn.Parameter(torch.empty(K, d_inner, self.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(K, d_inner))
+        self.A_log = nn.Parameter(torch.empty(K, d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(K, d_inner))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Mamba's initialisation. Every other module of the decoder keeps PyTorch's default."""
+        nn.init.uniform_(self.x_proj_weight, -self.x_proj_weight.shape[2] ** -0.5, self.x_proj_weight.shape[2] ** -0.5)
+        # Keeps the variance of the low-rank step through its expansion to D.
+        nn.init.uniform_(self.dt_weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+        with torch.no_grad():
+            # softplus(bias) is log-uniform in [0.001, 0.1], so that channels forget at different rates from the start.
+            dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))    # the inverse of softplus
+            # A = -(1, 2, ..., N): the real part of S4D's initialisation. The logarithm keeps A negative.
+            self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1)))
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D)"""
+        R, N = self.dt_rank, self.d_state
+        projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
+        delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, N)
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, self.dt_weight)       # in Eq. 8   (B, H, W, K, D)
+        A = -torch.exp(self.A_log.float())
+        return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend)
+
+
+# ------------------------------------------------------------------------------------------------------- the scan
+
+def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
+    """The selective state space model S6, Eq. 3-8, step by step; any float type.
+
+    u, delta: (B, L, D), delta before bias and softplus. A: (D, N). B, C: (B, L, N). D, delta_bias: (D,).
+    Returns (B, L, D). For reading and for tests: a Python loop over L.
+    """
+    delta = F.softplus(delta + delta_bias)                                  # Eq. 8
+    h = u.new_zeros(u.shape[0], *A.shape)                                   # (B, D, N)
+    y = []
+    for t in range(u.shape[1]):
+        A_bar = torch.exp(delta[:, t, :, None] * A)                         # Eq. 5   (B, D, N)
+        B_bar = delta[:, t, :, None] * B[:, t, None, :]                     # Eq. 5   (B, D, N)
+        h = A_bar * h + B_bar * u[:, t, :, None]                            # Eq. 3
+        y.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])              # Eq. 4, with the skip of Eq. 2
+    return torch.stack(y, dim=1)
+
+
+def scan_orders(H: int, W: int, device: torch.device | None = None) -> Tensor:
+    """expand(., v) of Eq. 10: (K, L), the pixel (row * W + column) that each direction visits at each step.
+
+    Row-major, column-major, and both reversed, the order of the published implementation's parameters.
+    """
+    rows = torch.arange(H * W, device=device)
+    columns = rows.view(H, W).T.flatten()
+    return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+
+
+def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
+                      backend: str | None = None) -> Tensor:
+    """Eq. 10-12: S6 along four directions of the feature map, put back in place and summed.
+
+    x: (B, H, W, D). delta: (B, H, W, K, D), before bias and softplus. A: (K, D, N). B, C: (B, H, W, K, N).
+    D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
+    autocast (float64 where x is), because the state sums over thousands of steps.
+
+    backend: "reference": s6 along explicit index lists, for tests and auditors.
+        "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
+        "mamba_ssm": the CUDA kernel of the package mamba-ssm.
+        None: default_backend's choice.
+    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where "mamba_ssm"
+    cannot run.
+    """
+    batch, H, W, d = x.shape
+    n = A.shape[-1]
+    shapes = {"delta": (delta, (batch, H, W, K, d)), "A": (A, (K, d, n)), "B": (B, (batch, H, W, K, n)),
+              "C": (C, (batch, H, W, K, n)), "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
+    for name, (tensor, expected) in shapes.items():
+        if tensor.shape != expected:
+            raise ValueError(f"selective_scan_2d: with x {tuple(x.shape)} and state size {n}, expected {name} of shape "
+                             f"{expected}, found {tuple(tensor.shape)}")
+    if min(batch, H, W, d, n) < 1:
+        raise ValueError(f"selective_scan_2d: nothing to scan in x {tuple(x.shape)} with state size {n}; every "
+                         "dimension must be at least 1")
+    backend = backend or default_backend(x.device, x.dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    return BACKENDS[backend](x, delta, A, B, C, D, delta_bias)
+
+
+def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that selective_scan_2d picks: "mamba_ssm" on CUDA where its kernel is installed, else "torch"."""
+    return "mamba_ssm" if device.type == "cuda" and dtype != torch.float64 and has_mamba_ssm() else "torch"
+
+
+def has_mamba_ssm() -> bool:
+    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
+    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scan_reference(x, delta, A, B, C, D, delta_bias):
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = _compute_dtype(x)
+        A, D, delta_bias = A.to(dtype), D.to(dtype), delta_bias.to(dtype)
+        u, delta, B, C = (t.to(dtype).flatten(1, 2) for t in (x, delta, B, C))    # (B, L, ...)
+        y = 0
+        for k, order in enumerate(scan_orders(*x.shape[1:3], x.device)):
+            y_k = s6(u[:, order], delta[:, order, k], A[k], B[:, order, k], C[:, order, k], D[k], delta_bias[k])
+            y = y + y_k[:, order.argsort()]
+    return y.view_as(x).to(x.dtype)
+
+
+def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+    if not has_mamba_ssm():
+        raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
+                           "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
+                           "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d\n"
+                           "on a machine with the CUDA toolkit, or use the backend torch")
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
+                           f"{x.dtype} on {x.device}; use the backend torch")
+    return _run_mamba_ssm(x, delta, A, B, C, D, delta_bias)
+
+
+def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    with torch.autocast(x.device.type, enabled=False):
+        order = scan_orders(*x.shape[1:3], x.device)
+        # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
+        u, delta, B, C = (_to_sequences(t.float(), order).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
+        y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
+                              B.contiguous(), C.contiguous(), D.float().flatten(),
+                              delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
+        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), order).sum(2)              # (B, L, D)
+    return y.view_as(x).to(x.dtype)
+
+
+def _to_sequences(t: Tensor, order: Tensor) -> Tensor:
+    """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
+    batch, _, _, k, X = t.shape
+    L = order.shape[1]
+    # Rows (pixel of the batch) of X channels, picked all at once: several times faster than indexing per direction.
+    row = order.T[:, None] + L * torch.arange(batch, device=t.device)[:, None]           # (L, B, K)
+    if k == K:
+        row = row * K + torch.arange(K, device=t.device)
+    return t.reshape(-1, X).index_select(0, row.flatten()).view(L, batch, K, X)
+
+
+def _from_sequences(t: Tensor, order: Tensor) -> Tensor:
+    """(L, B, K, X) -> (B, L, K, X), every direction's steps back in place: the inverse of _to_sequences."""
+    L, batch, _, X = t.shape
+    batches, directions = torch.arange(batch, device=t.device)[:, None, None], torch.arange(K, device=t.device)
+    row = (order.argsort(dim=1).T * batch + batches) * K + directions                    # (B, L, K)
+    return t.reshape(-1, X).index_select(0, row.flatten()).view(batch, L, K, X)
+
+
+# The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
+# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
+# and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
+# is the inputs and L / CHUNK states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
+# contiguous block, and D innermost is wide enough to vectorise.
+CHUNK = 32
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
+def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             delta_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns y (B, H, W, D) and the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
+    with torch.autocast(x.device.type, enabled=False):
+        order, u, step, A, B, C, _ = _scan_inputs(x, delta, A, B, C, delta_bias)
+        L, batch, _, d = u.shape
+        n = A.shape[1]
+        step_u = step * u
+        y = torch.empty_like(u)
+        states = u.new_empty(_chunks(L), batch, K, n, d)
+        A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+        h = u.new_zeros(batch, K, n, d)
+        for i, start in enumerate(range(0, L, CHUNK)):
+            now = slice(start, min(start + CHUNK, L))
+            states[i] = h
+            h = _states_in_chunk(step[now], step_u[now], A, B[now], states[i], A_bar, H)
+            torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
+        y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
+        y = _from_sequences(y, order).sum(2)                                                        # Eq. 12
+    return y.view_as(x).to(x.dtype), states
+
+
+@_scan_op.register_fake
+def _(x, delta, A, B, C, D, delta_bias):
+    batch, H, W, d = x.shape
+    states = x.new_empty(_chunks(H * W), batch, K, A.shape[-1], d, dtype=_compute_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
+def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                      D: Tensor, delta_bias: Tensor) -> list[Tensor]:
+    """Gradients of x, delta, A, B, C, D and delta_bias."""
+    inputs = (x, delta, A, B, C, D, delta_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        order, u, step, A, B, C, pre_softplus = _scan_inputs(x, delta, A, B, C, delta_bias)
+        L, batch, _, d = u.shape
+        n = A.shape[1]
+        step_u = step * u
+        gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3), order)
+        g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
+        gB, gC = torch.empty_like(B), torch.empty_like(C)
+        gA = torch.zeros_like(A)
+        A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+        H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
+        carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
+        for i in reversed(range(len(states))):
+            now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
+            T = now.stop - now.start
+            H[0] = states[i]
+            _states_in_chunk(step[now], step_u[now], A, B[now], H[0], A_bar, H[1:])
+            # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
+            torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
+            A_steps, G_steps = A_bar.unbind(), G.unbind()
+            G_steps[T - 1].add_(carry)
+            for t in range(T - 2, -1, -1):
+                G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
+            torch.mul(A_steps[0], G_steps[0], out=carry)
+            torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
+            torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
+            torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
+            # Gradient of the exponent step * A in A_bar = exp(step * A).
+            g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
+            torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
+            gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
+        g_step += g_step_u * u
+        gu = g_step_u * step + gy * D.to(u.dtype)
+        g_delta = g_step * torch.sigmoid(pre_softplus)
+        sequences = (gu, g_delta, gB, gC)
+        gx, g_delta_map, gB, gC = (_from_sequences(g, order).unflatten(1, x.shape[1:3]) for g in sequences)
+        grads = (gx.sum(3), g_delta_map, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1)))
+        return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
+
+
+@_scan_backward_op.register_fake
+def _(grad_y, states, *inputs):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _scan_setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _scan_autograd(ctx, grad_y, grad_states):
+    # The states leave the operator only to be saved here, so grad_states is None.
+    return tuple(_scan_backward_op(grad_y, *ctx.saved_tensors)) if grad_y is not None else (None,) * 7
+
+
+_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
+
+
+def _chunks(L: int) -> int:
+    return (L + CHUNK - 1) // CHUNK
+
+
+def _scan_inputs(x, delta, A, B, C, delta_bias):
+    """What forward and backward start from: the order, then sequences (L, B, K, .) in the type computed in."""
+    dtype = _compute_dtype(x)
+    order = scan_orders(*x.shape[1:3], x.device)
+    u, delta, B, C = (_to_sequences(t.to(dtype), order) for t in (x.unsqueeze(3), delta, B, C))
+    pre_softplus = delta.add_(delta_bias.to(dtype))
+    A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
+    return order, u, F.softplus(pre_softplus), A, B, C, pre_softplus
+
+
+def _states_in_chunk(step, step_u, A, B, h, A_bar, H):
+    """Eq. 3 over one chunk of T steps from state h (B, K, N, D).
+
+    Fills A_bar[:T] with the decays of Eq. 5 and H[:T] with the states after each step; returns the last of them.
+    """
+    T = len(step)
+    torch.mul(step.unsqueeze(3), A, out=A_bar[:T]).exp_()
+    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
+    for a_t, h_t in zip(A_bar[:T].unbind(), H[:T].unbind()):
+        h = h_t.addcmul_(a_t, h)
+    return h
+
+
+BACKENDS = {
+    "reference": _scan_reference,
+    "torch": lambda *inputs: _scan_op(*inputs)[0],
+    "mamba_ssm": _scan_mamba_ssm,
+}
+
+
+# ------------------------------------------------------------------------------------------- patch expand and heads
+
+class PatchExpand(nn.Module):
+    """Linear map, depth to space, LayerNorm: factor times the resolution (Eq. 26; with factor 4 in the heads).
+
+    (B, H, W, C_in) -> (B, factor H, factor W, C_out). Swin's pyramid halves C_in at factor 2, which makes the linear
+    map C -> 2C; other encoders' widths need not double from stage to stage.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, factor: int):
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(dim_in, factor ** 2 * dim_out, bias=False)
+        self.norm = nn.LayerNorm(dim_out)
+
+    def forward(self, z: Tensor) -> Tensor:
+        B, H, W, _ = z.shape
+        p = self.factor
+        z = self.linear(z).view(B, H, W, p, p, -1)                           # channels are (row, column, c)
+        z = z.permute(0, 1, 3, 2, 4, 5).reshape(B, p * H, p * W, -1)         # (B, pH, pW, C_out)
+        return self.norm(z)
+
+
+class Head(nn.Module):
+    """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
+
+    def __init__(self, dim: int, channels: int):
+        super().__init__()
+        self.expand = PatchExpand(dim, dim, factor=4)
+        self.project = nn.Linear(dim, channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.project(self.expand(z))
+
+
+# -------------------------------------------------------------------------------------- window attention and encoder
+
+class WindowMSA(nn.Module):
+    """Swin's W-MSA as Tables 3 and 4 use it: windows of 12x12, 6 heads, relative position bias, no shift.
+
+    (B, H, W, C) -> (B, H, W, C), padded to whole windows inside. Raises ValueError unless 6 divides C.
+    """
+
+    WINDOW, HEADS = (12, 12), 6
+
+    def __init__(self, dim: int):
+        super().__init__()
+        check_heads(dim, self.HEADS)
+        self.attn = WindowAttention(dim, self.HEADS, window_size=self.WINDOW)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        x = F.pad(x, (0, 0, 0, -W % self.WINDOW[1], 0, -H % self.WINDOW[0]))
+        padded = x.shape[1:3]
+        windows = self.attn(window_partition(x, self.WINDOW).flatten(1, 2)).unflatten(1, self.WINDOW)
+        return window_reverse(windows, self.WINDOW, *padded)[:, :H, :W]
+
+
+def check_heads(dim: int, heads: int):
+    if dim % heads:
+        raise ValueError(f"this variant's window attention has {heads} heads, which must divide its width; found width "
+                         f"{dim}. Choose an encoder whose widths fit, such as Swin's")
+
+
+class SwinBlock(SwinTransformerBlock):
+    """timm's Swin block, padded to whole windows before the cyclic shift.
+
+    Differs from timm, which shifts first and pads then: where the feature map is not a multiple of the window, that
+    puts the padding into the middle of the shifted map and computes something else than Swin for dense prediction,
+    on which all published MTMamba weights were trained.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        x = F.pad(x, (0, 0, 0, -W % self.window_size[1], 0, -H % self.window_size[0]))
+        return super()._attn(x)[:, :H, :W]
+
+
+def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> SwinBlock:
+    """A block of Table 2's Swin baselines: window 12, MLP ratio 4."""
+    check_heads(dim, heads)
+    # always_partition and dynamic_mask: the window stays 12 and the mask is made for each input's size, so the
+    # resolution given here plays no part.
+    return SwinBlock(dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
+                     drop_path=drop_path, always_partition=True, dynamic_mask=True)
+
+
+class Encoder(nn.Module):
+    """Section 3.3, Eq. 9: a timm backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
+
+    (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
+    Arguments as in MTMamba.
+    """
+
+    def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
+        super().__init__()
+        name = ENCODERS.get(name, name)
+        if not timm.is_model(name):
+            raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
+                             "timm.list_models() returns")
+        is_swin = timm.models.model_entrypoint(name).__module__ == SwinTransformerBlock.__module__
+        kwargs = {"drop_path_rate": ENCODER_DROP_PATH, **kwargs}
+        if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+            kwargs.setdefault("img_size", img_size)
+        if is_swin:
+            # Any input size, and windows that keep their size also on maps smaller than themselves.
+            kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
+        try:
+            self.backbone = timm.create_model(name, features_only=True, **kwargs)
+            info = self.backbone.feature_info
+            self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
+        except (RuntimeError, AttributeError, AssertionError, ValueError) as error:
+            raise ValueError(f"the encoder {name!r} does not give features at strides {ENCODER_STRIDES}: {error}. "
+                             "Choose a hierarchical model") from error
+        if pretrained:
+            load_pretrained_backbone(self.backbone, name, kwargs)
+        if is_swin:
+            for block in self.backbone.modules():
+                if type(block) is SwinTransformerBlock:
+                    block.__class__ = SwinBlock
+        self.channels = [info.channels()[i] for i in self.indices]
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        features = self.backbone(image)
+        features = [features[i] for i in self.indices]
+        if not self.channels_last:
+            features = [f.permute(0, 2, 3, 1) for f in features]
+        return [norm(f) for norm, f in zip(self.norms, features)]
+
+
+def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
+    """Loads timm's pretrained weights into a features_only model, all of them or none.
+
+    timm loads such a model with strict=False and says nothing of what is missing. The classifier that it was cut from
+    is loaded strictly, so its tensors are copied from there. Raises RuntimeError where they do not fit.
+    """
+    source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
+    # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
+    flat = {key.replace(".", "_"): value for key, value in source.items()}
+    state, missing = {}, []
+    for key, value in backbone.state_dict().items():
+        found = flat.get(key.removeprefix("model.").replace(".", "_"))
+        if found is None or found.shape != value.shape:
+            missing.append(key)
+        state[key] = found
+    if missing:
+        raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
+                           f"{missing[0]}; nothing was loaded")
+    backbone.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------------- published checkpoints
+
+PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
+
+# (published name, name here), applied in this order to each key behind its prefix "module."
+_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
+    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
+    (r"^backbone\.", r"encoder.backbone."),
+    (r"patch_embed\.projection", r"patch_embed.proj"),
+    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
+    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
+    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
+    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
+    (r"attn\.w_msa\.", r"attn."),
+    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
+    (r"ffn\.layers\.1\.", r"mlp.fc2."),
+    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
+    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
+    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
+    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
+    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
+    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
+    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
+    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
+    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
+    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
+    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
+    (r"\.in_proj\.", r".linear."),
+    (r"\.conv2d\.", r".conv."),
+    (r"\.out_norm\.", r".norm."),
+    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
+    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
+    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
+    (r"\.A_logs$", r".ss2d.A_log"),
+    (r"\.Ds$", r".ss2d.D"),
+    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
+    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
+    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
+] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
+
+
+def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
+    """Loads a checkpoint of the published implementation into a model of the same tasks and encoder, variant mtmamba.
+
+    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
+    were used. Raises FileNotFoundError, or ValueError naming every tensor that is missing, left over or of the wrong
+    shape; then the model is unchanged.
+    """
+    if not isinstance(checkpoint, dict):
+        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    checkpoint = checkpoint.get("model", checkpoint)
+    own = model.state_dict()
+    state = {}
+    for key, value in checkpoint.items():
+        if key.endswith("relative_position_index"):    # a constant, which timm computes
+            continue
+        state.update(_convert_published(key, value))
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    for key, value in state.items():
+        if key in own and own[key].shape != value.shape:
+            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
+    if problems:
+        raise ValueError(f"the checkpoint does not fit the model in {len(problems)} tensors (other tasks, encoder or "
+                         "variant?); nothing was loaded:\n  " + "\n  ".join(problems))
+    model.load_state_dict(state)
+    return len(checkpoint)
+
+
+def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
+    """One published tensor -> the tensors here, by name."""
+    name = key.removeprefix("module.")
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = pattern.sub(replacement, name)
+    if "downsample.norm" in name or "downsample.reduction" in name:
+        # Patch merging: the four pixels of a cell stand channel-major, (c, row, column), in the published weights and
+        # (column, row, c) in timm's.
+        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
+    if ".blocks." in name and name.endswith("mfe.linear.weight"):    # STM stacks MFE's linear map and the gate
+        linear, gate = value.chunk(2)
+        return {name: linear, name.replace("mfe.linear", "gate"): gate}
+    if ".ctm.gate." in name:                                         # g multiplies the other feature there, see CTM
+        return {name: -value}
+    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
+        return {name: value.unflatten(0, (K, -1))}
+    if name.endswith("project.weight"):                              # 1x1 convolution -> linear map
+        return {name: value.flatten(1)}
+    return {name: value}
+
+
+# ----------------------------------------------------------------------------------------------------------- cost
+
+def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
+    """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
+
+    A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
+    9 B L (K D) N + B L (K D); the bilinear resize to the input's size 4 per output element; all else 0.
+    The paper's counter takes SS2D's two projections from a report that prints their operations (2 per multiply-add)
+    with four significant digits. Table 2's 435.47 would be 435.48 without that rounding, so it is done here, too.
+    Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
+    """
+    rounding = 0
+
+    def count_rounding(ss2d, inputs):
+        nonlocal rounding
+        for columns in (ss2d.dt_rank + 2 * ss2d.d_state, ss2d.dt_rank):
+            operations = 2 * inputs[0].numel() * K * columns
+            rounding += int(float(f"{operations:.3e}")) - operations
+
+    def scan(x, delta, A, B, C, D, delta_bias, out_shape=None, **kwargs):
+        return 2 * (9 * math.prod(delta) * A[-1] + math.prod(delta))
+
+    def layer_norm(x, *args, out_shape=None, **kwargs):
+        return 2 * 5 * math.prod(x)
+
+    # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
+    weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    hooks = [m.register_forward_pre_hook(count_rounding) for m in model.modules() if isinstance(m, SS2D)]
+    training = model.training
+    model.eval()
+    try:
+        with counter, torch.no_grad():
+            outputs = torch.func.functional_call(model, weights, torch.empty(1, 3, *img_size, device="meta"))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    resize = 4 * sum(output.numel() for output in outputs.values())
+    return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize

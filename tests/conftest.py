@@ -1,0 +1,33 @@
+"""What several tests share: a model small enough to run in a fraction of a second."""
+
+import numpy as np
+import pytest
+import torch
+
+from mtmamba import MTMamba
+
+# A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
+TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
+NYUD_TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
+PASCAL_TASKS = {"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """torch.compile gives up on code that it has compiled for many models, as the tests together do."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(tasks, **arguments of MTMamba), seeded."""
+    def build(tasks=NYUD_TASKS, **kwargs):
+        torch.manual_seed(0)
+        return MTMamba(tasks, **{"img_size": (64, 96), "encoder_kwargs": TINY_SWIN, **kwargs})
+    return build
+
+
+@pytest.fixture
+def data(request):
+    """data(name): an array archive of tests/data."""
+    return lambda name: np.load(request.path.parent / "data" / name)

@@ -1,0 +1,225 @@
+"""The model: equality with the published implementation, its variants, encoders, input sizes and errors."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
+from mtmamba import ENCODERS, PUBLISHED_TASKS, VARIANTS, CTM, MTMamba, PatchExpand, load_published_checkpoint
+
+PUBLISHED_NAMES = {ours: published for published, ours in PUBLISHED_TASKS.items()}
+
+
+def published_state(archive):
+    return {key[3:]: torch.from_numpy(archive[key]).float() for key in archive.files if key.startswith("sd/")}
+
+
+def published_shapes(path):
+    """A file of key, shape, type lines -> the state_dict on the meta device."""
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return {key: torch.empty([int(n) for n in re.findall(r"\d+", shape)], device="meta") for key, shape, _ in rows}
+
+
+def test_equals_the_published_implementation(tiny_model, data):
+    archive = data("published_nyud_tiny.npz")
+    model = tiny_model().eval()
+    state = published_state(archive)
+    assert load_published_checkpoint(model, {"model": state}) == len(state)
+    x = torch.from_numpy(archive["x"]).float()
+    with torch.no_grad():
+        features, outputs = model.encoder(x), model(x)
+    for i, step in enumerate([4, 2, 1, 1]):
+        ours = features[i].permute(0, 3, 1, 2)[:, :, ::step, ::step]
+        torch.testing.assert_close(ours, torch.from_numpy(archive[f"feat/{i}"]), rtol=0, atol=1e-4)
+    for task, output in outputs.items():
+        expected = torch.from_numpy(archive[f"out/{PUBLISHED_NAMES.get(task, task)}"])
+        torch.testing.assert_close(output[:, :, ::4, ::4], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, tasks, tensors", [("nyud", NYUD_TASKS, 953), ("pascal", PASCAL_TASKS, 1093)])
+def test_every_published_tensor_has_its_place(request, name, tasks, tensors):
+    with torch.device("meta"):
+        model = MTMamba(tasks)
+    shapes = published_shapes(request.path.parent / "data" / f"published_keys_{name}.txt")
+    assert load_published_checkpoint(model, shapes) == len(shapes) == tensors
+
+
+def test_published_checkpoint_from_a_file(tiny_model, data, tmp_path):
+    state = published_state(data("published_nyud_tiny.npz"))
+    torch.save({"model": state}, tmp_path / "published.pth")
+    assert load_published_checkpoint(tiny_model(), tmp_path / "published.pth") == len(state)
+
+
+def test_published_checkpoint_that_does_not_fit_changes_nothing(tiny_model, data):
+    state = published_state(data("published_nyud_tiny.npz"))
+    state["module.extra"] = torch.zeros(1)
+    del state["module.final_project.depth.bias"]
+    state["module.final_project.semseg.bias"] = torch.zeros(21)
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_published_checkpoint(model, state)
+    for line in ("missing: heads.depth.project.bias", "unexpected: extra",
+                 "shape: heads.semseg.project.bias is (21,), the model has (40,)"):
+        assert line in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_swin_pads_before_the_shift():
+    """Moving zeros in from the bottom and right must equal padding the input of the attention oneself."""
+    with torch.device("cpu"):
+        torch.manual_seed(0)
+        model = MTMamba({"depth": 1}, encoder_kwargs=TINY_SWIN)
+    block = model.encoder.backbone.layers_2.blocks[1]    # shifted
+    assert any(block.shift_size)
+    x = torch.randn(1, 6, 7, 48)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 2))    # to 8x8, whole windows of 4
+    with torch.no_grad():
+        torch.testing.assert_close(block._attn(x), block._attn(padded)[:, :6, :7])
+        timm_way = super(type(block), block)._attn(x)
+    assert (timm_way - block._attn(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_trains_and_compiles(tiny_model, variant):
+    tasks = {"semseg": 5, "depth": 1}
+    model = tiny_model(tasks, variant=variant).eval()    # without stochastic depth, which draws anew each time
+    image = torch.randn(2, 3, 64, 64)
+    # Dynamo's own backend runs the captured graph as it is: cheap, and a graph break is an error all the same.
+    outputs = torch.compile(model, fullgraph=True, backend="eager")(image)
+    for task, expected in model(image).items():
+        assert outputs[task].shape == (2, tasks[task], 64, 64)
+        torch.testing.assert_close(outputs[task], expected)
+    sum(output.square().mean() for output in outputs.values()).backward()
+    # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_compiled_gradients_equal_eager(tiny_model):
+    gradients = []
+    for compiled in (False, True):
+        model = tiny_model({"depth": 1}, variant="stm1").eval()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        torch.manual_seed(1)
+        run(torch.randn(1, 3, 32, 64))["depth"].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-6)
+
+
+def test_stochastic_depth_falls_linearly(tiny_model):
+    model = tiny_model({"depth": 1})
+    rates = [p for stage in model.stages for p in
+             [*(block.drop_path.drop_prob for block in stage.blocks["depth"]), stage.ctm.drop_path.drop_prob]]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0.2, 0, 9))
+    image = torch.randn(8, 3, 64, 64)
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(image)["depth"], model(image)["depth"])
+
+
+def test_patch_expand_puts_channels_into_rows_and_columns():
+    expand = PatchExpand(1, 2, factor=2)
+    with torch.no_grad():
+        expand.linear.weight.copy_(torch.arange(8.0).view(8, 1))
+        expand.norm = torch.nn.Identity()
+        y = expand(torch.ones(1, 1, 1, 1))
+    assert y[0].tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]    # channel = (row, column, c)
+
+
+@pytest.mark.parametrize("fusion, weight", [("specific", 1e4), ("shared", -1e4)])
+def test_fusion_is_the_limit_of_the_gate(fusion, weight):
+    """Table 5's rows are Eq. 24 with g = 1 and g = 0 there: a saturated gate must give the same outputs."""
+    torch.manual_seed(0)
+    arguments = dict(tasks=["a", "b"], dim=8, mfe="ss2d", gate="linear", drop_path=0.0, d_state=4, backend=None)
+    adaptive, limit = CTM(fusion="adaptive", **arguments), CTM(fusion=fusion, **arguments)
+    limit.load_state_dict({key: value for key, value in adaptive.state_dict().items() if key in limit.state_dict()})
+    for gate in adaptive.gate.values():
+        torch.nn.init.constant_(gate.weight, weight)
+    for norm in adaptive.norm.values():
+        torch.nn.init.ones_(norm.bias)    # a positive sum of the gate's inputs
+    if fusion == "specific":
+        for norm in limit.norm.values():
+            torch.nn.init.ones_(norm.bias)
+    z = {task: torch.randn(1, 4, 5, 8) for task in "ab"}
+    with torch.no_grad():
+        for task, expected in adaptive(z).items():
+            torch.testing.assert_close(limit(z)[task], expected)
+
+
+@pytest.mark.parametrize("H, W", [(32, 32), (33, 65), (70, 47)])
+def test_any_input_size(tiny_model, H, W):
+    model = tiny_model({"semseg": 5, "depth": 1}).eval()
+    image = torch.randn(1, 3, H, W)
+    padded = torch.nn.functional.pad(image, (0, -W % 32, 0, -H % 32))
+    with torch.no_grad():
+        outputs, expected = model(image), model(padded)
+    for task, output in outputs.items():
+        assert output.shape == (1, model.tasks[task], H, W)
+        torch.testing.assert_close(output, expected[task][:, :, :H, :W])
+
+
+@pytest.mark.parametrize("encoder, kwargs", [
+    ("convnext_atto", dict(dims=(8, 16, 24, 40), depths=(1, 1, 1, 1))),                   # channels first
+    ("mambaout_femto", dict(dims=(8, 16, 24, 40), depths=(1, 1, 1, 1))),                  # channels last
+    ("resnet10t", None),                                                                  # a fifth feature, at stride 2
+    ("swinv2_tiny_window8_256", dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4)),
+])
+def test_other_encoders(encoder, kwargs):
+    model = MTMamba({"depth": 1}, img_size=(64, 64), encoder=encoder, encoder_kwargs=kwargs, d_state=1)
+    assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
+
+
+def test_encoders_of_table_6_are_known_to_timm():
+    assert all(timm.is_model(name) for name in ENCODERS.values())
+
+
+def save_classifier(path, **drop):
+    torch.manual_seed(1)
+    classifier = timm.create_model("swin_tiny_patch4_window7_224", **TINY_SWIN)
+    torch.save({k: v for k, v in classifier.state_dict().items() if k not in drop.get("keys", ())}, path)
+    return classifier
+
+
+def test_pretrained_weights_load_through_timm(tmp_path):
+    classifier = save_classifier(tmp_path / "weights.pth")
+    kwargs = {**TINY_SWIN, "pretrained_cfg_overlay": dict(file=str(tmp_path / "weights.pth"))}
+    model = MTMamba({"depth": 1}, encoder="swin-tiny", encoder_kwargs=kwargs, pretrained=True)
+    flat = {k.replace(".", "_"): v for k, v in classifier.state_dict().items()}
+    backbone = model.encoder.backbone.state_dict()
+    assert len(backbone) == len(flat) - 4    # without the classifier's norm and head
+    for key, value in backbone.items():
+        assert torch.equal(value, flat[key.replace(".", "_")]), key
+
+
+def test_partial_pretrained_weights_are_an_error(tmp_path):
+    save_classifier(tmp_path / "weights.pth", keys=["layers.1.blocks.0.mlp.fc1.weight"])
+    kwargs = {**TINY_SWIN, "pretrained_cfg_overlay": dict(file=str(tmp_path / "weights.pth"))}
+    with pytest.raises(RuntimeError, match="layers.1.blocks.0.mlp.fc1.weight"):
+        MTMamba({"depth": 1}, encoder="swin-tiny", encoder_kwargs=kwargs, pretrained=True)
+
+
+@pytest.mark.parametrize("image, message", [
+    (torch.zeros(1, 3, 31, 64), "at least 32x32"),
+    (torch.zeros(1, 4, 64, 64), r"found \(1, 4, 64, 64\)"),
+    (torch.zeros(3, 64, 64), r"\(B, 3, H, W\)"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
+])
+def test_rejects_bad_images(tiny_model, image, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model({"depth": 1})(image)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(variant="stm9"), "unknown variant 'stm9'; choose from mtmamba"),
+    (dict(encoder="swan-large"), "unknown encoder 'swan-large'"),
+    (dict(encoder="vit_tiny_patch16_224"), "Choose a hierarchical model"),
+    (dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40)), variant="gate-wmsa"), "6 heads"),
+    (dict(tasks={}), "at least one task"),
+    (dict(tasks={"depth": 0}), "1 or more output channels"),
+])
+def test_rejects_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MTMamba(**{"tasks": {"depth": 1}, **arguments})
