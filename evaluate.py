@@ -75,11 +75,12 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[MTMamba, dict]:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
                          "something else than a file of train.py") from error
     if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
-                         f"{', '.join(map(str, list(checkpoint)[:5])) if isinstance(checkpoint, dict) else type(checkpoint)}")
+        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found}")
     model = MTMamba(**checkpoint["config"])
-    wrong = [key for key in {**model.state_dict(), **checkpoint["model"]}
-             if getattr(model.state_dict().get(key), "shape", None) != getattr(checkpoint["model"].get(key), "shape", None)]
+    expected, found = ({key: value.shape for key, value in state.items()}
+                       for state in (model.state_dict(), checkpoint["model"]))
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if wrong:
         raise ValueError(f"{path} holds weights of another architecture than its configuration says: {len(wrong)} "
                          f"tensors are missing, left over or of another shape, first {wrong[0]}")
@@ -111,11 +112,10 @@ def constant_baseline(dataset: Synthetic) -> Results:
     Fitted to the very labels that it is scored on: the most frequent class, everything salient or boundary, the mean
     depth, and the direction with the least mean angle.
     """
-    labels = {task: torch.stack([label for label in column])
-              for task, column in zip(dataset.tasks, zip(*([s[t] for t in dataset.tasks] for s in tqdm(
-                  dataset, desc="labels for the best constant", unit="img", leave=False))))}
+    samples = list(tqdm(dataset, desc="labels for the best constant", unit="img", leave=False))
     meters = make_meters(dataset.tasks)
-    for task, label in labels.items():
+    for task in dataset.tasks:
+        label = torch.stack([sample[task] for sample in samples])
         output = torch.tensor(best_constant(task, label, dataset.tasks[task])).view(1, -1, 1, 1)
         meters[task].update(output.expand(len(label), -1, *label.shape[2:]), label)
     return {task: meter.compute() for task, meter in meters.items()}

@@ -79,7 +79,7 @@ class ThresholdMeter(Meter):
     def histogram(self, score: Tensor, target: Tensor) -> Tensor:
         """score: (B, 1, H, W) -> (2, thresholds + 1)"""
         bins = len(self.thresholds) + 1
-        below = torch.bucketize(score, self.thresholds.to(score.device))
+        below = torch.bucketize(score.contiguous(), self.thresholds.to(score.device))
         index = torch.where(target == IGNORE, 2 * bins, (target > 0).long() * bins + below)
         counts = torch.zeros(2 * bins + 1, dtype=torch.float64, device=score.device)
         counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))

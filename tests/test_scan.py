@@ -17,7 +17,8 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), 
 
 def random_inputs(batch, H, W, D, N, dtype=torch.float64):
     torch.manual_seed(0)
-    shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), (batch, H, W, K, N), (batch, H, W, K, N), (K, D), (K, D)]
+    matrix = (batch, H, W, K, N)
+    shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), matrix, matrix, (K, D), (K, D)]
     x, delta, A, B, C, skip, bias = (torch.randn(s, dtype=dtype) for s in shapes)
     return [t.requires_grad_() for t in (x, delta, -A.exp(), B, C, skip, bias)]
 
@@ -25,7 +26,8 @@ def random_inputs(batch, H, W, D, N, dtype=torch.float64):
 def test_s6_equals_the_closed_form():
     rng = np.random.default_rng(0)
     batch, L, D, N = 2, 7, 3, 4
-    u, delta, B, C, skip, bias = (rng.standard_normal(s) for s in [(batch, L, D)] * 2 + [(batch, L, N)] * 2 + [(D,)] * 2)
+    shapes = [(batch, L, D), (batch, L, D), (batch, L, N), (batch, L, N), (D,), (D,)]
+    u, delta, B, C, skip, bias = map(rng.standard_normal, shapes)
     A = -rng.uniform(0.1, 3, (D, N))
     step = np.log1p(np.exp(delta + bias))
     y = u * skip
@@ -38,7 +40,8 @@ def test_s6_equals_the_closed_form():
 
 
 def test_scan_orders():
-    assert scan_orders(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+    assert scan_orders(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5],
+                                          [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
 
 
 PATHS = {    # the (row, column) pairs that each direction visits in turn

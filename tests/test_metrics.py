@@ -1,0 +1,131 @@
+"""Metrics against hand-computed cases and against plain loops in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import IGNORE
+from metrics import make_meters
+
+
+def score(task, channels, output, target):
+    meter = make_meters({task: channels})[task]
+    meter.update(torch.as_tensor(output), torch.as_tensor(target))
+    return meter.compute()
+
+
+def random_case(task, channels, batch=5):
+    """Random raw outputs and labels of every value, about a fifth of the pixels ignored."""
+    rng = np.random.default_rng(0)
+    shape = (batch, 1, 6, 7)
+    output = rng.standard_normal((batch, channels, 6, 7)).astype(np.float32)
+    target = {"normal": lambda: rng.standard_normal((batch, 3, 6, 7)), "depth": lambda: rng.uniform(0.5, 9, shape)}.get(
+        task, lambda: rng.integers(0, max(channels, 2), shape))()
+    if task == "normal":
+        target /= np.linalg.norm(target, axis=1, keepdims=True)
+    return output, np.where(rng.random(shape) < 0.2, IGNORE, target).astype(
+        np.int64 if task in ("semseg", "parsing", "saliency") else np.float32)
+
+
+def pixels(output, target):
+    """The valid pixels' (output, label) vectors."""
+    flat = [np.moveaxis(a, 1, -1).reshape(-1, a.shape[1]) for a in (output, target)]
+    return [(o.astype(np.float64), t) for o, t in zip(*flat) if (t != IGNORE).all()]
+
+
+def f_measure(scores, labels, threshold, beta2):
+    found = [s > threshold for s in scores]
+    hit = sum(f and l for f, l in zip(found, labels))
+    if not hit:
+        return 0.0
+    precision, recall = hit / sum(found), hit / sum(labels)
+    return 100 * (1 + beta2) * precision * recall / (beta2 * precision + recall)
+
+
+def brute_force(task, channels, output, target):
+    cases = pixels(output, target)
+    if task in ("semseg", "parsing"):
+        pairs = [(int(np.argmax(o)), int(t[0])) for o, t in cases]
+        ious = []
+        for c in range(channels):
+            union = sum(p == c or t == c for p, t in pairs)
+            if union:
+                ious.append(sum(p == t == c for p, t in pairs) / union)
+        return {"mIoU": 100 * sum(ious) / len(ious)}
+    if task == "saliency":
+        p = [np.float32(np.exp(o[1]) / np.exp(o).sum()) for o, _ in cases]
+        t = [bool(t[0]) for _, t in cases]
+        twice = [1 / (1 + np.exp(-float(v))) for v in p]
+        return {"maxF": max(f_measure(p, t, i / 256, 0.3) for i in range(1, 256)),
+                "maxF_published": max(f_measure(twice, t, i / 20, 0.3) for i in range(1, 20))}
+    if task == "boundary":
+        p, t = [1 / (1 + np.exp(-o[0])) for o, _ in cases], [bool(t[0]) for _, t in cases]
+        return {"pixelF": max(f_measure(p, t, i / 256, 1) for i in range(1, 256))}
+    if task == "normal":
+        return {"mErr": np.mean([np.degrees(np.arccos(np.clip(o @ t / np.linalg.norm(o) / np.linalg.norm(t), -1, 1)))
+                                 for o, t in cases])}
+    o, t = (np.array(column, dtype=np.float64)[:, 0] for column in zip(*cases))
+    floored = np.maximum(o, 1e-9)
+    return {"RMSE": np.sqrt(np.mean((np.maximum(o, 0) - t) ** 2)), "abs_rel": np.mean(abs(floored - t) / t),
+            "log_rmse": np.sqrt(np.mean((np.log(floored) - np.log(t)) ** 2))}
+
+
+TASKS = {"semseg": 5, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_equals_brute_force(task, channels):
+    case = random_case(task, channels)
+    ours, expected = score(task, channels, *case), brute_force(task, channels, *case)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_batches_do_not_matter(task, channels):
+    output, target = map(torch.as_tensor, random_case(task, channels))
+    whole = score(task, channels, output, target)
+    for sizes in ([1] * 5, [3, 2], [1, 4]):
+        meter = make_meters({task: channels})[task]
+        for o, t in zip(output.split(sizes), target.split(sizes)):
+            meter.update(o, t)
+        assert meter.compute() == pytest.approx(whole, rel=1e-8)    # float32 rounds a little by shape
+
+
+def test_miou_leaves_out_classes_that_occur_nowhere():
+    target = torch.tensor([[[[0, 0, 1, 1, IGNORE]]]])
+    output = torch.nn.functional.one_hot(torch.tensor([[[0, 1, 1, 1, 3]]]), 4).permute(0, 3, 1, 2).float()
+    assert score("semseg", 4, output, target)["mIoU"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+
+
+def test_thresholds_are_strict():
+    """P(salient) is exactly 1/2 everywhere, so at the threshold 128/256 nothing is found; all is at 127/256."""
+    meter = make_meters({"saliency": 2})["saliency"]
+    meter.update(torch.zeros(1, 2, 1, 4), torch.tensor([[[[1, 0, 0, 0]]]]))
+    f = meter.f_measure(meter.sums, beta2=0.3)
+    at = {round(float(t) * 256): float(v) for t, v in zip(meter.thresholds, f) if (float(t) * 256).is_integer()}
+    assert at[128] == 0 and at[127] == pytest.approx(1.3 * 0.25 / (0.3 * 0.25 + 1))
+
+
+def test_normal_error_of_known_angles():
+    target = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 3)
+    angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0]))
+    output = 7 * torch.stack([angles.sin(), torch.zeros(3), angles.cos()]).view(1, 3, 1, 3)
+    assert score("normal", 3, output, target)["mErr"] == pytest.approx((1e-3 + 90) / 3, rel=1e-6)
+
+
+def test_negative_depth_is_clamped():
+    assert score("depth", 1, torch.full((1, 1, 1, 1), -3.0), torch.full((1, 1, 1, 1), 2.0))["RMSE"] == 2
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_nothing_valid_is_an_error(task, channels):
+    output, target = random_case(task, channels)
+    with pytest.raises(ValueError, match="no valid pixel"):
+        score(task, channels, output, np.full_like(target, IGNORE))
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="no metric for the task 'pose'"):
+        make_meters({"pose": 17})

@@ -1,0 +1,171 @@
+"""Losses against plain loops, the schedule, a short training run, and the scripts from end to end."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+import evaluate
+import train
+from datasets import IGNORE, Synthetic
+from mtmamba import MTMamba
+from test_metrics import TASKS, pixels, random_case
+
+ROOT = Path(train.__file__).parent
+
+
+def brute_force_loss(task, output, target):
+    cases = pixels(output, target)
+    if task in ("semseg", "parsing"):
+        return np.mean([np.log(np.exp(o).sum()) - o[t[0]] for o, t in cases])
+    if task == "saliency":
+        w1 = np.mean([t[0] == 0 for _, t in cases])
+        return np.mean([(w1 if t[0] else 1 - w1) * (np.log(np.exp(o).sum()) - o[t[0]]) for o, t in cases])
+    if task == "boundary":
+        p = [1 / (1 + np.exp(-o[0])) for o, _ in cases]
+        return np.mean([-0.95 * np.log(p) if t[0] else -0.05 * np.log(1 - p) for p, (_, t) in zip(p, cases)])
+    if task == "normal":
+        return np.mean([abs(o / np.linalg.norm(o) - t).sum() for o, t in cases])
+    return np.mean([abs(o - t) for o, t in cases])
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_loss_equals_brute_force(task, channels):
+    output, target = random_case(task, channels)
+    ours = train.task_loss(task, torch.as_tensor(output), torch.as_tensor(target))
+    assert ours.item() == pytest.approx(brute_force_loss(task, output, target), rel=1e-5)
+    rounded = train.task_loss(task, torch.as_tensor(output).bfloat16(), torch.as_tensor(target))
+    assert rounded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_loss_without_valid_pixels_is_zero(task, channels):
+    output, target = random_case(task, channels)
+    output = torch.as_tensor(output).requires_grad_()
+    loss = train.task_loss(task, output, torch.full_like(torch.as_tensor(target), IGNORE))
+    train.total_loss({task: loss}).backward()
+    assert loss == 0 and (output.grad == 0).all()
+
+
+def test_total_is_the_sum_of_logarithms():
+    losses = {"a": torch.tensor(0.5), "b": torch.tensor(2.0), "c": torch.tensor(0.0)}
+    assert train.total_loss(losses).item() == pytest.approx(math.log(0.5) + math.log(2.0) + math.log(1e-8), rel=1e-5)
+
+
+def test_polynomial_decay():
+    assert train.learning_rate(1e-4, 0, 50_000) == 1e-4
+    assert train.learning_rate(1e-4, 25_000, 50_000) == pytest.approx(1e-4 * 0.5 ** 0.9)
+    assert 0 < train.learning_rate(1e-4, 49_999, 50_000) < 1e-8
+
+
+TINY = ["--iterations", "30", "--batch-size", "2", "--img-size", "32", "64", "--workers", "0"]
+
+
+def test_thirty_steps_lower_every_loss(monkeypatch, tmp_path):
+    """On the scenes trained on: an average over 30 fresh pairs of scenes would need many more steps to be sure."""
+    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 2)
+    two_scenes = default_collate([Synthetic(60, (32, 64))[i] for i in range(2)])
+    render = Synthetic.__getitem__
+    monkeypatch.setattr(Synthetic, "__getitem__", lambda self, i: render(self, i % 2 if i < len(self) else i))
+    losses = []
+
+    def record(model, *args, description=None, evaluate_once=evaluate.evaluate):
+        model.eval()
+        with torch.no_grad():
+            outputs = model(two_scenes["image"])
+        losses.append({t: train.task_loss(t, outputs[t], two_scenes[t]).item() for t in outputs})
+        return evaluate_once(model, *args)
+    monkeypatch.setattr(train, "evaluate", lambda model, data, device, *_: record(model, data, device))
+    train.main([*TINY, "--out", str(tmp_path)])
+    before, after = losses
+    assert set(before) == set(TASKS)
+    assert all(after[task] < before[task] for task in TASKS), (before, after)
+
+
+def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 5)
+    results = train.main([*TINY, "--iterations", "2", "--variant", "stm1", "--out", str(tmp_path)])
+    table = capsys.readouterr().out
+    (tmp_path / "contact_sheet.png").unlink()
+    assert evaluate.main(["--checkpoint", str(tmp_path / "last.pt")]) == results["trained"]
+    assert "scan backend: torch" in table and "scan backend: torch" in capsys.readouterr().out
+    for task, metrics in results["trained"].items():
+        row = next(line for line in table.splitlines() if line.startswith(task))
+        assert f"{metrics[evaluate.PRIMARY[task]]:.2f}" in row
+    picture = evaluate.Image.open(tmp_path / "contact_sheet.png")
+    assert picture.size[0] > 7 * 64 and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_best_constant_beats_other_constants():
+    torch.manual_seed(0)
+    dataset = Synthetic(6, (48, 64), seed=5)
+    best = evaluate.constant_baseline(dataset)
+    labels = {task: torch.stack([sample[task] for sample in dataset]) for task in dataset.tasks}
+    for task, label in labels.items():
+        metric = evaluate.PRIMARY[task]
+        for _ in range(20):
+            output = torch.randn(1, dataset.tasks[task], 1, 1) * (3 if task == "depth" else 1)
+            meter = evaluate.make_meters({task: dataset.tasks[task]})[task]
+            meter.update(output.expand(6, -1, 48, 64), label)
+            other = meter.compute()[metric]
+            if task in evaluate.LOWER_IS_BETTER:
+                assert best[task][metric] <= other * 1.02    # the direction is searched on a sample
+            else:
+                assert best[task][metric] >= other - 1e-9
+
+
+@pytest.mark.parametrize("main, arguments, message", [
+    (train.main, ["--dataset", "cityscapes"], "cityscapes"),
+    (train.main, ["--variant", "stm9"], "stm9"),
+    (train.main, ["--encoder", "swan"], "unknown encoder 'swan'"),
+    (train.main, ["--encoder", "vit_tiny_patch16_224"], "hierarchical"),
+    (train.main, ["--tasks", "pose"], "pose"),
+    (train.main, ["--img-size", "16", "64"], "at least 32"),
+    (train.main, ["--batch-size", "0"], "--batch-size"),
+    (train.main, ["--lr", "-1"], "--lr"),
+    (train.main, ["--device", "tpu9"], "tpu9"),
+    (evaluate.main, ["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (evaluate.main, [], "--checkpoint"),
+])
+def test_bad_input_ends_with_one_line_and_code_2(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_a_script_shows_no_traceback():
+    run = subprocess.run([sys.executable, ROOT / "train.py", "--encoder", "swan"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("train.py: unknown encoder 'swan'")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated"),
+    (lambda path: torch.save(torch.zeros(3), path), "expected the entries model and config"),
+    (lambda path: torch.save({"state_dict": {}}, path), "found ['state_dict']"),
+    (lambda path: edit(path, lambda c: c["config"].update(variant="stm3")), "another architecture"),
+    (lambda path: edit(path, lambda c: c["model"].update(extra=torch.zeros(1))), "another architecture"),
+])
+def test_checkpoints_of_something_else(damage, message, tmp_path, capsys):
+    config = dict(tasks={"depth": 1}, img_size=(32, 32), encoder="convnext_atto", variant="stm1", d_state=1,
+                  encoder_kwargs=dict(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)))
+    path = tmp_path / "last.pt"
+    train.save_checkpoint(path, MTMamba(**config), config, 1)
+    damage(path)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--checkpoint", str(path)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def edit(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
