@@ -3,23 +3,50 @@
     meters = make_meters({"semseg": 40, "depth": 1})
     for task, meter in meters.items():
         meter.update(outputs[task], targets[task])       # raw outputs (B, C_t, H, W), labels (B, 1 or 3, H, W)
-    {task: meter.compute() for task, meter in meters.items()}
+    results = {task: meter.compute() for task, meter in meters.items()}
+
+    counts = boundary_counts_parallel(items, max_dist=0.0075, workers=8)    # items: (prediction_u8, ground_truth) pairs
+    odsF = 100 * ods_f(counts)
+
+    delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
 Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
 is one tensor of sums, on the device of what it is fed: it adds up over batches, data splits and processes alike, and
-no update waits for the device.
+no update waits for the device. The boundary score odsF has its own functions, at the end of this file.
 """
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from scipy.spatial import KDTree
 from torch import Tensor
+from tqdm import tqdm
 
-from datasets import IGNORE
+IGNORE = 255    # marks the pixels of a label that do not count
 
 # The metric by which each task is compared, and the tasks where lower is better.
 PRIMARY = {"semseg": "mIoU", "parsing": "mIoU", "saliency": "maxF", "normal": "mErr", "boundary": "pixelF",
            "depth": "RMSE"}
 LOWER_IS_BETTER = {"normal", "depth"}
+
+
+def delta_m(results: dict[str, float], baseline: dict[str, float]) -> float:
+    """The mean relative improvement over a baseline, in percent; both by task, their primary metrics.
+
+    Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
+    NYUDv2 is Table 2's single-task row. Raises ValueError where the tasks differ.
+    """
+    if not results or results.keys() != baseline.keys():
+        raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
+    gains = [(baseline[t] - results[t] if t in LOWER_IS_BETTER else results[t] - baseline[t]) / baseline[t]
+             for t in results]
+    return 100 * sum(gains) / len(gains)
 
 
 class Meter:
@@ -180,3 +207,286 @@ def make_meters(tasks: dict[str, int]) -> dict[str, Meter]:
     if unknown:
         raise ValueError(f"no metric for the task {unknown[0]!r}; there are metrics for {', '.join(builders)}")
     return {task: builders[task](channels) for task, channels in tasks.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- odsF
+# The SEISM protocol with one ground truth per image. Per image: the prediction, 8 bits per pixel, is thinned to its
+# ridges (suppress_non_maxima), cut at 101 THRESHOLDS, and each of the 101 maps is thinned to lines (thin). Predicted
+# and true boundary pixels are matched one to one within max_dist of the image's diagonal (match_boundaries). The counts
+# are summed over the images, threshold by threshold, and the largest F-measure of the sums is the score (ods_f).
+
+THRESHOLDS = np.array([0.001, *(np.arange(1, 100) / 100), 0.999])
+
+
+def ods_f(counts: np.ndarray) -> float:
+    """The largest F-measure over the thresholds, as a fraction, from boundary_counts summed over the images.
+
+    counts: (thresholds, 4). F = 2 P R / (P + R) of precision P = matched predicted / predicted and recall
+    R = matched true / true, without interpolation between thresholds; 0 where nothing is matched, which covers a data
+    set without true pixels and a threshold without predicted ones. Raises ValueError on another shape.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or counts.shape[1] != 4:
+        raise ValueError(f"counts must have the shape (thresholds, 4), found {counts.shape}; sum what boundary_counts "
+                         "returns over the images only")
+    matched_true, true, matched_predicted, predicted = counts.T
+    recall = matched_true / np.maximum(true, 1)
+    precision = matched_predicted / np.maximum(predicted, 1)
+    total = precision + recall
+    return float((2 * precision * recall / np.where(total > 0, total, 1)).max())
+
+
+def boundary_counts_parallel(items: Iterable, max_dist: float, workers: int) -> np.ndarray:
+    """boundary_counts summed over the images, on `workers` processes (0: in this one), with a progress bar: (101, 4).
+
+    items: yields the pairs (prediction_u8, ground_truth) and is read only a few images ahead, so it may load or predict
+    as it goes. The processes are spawned (a forked copy of a process that uses CUDA or threads may hang), so a script
+    calls this under `if __name__ == "__main__":`. Raises ValueError where items is empty.
+    """
+    length = len(items) if hasattr(items, "__len__") else None
+    total = sum(tqdm(_counts_of_each(items, max_dist, workers), desc="odsF", total=length, unit="image"))
+    if np.ndim(total) == 0:
+        raise ValueError("there is no image to score: items is empty; check the data set's path and split")
+    return total
+
+
+def _counts_of_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
+    """boundary_counts of the items, in their order."""
+    if workers == 0:
+        for prediction, truth in items:
+            yield boundary_counts(prediction, truth, max_dist)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pending = deque()
+        for prediction, truth in items:
+            pending.append(pool.submit(boundary_counts, prediction, truth, max_dist))
+            if len(pending) == 4 * workers:    # enough to keep the processes busy, and little memory
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
+
+
+def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dist: float) -> np.ndarray:
+    """Pixels counted at the 101 thresholds: (101, 4) of matched true, true, matched predicted, predicted.
+
+    prediction_u8: (H, W) uint8, the probability times 255, truncated, at the image's own size. ground_truth: (H, W)
+    bool, thinned (boundary_ground_truth). max_dist: as a fraction of the diagonal, 0.0075 for PASCAL-Context, 0.011 for
+    NYUDv2. Raises ValueError on another dtype, on shapes that differ and on a max_dist outside [0, 1].
+
+    A pixel is on where its suppressed value, in float32, is strictly greater than the threshold in float64, as in the
+    reference: 51 / 255 in float32 is a little more than 0.2, and on at the threshold 0.2.
+    """
+    prediction_u8, ground_truth = np.asarray(prediction_u8), np.asarray(ground_truth, bool)
+    if prediction_u8.dtype != np.uint8:
+        raise ValueError(f"prediction_u8 must be uint8, found {prediction_u8.dtype}; pass (255 * probability) cast to "
+                         "uint8")
+    _check_pair(prediction_u8, ground_truth, max_dist)
+    value = suppress_non_maxima(prediction_u8)
+    active = value > THRESHOLDS[0]
+    on = _thin_pixels(value[active] > THRESHOLDS[:, None], active)
+    used = on.any(0)
+    truths = np.argwhere(ground_truth)
+    matchings = _matchings(on[:, used], np.argwhere(active)[used], truths, max_dist * np.hypot(*ground_truth.shape))
+    matched = np.array([len(truths) - mates.count(-1) for mates in matchings])
+    return np.stack([matched, np.full_like(matched, len(truths)), matched, on.sum(1)], axis=1)
+
+
+def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
+    """True boundaries of a label map (H, W): (H, W) bool, thinned.
+
+    A pixel is a boundary where its label differs from that of its right, lower or lower-right neighbour; the last row
+    and column repeat. PASCAL-Context: the map of 459 classes, not the training label. NYUDv2: the 0/255 edge image.
+    Raises ValueError on an array that is not 2-dimensional.
+    """
+    label_map = np.asarray(label_map)
+    if label_map.ndim != 2:
+        raise ValueError(f"a label map must have the shape (H, W), found {label_map.shape}; pass one image, without "
+                         "batch or channel axes")
+    padded = np.pad(label_map, ((0, 1), (0, 1)), mode="edge")
+    return thin((label_map != padded[:-1, 1:]) | (label_map != padded[1:, :-1]) | (label_map != padded[1:, 1:]))
+
+
+def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
+    """Keeps the ridges of a boundary map: (H, W) uint8 -> (H, W) float32 in [0, 1], 0 where suppressed.
+
+    E is the map in [0, 1]. The direction across a ridge comes from second derivatives of E smoothed by a triangle
+    filter of radius 4 (weights 1 .. 5 .. 1, symmetric border): theta = atan(E_yy sign(-E_xy) / (E_xx + 1e-5)). A pixel
+    survives where 1.01 E is not smaller than E one pixel to either side along theta, bilinear and clamped to the image.
+    Survivors within 5 pixels of a border are multiplied by their distance to it / 5, the outermost being at 0.
+    """
+    height, width = prediction_u8.shape
+    value = prediction_u8.astype(np.float32) / np.float32(255)
+    if min(height, width) < 3:    # all pixels lie on a border
+        return np.zeros_like(value)
+    triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
+    smooth = ndimage.correlate1d(ndimage.correlate1d(value, triangle, axis=0, mode="reflect"), triangle, axis=1,
+                                 mode="reflect")    # "reflect" is scipy's name of the symmetric border
+    dy, dx = np.gradient(smooth)
+    dxx = np.gradient(dx, axis=1)
+    dyy, dxy = np.gradient(dy)
+    theta = np.arctan(dyy * np.sign(-dxy) / (dxx + np.float32(1e-5)))
+
+    y, x = np.nonzero(prediction_u8)
+    raised, theta = np.float32(1.01) * value[y, x], theta[y, x]
+    for side in (-1, 1):
+        aside = (y + side * np.sin(theta), x + side * np.cos(theta))
+        keep = raised >= ndimage.map_coordinates(value, aside, order=1, mode="nearest")
+        y, x, raised, theta = y[keep], x[keep], raised[keep], theta[keep]
+    ridges = np.zeros_like(value)
+    ridges[y, x] = value[y, x]
+    fade_y, fade_x = (np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), 5).astype(np.float32) / 5
+                      for n in (height, width))
+    return ridges * fade_y[:, None] * fade_x
+
+
+def thin(maps: np.ndarray) -> np.ndarray:
+    """Thins the shapes of each map to lines, until nothing changes: (..., H, W) -> (..., H, W) bool.
+
+    The algorithm of Guo and Hall as in MATLAB's bwmorph(map, "thin", Inf). Let x1 .. x8 be the neighbours of a pixel
+    anticlockwise from the right one, x9 = x1, 0 outside the image. Two passes alternate; each deletes at once all
+    pixels where
+      1. exactly one of the k = 1, 3, 5, 7 has x_k = 0 and x_(k+1) or x_(k+2) = 1: deleting breaks no connection;
+      2. 2 <= min(n1, n2) <= 3, n1 counting the true ones of x1|x2, x3|x4, x5|x6, x7|x8, n2 those of x2|x3, x4|x5,
+         x6|x7, x8|x9: not the end of a line;
+      3. in the first pass not (x1 and (x2 or x3 or not x8)), in the second not (x5 and (x6 or x7 or not x4)).
+    """
+    maps = np.asarray(maps, bool)
+    stack = maps.reshape(-1, *maps.shape[-2:])
+    active = stack.any(0)
+    thinned = np.zeros_like(stack)
+    thinned[:, active] = _thin_pixels(stack[:, active], active)
+    return thinned.reshape(maps.shape)
+
+
+def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
+    """thin for M maps given at the n pixels where active (H, W) is true: (M, n) bool -> (M, n) bool.
+
+    One bit of a word is one map, so that 64 maps take one bitwise operation. A pixel is looked at again only after a
+    neighbour's deletion.
+    """
+    n = on.shape[1]
+    index = np.full((active.shape[0] + 2, active.shape[1] + 2), n)    # n: a pixel that is off in all maps
+    index[1:-1, 1:-1][active] = np.arange(n)
+    y, x = np.nonzero(active)
+    around = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+    neighbours = np.stack([index[y + 1 + dy, x + 1 + dx] for dy, dx in around])            # (8, n)
+    bits = np.zeros((-(-len(on) // 64), n + 1), np.uint64)                                 # (words, n + 1)
+    for i, row in enumerate(on):
+        bits[i // 64, :n] |= row.astype(np.uint64) << np.uint64(i % 64)
+
+    changed = np.ones((2, n + 1), bool)    # pixels next to a deletion since the first or second pass last ran
+    step = 0
+    while changed[:, :n].any():
+        todo = np.flatnonzero(changed[step, :n])
+        changed[step] = False
+        todo = todo[bits.take(todo, axis=1).any(0)]
+        deleted = bits.take(todo, axis=1) & _deletable(bits.take(neighbours[:, todo], axis=1), step)
+        bits[:, todo] ^= deleted
+        changed[:, neighbours[:, todo[deleted.any(0)]]] = True
+        step = 1 - step
+
+    thinned = np.empty_like(on)
+    for i in range(len(on)):
+        thinned[i] = (bits[i // 64, :n] & np.uint64(1 << i % 64)) != 0
+    return thinned
+
+
+def _deletable(neighbours: np.ndarray, step: int) -> np.ndarray:
+    """The three conditions of thin, bit by bit. neighbours: (words, 8, n), x1 .. x8; step: 0 or 1, the pass."""
+    x1, x2, x3, x4, x5, x6, x7, x8 = neighbours.swapaxes(0, 1)
+    a, b, c, d = ~x1 & (x2 | x3), ~x3 & (x4 | x5), ~x5 & (x6 | x7), ~x7 & (x8 | x1)
+    exactly_one = (a ^ b) & ~(c | d) | (c ^ d) & ~(a | b)
+    two_of_n1, four_of_n1 = _two_or_four(x1 | x2, x3 | x4, x5 | x6, x7 | x8)
+    two_of_n2, four_of_n2 = _two_or_four(x2 | x3, x4 | x5, x6 | x7, x8 | x1)
+    kept_side = x1 & (x2 | x3 | ~x8) if step == 0 else x5 & (x6 | x7 | ~x4)
+    return exactly_one & two_of_n1 & two_of_n2 & ~(four_of_n1 & four_of_n2) & ~kept_side
+
+
+def _two_or_four(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bit by bit: whether at least two are set, and whether all four are."""
+    both_ab, both_cd = a & b, c & d
+    return both_ab | both_cd | (a | b) & (c | d), both_ab & both_cd
+
+
+def match_boundaries(prediction: np.ndarray, target: np.ndarray, max_dist: float) -> tuple[np.ndarray, np.ndarray]:
+    """The largest one-to-one matching of predicted with true boundary pixels: (matched_prediction, matched_target).
+
+    prediction, target: (H, W) bool, as are the results, which have equally many true pixels. Two pixels may be matched
+    where their Euclidean distance is at most max_dist * sqrt(H^2 + W^2). Raises ValueError on shapes that differ and on
+    a max_dist outside [0, 1].
+    Differs: the SEISM protocol's matcher solves a minimum-cost assignment to which it adds random outlier edges, so
+    its counts vary by a few pixels from run to run. They never exceed this exact and deterministic maximum.
+    """
+    prediction, target = np.asarray(prediction, bool), np.asarray(target, bool)
+    _check_pair(prediction, target, max_dist)
+    points, truths = np.argwhere(prediction), np.argwhere(target)
+    everything_on = np.ones((1, len(points)), bool)
+    mates = np.array(next(_matchings(everything_on, points, truths, max_dist * np.hypot(*target.shape))), int)
+    matched_prediction, matched_target = np.zeros_like(prediction), np.zeros_like(target)
+    matched_prediction[tuple(points[mates[mates >= 0]].T)] = True
+    matched_target[tuple(truths[mates >= 0].T)] = True
+    return matched_prediction, matched_target
+
+
+def _matchings(on: np.ndarray, points: np.ndarray, truths: np.ndarray, radius: float) -> Iterator[list[int]]:
+    """For each of M maps a largest matching within radius: every truth's point, -1 without one (one list, reused).
+
+    on: (M, points) bool, the points in each map; points, truths: (.., 2) pixel coordinates.
+    Each matching starts from the one before, as neighbouring thresholds differ little. First the points that went are
+    taken out: an augmenting path can then only begin at a truth that lost its point. With those searched, the new
+    points come in, and a path can only begin at one of them. Taking both steps at once would miss pairs.
+    """
+    point_tree, truth_tree = KDTree(points), KDTree(truths)
+    near_truth = truth_tree.query_ball_tree(point_tree, radius)
+    near_point = point_tree.query_ball_tree(truth_tree, radius)
+    truth_mates, point_mates = [-1] * len(truths), [-1] * len(points)
+    before = np.zeros(len(points), bool)
+    for now in on:
+        bereft = [point_mates[point] for point in np.flatnonzero(before & ~now).tolist() if point_mates[point] >= 0]
+        for truth in bereft:
+            point_mates[truth_mates[truth]] = -1
+            truth_mates[truth] = -1
+        closed = bytearray((~(before & now)).tobytes())
+        for truth in bereft:
+            _extend(truth, near_truth, truth_mates, point_mates, closed)
+        closed = bytearray(len(truths))
+        for point in np.flatnonzero(now & ~before).tolist():
+            _extend(point, near_point, point_mates, truth_mates, closed)
+        yield truth_mates
+        before = now
+
+
+def _extend(start: int, near: list[list[int]], mates: list[int], far_mates: list[int], closed: bytearray):
+    """Adds a pair to the matching, in place, if an augmenting path leads from the unmatched node start to the far side.
+
+    near: per node of start's side its neighbours on the far side; mates, far_mates: the partners on either side, or -1;
+    closed: 1 for the far nodes to leave out. Where the breadth-first search fails it leaves what it reached closed,
+    for no later augmenting path can pass through.
+    """
+    reached_from = {}
+    queue = [start]
+    for node in queue:
+        for far in near[node]:
+            if closed[far]:
+                continue
+            closed[far] = 1
+            reached_from[far] = node
+            if far_mates[far] >= 0:
+                queue.append(far_mates[far])
+                continue
+            for other in reached_from:
+                closed[other] = 0
+            while far >= 0:    # exchange the pairs along the path, back to start
+                node = reached_from[far]
+                far_mates[far] = node
+                mates[node], far = far, mates[node]
+            return
+
+
+def _check_pair(prediction: np.ndarray, target: np.ndarray, max_dist: float):
+    if prediction.ndim != 2 or prediction.shape != target.shape:
+        raise ValueError(f"expected a prediction and a ground truth of one shape (H, W), found {prediction.shape} and "
+                         f"{target.shape}; crop the padding off the prediction and resize it to the image")
+    if not 0 <= max_dist <= 1:
+        raise ValueError(f"max_dist is a fraction of the image's diagonal, from 0 to 1, found {max_dist}; divide "
+                         "pixels by sqrt(H^2 + W^2)")

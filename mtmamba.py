@@ -28,6 +28,7 @@ Reads top-down: MTMamba, decoder stage, CTM, STM, MFE, SS2D, the scan, patch exp
 (for the paper's ablations), encoder, published checkpoints, cost.
 """
 
+import functools
 import importlib.util
 import math
 import re
@@ -422,33 +423,38 @@ def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     with torch.autocast(x.device.type, enabled=False):
-        order = scan_orders(*x.shape[1:3], x.device)
         # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
-        u, delta, B, C = (_to_sequences(t.float(), order).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
+        u, delta, B, C = (_to_sequences(t.float()).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
         y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
                               B.contiguous(), C.contiguous(), D.float().flatten(),
                               delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
-        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), order).sum(2)              # (B, L, D)
-    return y.view_as(x).to(x.dtype)
+        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])             # (B, H, W, K, D)
+    return y.sum(3).to(x.dtype)
 
 
-def _to_sequences(t: Tensor, order: Tensor) -> Tensor:
+def _to_sequences(t: Tensor) -> Tensor:
     """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
-    batch, _, _, k, X = t.shape
-    L = order.shape[1]
-    # Rows (pixel of the batch) of X channels, picked all at once: several times faster than indexing per direction.
-    row = order.T[:, None] + L * torch.arange(batch, device=t.device)[:, None]           # (L, B, K)
-    if k == K:
-        row = row * K + torch.arange(K, device=t.device)
-    return t.reshape(-1, X).index_select(0, row.flatten()).view(L, batch, K, X)
+    batch, H, W, k, X = t.shape
+    to_shared, to_each, _ = _rows(batch, H, W, t.device)
+    rows = t.reshape(-1, X).index_select(0, to_each if k == K else to_shared)
+    return rows.view(H * W, batch, K, X)
 
 
-def _from_sequences(t: Tensor, order: Tensor) -> Tensor:
-    """(L, B, K, X) -> (B, L, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    L, batch, _, X = t.shape
-    batches, directions = torch.arange(batch, device=t.device)[:, None, None], torch.arange(K, device=t.device)
-    row = (order.argsort(dim=1).T * batch + batches) * K + directions                    # (B, L, K)
-    return t.reshape(-1, X).index_select(0, row.flatten()).view(batch, L, K, X)
+def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
+    """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
+    batch, X = t.shape[1], t.shape[3]
+    return t.reshape(-1, X).index_select(0, _rows(batch, H, W, t.device)[2]).view(batch, H, W, K, X)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
+    sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
+    order = scan_orders(H, W, device)                                                      # (K, L)
+    batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
+    shared = order.T[:, None] + H * W * batches                                            # (L, B, K)
+    back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions            # (B, L, K)
+    return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
@@ -464,22 +470,26 @@ def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
              delta_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Returns y (B, H, W, D) and the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
     with torch.autocast(x.device.type, enabled=False):
-        order, u, step, A, B, C, _ = _scan_inputs(x, delta, A, B, C, delta_bias)
+        u, step, A, B, C, _ = _scan_inputs(x, delta, A, B, C, delta_bias)
         L, batch, _, d = u.shape
         n = A.shape[1]
         step_u = step * u
         y = torch.empty_like(u)
         states = u.new_empty(_chunks(L), batch, K, n, d)
         A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+        A_steps, H_steps = A_bar.unbind(), H.unbind()
         h = u.new_zeros(batch, K, n, d)
         for i, start in enumerate(range(0, L, CHUNK)):
             now = slice(start, min(start + CHUNK, L))
             states[i] = h
-            h = _states_in_chunk(step[now], step_u[now], A, B[now], states[i], A_bar, H)
+            h = states[i]    # a copy: H is about to be filled anew
+            _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
+            for t in range(now.stop - start):
+                h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
             torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
         y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
-        y = _from_sequences(y, order).sum(2)                                                        # Eq. 12
-    return y.view_as(x).to(x.dtype), states
+        y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
+    return y.to(x.dtype), states
 
 
 @_scan_op.register_fake
@@ -495,25 +505,27 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
     """Gradients of x, delta, A, B, C, D and delta_bias."""
     inputs = (x, delta, A, B, C, D, delta_bias)
     with torch.autocast(x.device.type, enabled=False):
-        order, u, step, A, B, C, pre_softplus = _scan_inputs(x, delta, A, B, C, delta_bias)
+        u, step, A, B, C, pre_softplus = _scan_inputs(x, delta, A, B, C, delta_bias)
         L, batch, _, d = u.shape
         n = A.shape[1]
         step_u = step * u
-        gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3), order)
+        gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
         g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
         gB, gC = torch.empty_like(B), torch.empty_like(C)
         gA = torch.zeros_like(A)
         A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
         H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
         carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
+        A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
         for i in reversed(range(len(states))):
             now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
             T = now.stop - now.start
             H[0] = states[i]
-            _states_in_chunk(step[now], step_u[now], A, B[now], H[0], A_bar, H[1:])
+            _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
+            for t in range(T):
+                H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
             # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
             torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
-            A_steps, G_steps = A_bar.unbind(), G.unbind()
             G_steps[T - 1].add_(carry)
             for t in range(T - 2, -1, -1):
                 G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
@@ -529,7 +541,7 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
         gu = g_step_u * step + gy * D.to(u.dtype)
         g_delta = g_step * torch.sigmoid(pre_softplus)
         sequences = (gu, g_delta, gB, gC)
-        gx, g_delta_map, gB, gC = (_from_sequences(g, order).unflatten(1, x.shape[1:3]) for g in sequences)
+        gx, g_delta_map, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in sequences)
         grads = (gx.sum(3), g_delta_map, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1)))
         return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
 
@@ -557,26 +569,19 @@ def _chunks(L: int) -> int:
 
 
 def _scan_inputs(x, delta, A, B, C, delta_bias):
-    """What forward and backward start from: the order, then sequences (L, B, K, .) in the type computed in."""
+    """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
     dtype = _compute_dtype(x)
-    order = scan_orders(*x.shape[1:3], x.device)
-    u, delta, B, C = (_to_sequences(t.to(dtype), order) for t in (x.unsqueeze(3), delta, B, C))
+    u, delta, B, C = (_to_sequences(t.to(dtype)) for t in (x.unsqueeze(3), delta, B, C))
     pre_softplus = delta.add_(delta_bias.to(dtype))
     A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return order, u, F.softplus(pre_softplus), A, B, C, pre_softplus
+    return u, F.softplus(pre_softplus), A, B, C, pre_softplus
 
 
-def _states_in_chunk(step, step_u, A, B, h, A_bar, H):
-    """Eq. 3 over one chunk of T steps from state h (B, K, N, D).
-
-    Fills A_bar[:T] with the decays of Eq. 5 and H[:T] with the states after each step; returns the last of them.
-    """
+def _open_chunk(step, step_u, A, B, A_bar, H):
+    """What the steps of a chunk need, for all T of them: fills A_bar[:T] with Eq. 5 and H[:T] with B_bar x of Eq. 3."""
     T = len(step)
     torch.mul(step.unsqueeze(3), A, out=A_bar[:T]).exp_()
     torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
-    for a_t, h_t in zip(A_bar[:T].unbind(), H[:T].unbind()):
-        h = h_t.addcmul_(a_t, h)
-    return h
 
 
 BACKENDS = {

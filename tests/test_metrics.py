@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import IGNORE
-from metrics import make_meters
+from metrics import IGNORE, delta_m, make_meters
 
 
 def score(task, channels, output, target):
@@ -129,3 +128,24 @@ def test_nothing_valid_is_an_error(task, channels):
 def test_unknown_task():
     with pytest.raises(ValueError, match="no metric for the task 'pose'"):
         make_meters({"pose": 17})
+
+
+NYUD_BASELINE = (54.32, 0.5166, 19.21, 77.30)    # Table 2, single-task
+
+
+@pytest.mark.parametrize("row, expected", [
+    ((53.72, 0.5239, 19.97, 76.50), -1.87), ((54.61, 0.5059, 19.00, 77.40), 0.95),    # Table 2
+    ((54.66, 0.4984, 18.81, 78.20), 1.84), ((54.75, 0.5054, 18.81, 78.20), 1.55),
+    ((55.82, 0.5066, 18.63, 78.70), 2.38), (NYUD_BASELINE, 0.0),
+    ((54.57, 0.5109, 19.95, 76.60), -0.79),                                           # Table 3
+    ((55.01, 0.4990, 18.73, 78.20), 2.08),                                            # Table 4
+    ((55.37, 0.5087, 18.76, 78.30), 1.77), ((54.50, 0.4981, 18.83, 78.20), 1.76),     # Table 5
+])
+def test_delta_m_of_the_papers_tables(row, expected):
+    tasks = ("semseg", "depth", "normal", "boundary")
+    assert delta_m(dict(zip(tasks, row)), dict(zip(tasks, NYUD_BASELINE))) == pytest.approx(expected, abs=0.01)
+
+
+def test_delta_m_of_other_tasks_is_an_error():
+    with pytest.raises(ValueError, match="the same tasks"):
+        delta_m({"semseg": 1.0}, {"semseg": 1.0, "depth": 1.0})
