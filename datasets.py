@@ -1,4 +1,8 @@
-"""Data sets for multi-task dense prediction.
+"""Data sets for multi-task dense prediction: PASCAL-Context, NYUDv2, and synthetic scenes that need no files.
+
+    python datasets.py check   --dataset pascal --root data/PASCALContext              # what is missing or wrong
+    python datasets.py prepare --dataset pascal --root data/PASCALContext              # once, to load faster
+    python datasets.py export  --format pascal --root data/PASCALContext --count 40    # synthetic scenes as its files
 
 Every data set yields one dictionary per image:
 
@@ -10,20 +14,34 @@ Every data set yields one dictionary per image:
     "boundary"  float32 (1, H, W)   1 on a boundary, 0 elsewhere
     "depth"     float32 (1, H, W)   metres along the optical axis, as a depth camera gives it
     "name"      str
-    "size"      (h, w)
+    "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
 with only those labels that were asked for. IGNORE marks label pixels that count neither in losses nor in metrics.
 """
 
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property, partial
 from math import cos, pi, sin
-from typing import Callable, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
+import scipy.io
 import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from metrics import IGNORE, boundary_ground_truth, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-IGNORE = 255
 PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
@@ -52,16 +70,14 @@ class Synthetic(torch.utils.data.Dataset):
 
         Raises ValueError for anything else.
         """
-        tasks = list(self.TASKS) if tasks is None else list(tasks)
-        if not tasks or not set(tasks) <= set(self.TASKS):
-            raise ValueError(f"expected tasks from {list(self.TASKS)}, found {tasks}; name at least one, None for all")
+        tasks = choose_tasks(self.TASKS, tasks)
         if count < 1:
             raise ValueError(f"expected count of at least 1, found {count}; ask for one image or more")
         if len(size) != 2 or min(size) < 32:
             raise ValueError(f"expected size (H, W) of at least 32 pixels each, found {size}; give a larger size")
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
-        self.count, self.size, self.seed, self.tasks = count, tuple(size), seed, {t: self.TASKS[t] for t in tasks}
+        self.count, self.size, self.seed, self.tasks = count, tuple(size), seed, tasks
 
     def __len__(self):
         return self.count
@@ -425,3 +441,669 @@ def instance_boundary(instance):
     """(H, W) integers -> float32 (H, W): 1 where a pixel differs from its right, lower or lower-right neighbour."""
     padded = np.pad(instance, ((0, 1), (0, 1)), mode="edge")
     return np.float32((instance != padded[:-1, 1:]) | (instance != padded[1:, :-1]) | (instance != padded[1:, 1:]))
+
+
+# ------------------------------------------------------------------------------------ PASCAL-Context and NYUDv2
+
+class FileDataset(torch.utils.data.Dataset):
+    """What PascalContext and NYUDv2 share: a split list, augmentation, padding.
+
+    dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
+    What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
+    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE).
+    """
+
+    TASKS = {}      # output channels by task
+    FOLDERS = {}    # folders by task, below the root; "image" for the images
+    COUNTS = {}     # images by split, as published
+    LIST = ""       # the file with a split's image IDs, one per line
+    FILES = None    # the class that reads one image and its labels
+
+    def __init__(self, root, split, tasks, size, augment, seed):
+        """root: folder; split: "train" or "val"; tasks: names from TASKS, None for all; size: (H, W) of the samples in
+        pixels; augment: None for the split "train" only; seed: of the augmentation.
+
+        Raises ValueError for other values and an empty list, FileNotFoundError where the list or a folder is missing.
+        The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+        """
+        self.tasks = choose_tasks(self.TASKS, tasks)
+        if split not in self.COUNTS:
+            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"expected size (H, W) of at least 1 pixel each, found {size}; give a larger size")
+        if seed < 0:
+            raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
+        self.root, self.split, self.size, self.seed = Path(root), split, tuple(size), seed
+        self.augment = split == "train" if augment is None else augment
+        for folder in ("", *dict.fromkeys(folder for key in ("image", *self.tasks) for folder in self.FOLDERS[key])):
+            if not (self.root / folder).is_dir():
+                raise FileNotFoundError(f"no folder {self.root / folder}; unpack the archive of {type(self).__name__}, "
+                                        "or give the place where it is unpacked as the root")
+        path = self.root / self.LIST.format(split)
+        with reading(path):
+            self.names = path.read_text().split()
+        if not self.names:
+            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        """The dictionary of the module's docstring. index: an int, or (epoch, index).
+
+        Raises IndexError outside 0..len-1; FileNotFoundError or ValueError, naming the file, for a file that is
+        missing, unreadable, of another size than its image or with values out of range, and for an image that is
+        larger than `size` where nothing crops it.
+        """
+        epoch, index = index if isinstance(index, tuple) else (0, index)
+        files = self.files(index)
+        image, labels = files.image, {task: files.label(task) for task in self.tasks}
+        if self.augment:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            image, labels = augment(image, labels, self.size, rng)
+        else:
+            self.check_fits(files)
+            image = to_tensor(image)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), self.size, 0))}
+        sample |= {task: decode(task, pad(label, self.size, PADDING[task])) for task, label in labels.items()}
+        return sample | {"name": files.name, "size": tuple(image.shape[1:])}
+
+    def files(self, index, prepared=True):
+        """What reads image `index`; prepared: whether from prepared labels where there are any."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
+        return self.FILES(self.root, self.names[index], prepared)
+
+    def boundary_truth(self, index):
+        """The boundaries that odsF scores against: bool (h, w), thinned, at the image's own size. Raises as [index]."""
+        return self.files(index).boundary_truth()
+
+    def check_fits(self, files):
+        """Raises ValueError where the image is larger than the padded size."""
+        (h, w), (H, W) = files.image.shape[:2], self.size
+        if h > H or w > W:
+            raise ValueError(f"expected an image of at most {H}x{W} (HxW), found {h}x{w} in {files.image_path}; "
+                             "evaluate at a larger size")
+
+
+class PascalContext(FileDataset):
+    """PASCAL-Context with the labels of the multi-task literature: 4,998 images to train on, 5,105 to validate.
+
+    semseg     PASCAL VOC's 20 classes and background 0.
+    parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
+               that is listed later stands.
+    saliency   1 where the distilled map is above 127.
+    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR).
+    boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
+               scores against another map, boundary_truth.
+    """
+
+    TASKS = {"semseg": 21, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1}
+    FOLDERS = {"image": ["JPEGImages"], "semseg": ["semseg"], "parsing": ["human_parts"], "saliency": ["sal_distill"],
+               "normal": ["normals_distill", "pascal-context/trainval"], "boundary": ["pascal-context/trainval"]}
+    COUNTS = {"train": 4998, "val": 5105}
+    LIST = "ImageSets/Context/{}.txt"
+    ROOT = "data/PASCALContext"
+
+    def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 512), augment=None, seed=0):
+        super().__init__(root, split, tasks, size, augment, seed)
+
+
+class NYUDv2(FileDataset):
+    """NYUDv2: 795 images to train on, 654 to validate, 425x560 each.
+
+    semseg     40 classes: 1..40 in the file are 0..39 here, 0 there is IGNORE here.
+    depth      metres; 0 in the file is IGNORE here.
+    normal     valid everywhere.
+    boundary   the edge image, as it is.
+    """
+
+    TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
+    FOLDERS = {"image": ["images"], "semseg": ["segmentation"], "depth": ["depth"], "normal": ["normals"],
+               "boundary": ["edge"]}
+    COUNTS = {"train": 795, "val": 654}
+    LIST = "gt_sets/{}.txt"
+    ROOT = "data/NYUDv2"
+
+    def __init__(self, root=ROOT, split="train", tasks=None, size=(448, 576), augment=None, seed=0):
+        super().__init__(root, split, tasks, size, augment, seed)
+
+
+DATASETS = {"pascal": PascalContext, "nyud": NYUDv2}
+
+
+def choose_tasks(table: dict[str, int], tasks: Iterable[str] | None) -> dict[str, int]:
+    """The chosen rows of {task: channels}, in the order asked for; None for all. Raises ValueError on other names."""
+    tasks = list(table) if tasks is None else list(tasks)
+    if not tasks or not set(tasks) <= set(table):
+        raise ValueError(f"expected tasks from {list(table)}, found {tasks}; name at least one, None for all")
+    return {task: table[task] for task in tasks}
+
+
+# ---------------------------------------------------------------------------------------------- one image's files
+
+class ImageFiles:
+    """Reads one image and its labels, each file at most once. Raises FileNotFoundError or ValueError naming the file.
+
+    The label of a task is an array close to its file, so that scaling and cropping move few bytes; decode makes the
+    final label of it.
+
+    semseg, parsing, saliency, boundary   uint8 (1, h, w), as in the module's docstring
+    normal                                uint8 (4, h, w): x, y, z as 255 (v + 1) / 2, and 1 where valid, else 0
+    depth                                 float32 (1, h, w), 0 where unknown
+    """
+
+    IMAGE = ()      # folder, suffix
+
+    def __init__(self, root: Path, name: str, prepared: bool = True):
+        self.root, self.name, self.prepared = root, name, prepared
+        self.image_path = self.path(*self.IMAGE)
+
+    def path(self, folder: str, suffix: str) -> Path:
+        return self.root / folder / (self.name + suffix)
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """RGB, uint8 (h, w, 3)."""
+        return read_image(self.image_path, "RGB")
+
+    def label(self, task: str) -> np.ndarray:
+        return getattr(self, task)()
+
+    def read(self, path: Path, mode: str | None = None) -> np.ndarray:
+        """A label image of the image's size: see read_image."""
+        return self.sized(read_image(path, mode), path)
+
+    def sized(self, label: np.ndarray, path: Path) -> np.ndarray:
+        """label (h, w) or (h, w, 3) itself. Raises ValueError where (h, w) is not the image's size."""
+        if label.shape not in (self.image.shape, self.image.shape[:2]):
+            raise ValueError(f"expected the size of {self.image_path.name}, {self.image.shape[:2]}, found "
+                             f"{label.shape} in {path}; unpack the archive again")
+        return label
+
+    def boundary_truth(self) -> np.ndarray:
+        return boundary_ground_truth(self.boundary()[0])
+
+
+class NYUDv2Files(ImageFiles):
+    IMAGE = "images", ".png"
+
+    def semseg(self):
+        path = self.path("segmentation", ".png")
+        label = in_range(self.read(path), 40, path)
+        return (label.astype(np.uint8) - np.uint8(1))[None]    # 0 becomes IGNORE by wrapping around
+
+    def depth(self):
+        path = self.path("depth", ".npy")
+        with reading(path):
+            depth = np.load(path).astype(np.float32)
+        return in_range(self.sized(depth, path), 100, path)[None]    # catches millimetres
+
+    def normal(self):
+        normal = self.read(self.path("normals", ".png"), "RGB")
+        return np.stack([*normal.transpose(2, 0, 1), np.ones(normal.shape[:2], np.uint8)])
+
+    def boundary(self):
+        return np.uint8(self.read(self.path("edge", ".png"), "L") > 127)[None]
+
+
+class PascalFiles(ImageFiles):
+    IMAGE = "JPEGImages", ".jpg"
+    PREPARED = "prepared", ".png"    # rename the folder when the packing changes, or old files will be misread
+
+    def semseg(self):
+        paths = [self.path(folder, ".png") for folder in ("semseg/VOC12", "semseg/pascal-context")]
+        path = paths[0] if paths[0].exists() else paths[1]
+        label = self.read(path)
+        return np.uint8(in_range(label, 20, path, IGNORE))[None]
+
+    def parsing(self):
+        if self.packed is not None:
+            part = self.packed & 7
+            return np.where(part == 7, np.uint8(IGNORE), part)[None]
+        path = self.path("human_parts", ".mat")
+        label = np.zeros(self.image.shape[:2], np.uint8)
+        for name, mask in person_parts(path):
+            if name not in PART_NAMES:
+                raise ValueError(f"expected parts of a person from {list(PART_NAMES)}, found {name!r} in {path}")
+            label[self.sized(mask, path) > 0] = PART_NAMES[name]
+        return (label if label.any() else np.full_like(label, IGNORE))[None]
+
+    def saliency(self):
+        return np.uint8(self.read(self.path("sal_distill", ".png"), "L") > 127)[None]
+
+    def normal(self):
+        indoor = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
+        normal = self.read(self.path("normals_distill", ".png"), "RGB")
+        return np.stack([*normal.transpose(2, 0, 1), np.uint8(indoor)])
+
+    def boundary(self):
+        edges = label_edges(self.label_map) if self.packed is None else self.packed >> 4 & 1
+        return np.uint8(edges)[None]
+
+    def boundary_truth(self):
+        if self.packed is None:
+            return boundary_ground_truth(self.label_map)
+        return (self.packed >> 5 & 1).astype(bool)
+
+    @cached_property
+    def label_map(self) -> np.ndarray:
+        """459 classes from 1, int32 (h, w)."""
+        path = self.path("pascal-context/trainval", ".mat")
+        return in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path).astype(np.int32)
+
+    @cached_property
+    def packed(self) -> np.ndarray | None:
+        """The prepared labels, uint8 (h, w), or None where there are none; see pack."""
+        path = self.path(*self.PREPARED)
+        if not self.prepared or not path.exists():
+            return None
+        try:
+            return self.read(path)
+        except ValueError as error:
+            raise ValueError(f"unusable file {path}; delete it and run `python datasets.py prepare` again") from error
+
+    def pack(self) -> np.ndarray:
+        """The labels that are slow to make from the originals, in the bits of one image, uint8 (h, w):
+        0-2 part of a person (7: ignored), 3 normal is valid, 4 boundary, 5 boundary to score against."""
+        masks = INDOOR[self.label_map], self.boundary()[0], self.boundary_truth()
+        return self.parsing()[0] & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
+
+
+PascalContext.FILES, NYUDv2.FILES = PascalFiles, NYUDv2Files
+
+PERSON_INDEX = 15                   # class_ind of a person in human_parts
+PART_NAMES = {name: part for part, names in enumerate((
+    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm", "llarm rlarm lhand rhand",
+    "luleg ruleg", "llleg rlleg lfoot rfoot"), start=HEAD) for name in names.split()}
+INDOOR = np.isin(np.arange(460), [    # by class of LabelMap
+    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53, 55, 56, 59,
+    61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113, 115, 122, 124, 135,
+    141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172, 174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215,
+    216, 219, 220, 223, 225, 228, 230, 232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272,
+    273, 275, 281, 283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323, 329,
+    330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405,
+    407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457])
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever a reader raises into FileNotFoundError or ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}; unpack the archive again") from error
+    except Exception as error:    # on damaged files the readers raise many kinds
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"unreadable file {path} ({reason}); unpack the archive again") from error
+
+
+def read_image(path: Path, mode: str | None = None) -> np.ndarray:
+    """uint8 (h, w, 3) for the mode "RGB", (h, w) for "L" (grey); None: one channel of integers (h, w), as stored."""
+    with reading(path), Image.open(path) as image:
+        if mode is None and len(image.getbands()) > 1:
+            raise ValueError(f"expected one channel, found {image.mode}")
+        return np.array(image if mode is None else image.convert(mode))
+
+
+def read_mat(path: Path, name: str) -> np.ndarray:
+    """The variable of a MATLAB file, structures as nested object arrays."""
+    with reading(path), open(path, "rb") as file:
+        return scipy.io.loadmat(file, variable_names=[name])[name]
+
+
+def person_parts(path: Path) -> list[tuple[str, np.ndarray]]:
+    """The parts of all persons in a file of human_parts, in its order: (name, mask (h, w))."""
+    anno = read_mat(path, "anno")
+    with reading(path):
+        persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
+        return [(part["part_name"].item(), part["mask"]) for person in persons for part in person["parts"].ravel()]
+
+
+def in_range(label: np.ndarray, last: int, path: Path, ignore: int = 0) -> np.ndarray:
+    """label itself. Raises ValueError where a value is neither in 0..last nor `ignore`, so also for nan."""
+    right = (label >= 0) & (label <= last) | (label == ignore)
+    if not right.all():
+        raise ValueError(f"expected values in 0..{last}{f' or {ignore}' if ignore else ''}, found {label[~right][0]} "
+                         f"in {path}; unpack the archive again")
+    return label
+
+
+def label_edges(label_map: np.ndarray) -> np.ndarray:
+    """Where the 4-neighbour Laplacian of a label map, mirrored at the border, is not 0; thinned: bool (h, w).
+
+    label_map: signed integers (h, w).
+    """
+    padded = np.pad(label_map, 1, mode="reflect")
+    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+    return thin(neighbours != 4 * padded[1:-1, 1:-1])
+
+
+PADDING = {"semseg": IGNORE, "parsing": IGNORE, "saliency": IGNORE, "boundary": IGNORE, "normal": 0, "depth": 0}
+
+
+def decode(task: str, label: np.ndarray) -> Tensor:
+    """A label of ImageFiles, padded with PADDING or not -> that of the module's docstring. Normals keep the length
+    that they have in the file, 1 up to its 8 bits."""
+    if task == "depth":
+        label = np.where(label > 0, label, np.float32(IGNORE))
+    elif task == "normal":
+        valid, label = label[3], label[:3] * np.float32(2 / 255)
+        label -= 1
+        np.copyto(label, IGNORE, where=valid == 0)
+    else:
+        label = label.astype(np.float32 if task == "boundary" else np.int64)
+    return torch.from_numpy(label)
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """uint8 (h, w, 3) -> float32 (3, h, w) in 0..1."""
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous().float() / 255
+
+
+def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of an area of the size `inner` (h, w) in the middle of one of the size `outer`."""
+    return tuple(slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(outer, inner))
+
+
+def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
+    """(C, h, w) -> (C, H, W), in the middle."""
+    padded = np.full((len(array), *size), value, array.dtype)
+    rows, columns = centred(size, array.shape[1:])
+    padded[:, rows, columns] = array
+    return padded
+
+
+# ---------------------------------------------------------------------------------------------------- augmentation
+
+SCALE = 0.5, 2.0
+CROPS = 10                                                       # tries
+LARGEST_SHARE = 0.75                                             # of one class among a crop's labelled pixels
+JITTER = (                                                      # each with probability 0.5, in this order
+    (lambda image, value: (image + value).clamp(0, 1), (-32 / 255, 32 / 255)),
+    (TF.adjust_contrast, (0.5, 1.5)),                            # about the mean grey
+    (TF.adjust_saturation, (0.5, 1.5)),
+    (TF.adjust_hue, (-0.1, 0.1)),                                # 0.1 of a turn is 36 degrees
+)
+
+
+def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, int], rng: np.random.Generator):
+    """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
+
+    image: uint8 (h, w, 3); labels: of ImageFiles, as are those returned; size: (H, W) of the crop, h' < H or w' < W
+    where the scaled image is smaller. Up to 10 crops are tried until no class of semseg covers more than 75 % of the
+    labelled pixels; without semseg the first one is taken. What is drawn does not depend on the image or the tasks.
+    """
+    scale = rng.uniform(*SCALE)
+    corners = rng.random((CROPS, 2))
+    flipped = rng.random() < 0.5
+    colours = [(adjust, rng.uniform(*bounds)) for adjust, bounds in JITTER]
+    colours = [colour for colour, applied in zip(colours, rng.random(len(JITTER)) < 0.5) if applied]
+
+    scaled = [max(1, round(length * scale)) for length in image.shape[:2]]
+    for corner in corners:
+        rows, columns = crop = [window(*lengths) for lengths in zip(corner, scaled, size)]
+        # The pixels of the original that are nearest to those of the crop.
+        y, x = (((np.arange(n)[part] + 0.5) * (m / n)).astype(int) for n, m, part in zip(scaled, image.shape, crop))
+        if "semseg" not in labels or not dominated(labels["semseg"][:, y][:, :, x]):
+            break
+
+    image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled, antialias=False)[:, rows, columns]
+    if flipped:
+        image, x = image.flip(2), x[::-1]
+    image = image.contiguous().float() / 255
+    for adjust, value in colours:
+        image = adjust(image, value)
+
+    labels = {task: label[:, y][:, :, x] for task, label in labels.items()}
+    if "depth" in labels:
+        labels["depth"] /= np.float32(scale)    # what looks larger is nearer
+    if "normal" in labels and flipped:
+        labels["normal"][0] = 255 - labels["normal"][0]    # x points the other way
+    return image, labels
+
+
+def window(position: float, length: int, size: int) -> slice:
+    """`size` consecutive ones of 0..length-1, or all of them; position in [0, 1) chooses where it starts."""
+    start = int(position * (max(length - size, 0) + 1))
+    return slice(start, min(start + size, length))
+
+
+def dominated(semseg: np.ndarray) -> bool:
+    """Whether one class covers more than LARGEST_SHARE of the labelled pixels."""
+    counts = np.bincount(semseg.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    return counts.max() > LARGEST_SHARE * counts.sum()
+
+
+# --------------------------------------------------------------------------------------- preparing, checking, export
+
+def prepare(root: Path, workers: int) -> list[str]:
+    """Writes the labels of PASCAL-Context that are slow to make, one image each, to the folder prepared below root.
+
+    May be interrupted and run again: it skips what is newer than its originals, and a file is there whole or not at
+    all. Returns the messages about images that could not be prepared.
+    """
+    splits = [PascalContext(root, split, ["parsing", "boundary"]) for split in PascalContext.COUNTS]
+    names = [name for split in splits for name in split.names]
+    PascalFiles(root, "").path(*PascalFiles.PREPARED).parent.mkdir(exist_ok=True)
+    return list(filter(None, parallel(partial(prepare_image, root), names, workers, "preparing")))
+
+
+def prepare_image(root: Path, name: str) -> str | None:
+    """Returns a message where the image's files are missing or wrong. Raises OSError where writing fails."""
+    files = PascalFiles(root, name, prepared=False)
+    target = files.path(*files.PREPARED)
+    originals = files.path("human_parts", ".mat"), files.path("pascal-context/trainval", ".mat")
+    if target.exists() and all(p.exists() and p.stat().st_mtime <= target.stat().st_mtime for p in originals):
+        return None
+    try:
+        packed = files.pack()
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    Image.fromarray(packed).save(temporary, "PNG")
+    os.replace(temporary, target)
+
+
+def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
+    """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
+    total = 0
+    for split, published in dataset.COUNTS.items():
+        try:
+            data = dataset(root, split)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"{split}: {error}")
+            total += 1
+            continue
+        found = parallel(partial(image_problems, data), range(len(data)), workers, f"checking {split}")
+        print(f"{split}: {len(data)} images; published: {published}")
+        for kind in ("image", *data.tasks, "prepared"):
+            messages = [problems[kind] for problems in found if kind in problems]
+            total += len(messages)
+            print_problems(kind, messages)
+    print(f"{total} problems" if total else "no problems")
+    return total
+
+
+def image_problems(data: FileDataset, index: int) -> dict[str, str]:
+    """Messages by task, and of the "image" and "prepared" labels. An image that cannot be read is all that is said."""
+    files, problems = data.files(index, prepared=False), {}
+    steps = {"image": partial(data.check_fits, files) if data.split == "val" else lambda: files.image}
+    steps |= {task: partial(files.label, task) for task in data.tasks}
+    steps |= {"prepared": partial(check_prepared, data.files(index), files)}
+    for kind, step in steps.items():
+        try:
+            step()
+        except (FileNotFoundError, ValueError) as error:
+            if str(error) not in problems.values():    # two labels may come from one file
+                problems[kind] = str(error)
+            if kind == "image":
+                break
+    return problems
+
+
+def check_prepared(files: ImageFiles, originals: ImageFiles):
+    """Raises ValueError where the prepared labels are not those of the originals."""
+    if isinstance(files, PascalFiles) and files.packed is not None and (files.packed != originals.pack()).any():
+        path = files.path(*files.PREPARED)
+        raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` again")
+
+
+def print_problems(kind: str, messages: list[str], shown: int = 3):
+    if messages:
+        print(f"  {kind}: {len(messages)} problems")
+        print("\n".join(f"    {message}" for message in messages[:shown]))
+        if len(messages) > shown:
+            print(f"    and {len(messages) - shown} more")
+
+
+def parallel(function: Callable, items: Iterable, workers: int, description: str) -> list:
+    """[function(item) for item in items] on `workers` processes (1: in this one), with a progress bar."""
+    bar = partial(tqdm, desc=description, total=len(items), unit="img")
+    if workers == 1:
+        return [function(item) for item in bar(items)]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(bar(pool.map(function, items, chunksize=8)))
+
+
+# By class of Synthetic: those of LabelMap, PASCAL VOC and NYUDv2 that come closest. Sphere, box, cylinder: potted
+# plant, table, bottle; for NYUDv2 other prop, box, lamp.
+LABEL_MAP = np.array([158, 440, 68, 360, 308, 397, 34, 284])
+VOC = np.array([0, 0, 0, 0, 16, 11, 5, PERSON_INDEX])
+VOC_NAMES = {16: "pottedplant", 11: "table", 5: "bottle", PERSON_INDEX: "person"}
+NYUD = np.array([2, 1, 22, 0, 40, 29, 35, 31])
+PART_FILES = ("", "head", "torso", "luarm", "llarm", "luleg", "llleg")    # one name for each of PARTS
+
+
+def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = None):
+    """Writes `count` synthetic scenes to train on and a quarter as many (at least 2) to validate, in the files of
+    "pascal" or "nyud" below root. size: (h, w) in pixels, None for 375x500 or 425x560; of PASCAL-Context's images
+    every fourth is upright.
+
+    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"expected an empty or a new folder, found {root}; name another one or remove it")
+    scene_files, usual = {"pascal": (pascal_files, (375, 500)), "nyud": (nyud_files, (425, 560))}[kind]
+    size = size or usual
+    for seed, (split, images) in enumerate({"train": count, "val": max(2, count // 4)}.items()):
+        scenes, upright = Synthetic(images, size, seed), Synthetic(images, size[::-1], seed)
+        names = [f"synthetic_{split}_{i:05d}" for i in range(images)]
+        for i, name in enumerate(tqdm(names, desc=f"exporting {split}", unit="img")):
+            maps = (upright if kind == "pascal" and i % 4 == 3 else scenes).render(i)
+            for path, content in scene_files(name, maps).items():
+                save_file(root / path, content)
+        save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
+
+
+def nyud_files(name: str, maps: dict[str, np.ndarray]) -> dict:
+    """What save_file takes, by path; maps: of Synthetic.render."""
+    return {
+        f"images/{name}.png": 255 * maps["image"],
+        f"segmentation/{name}.png": NYUD[maps["semseg"]],
+        f"depth/{name}.npy": np.where(maps["depth"] == IGNORE, 0, maps["depth"])[0],
+        f"normals/{name}.png": normal_pixels(maps["normal"]),
+        f"edge/{name}.png": 255 * maps["boundary"],
+    }
+
+
+def pascal_files(name: str, maps: dict[str, np.ndarray]) -> dict:
+    """As nyud_files. As in the archive, VOC12 has the semseg of only a part of the images."""
+    folder = "VOC12" if int(name[-1]) % 2 else "pascal-context"
+    return {
+        f"JPEGImages/{name}.jpg": 255 * maps["image"],
+        f"semseg/{folder}/{name}.png": VOC[maps["semseg"]],
+        f"pascal-context/trainval/{name}.mat": {"LabelMap": LABEL_MAP[maps["semseg"][0]].astype(np.uint16)},
+        f"human_parts/{name}.mat": {"anno": struct([(f"{name}.jpg", part_objects(maps))], "imname", "objects")},
+        f"normals_distill/{name}.png": normal_pixels(maps["normal"]),
+        f"sal_distill/{name}.png": 255 * maps["saliency"],
+    }
+
+
+def save_file(path: Path, content):
+    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mat":
+        scipy.io.savemat(path, content, do_compression=True)
+    elif path.suffix == ".npy":
+        np.save(path, content)
+    elif path.suffix == ".txt":
+        path.write_text(content)
+    else:
+        pixels = np.rint(content).astype(np.uint8)
+        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path, quality=95)
+
+
+def part_objects(maps: dict[str, np.ndarray]) -> np.ndarray:
+    """The objects of a scene as human_parts stores them; only persons have parts here. The scene does not know left
+    from right, nor a hand from an arm, so each body part has one name."""
+    semseg, instance, parsing = maps["semseg"][0], maps["instance"], maps["parsing"][0]
+    objects = []
+    for mask in (instance == number for number in np.unique(instance[semseg >= SPHERE])):
+        index = VOC[semseg[mask][0]]
+        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask]) if part]
+        objects.append((VOC_NAMES[index], index, np.uint8(mask), struct(parts, "part_name", "mask") if parts else []))
+    return struct(objects, "class", "class_ind", "mask", "parts")
+
+
+def struct(rows: list[tuple], *fields: str) -> np.ndarray:
+    """A MATLAB structure array, (1, rows)."""
+    array = np.empty((1, len(rows)), [(field, object) for field in fields])
+    array[0] = rows
+    return array
+
+
+def normal_pixels(normal: np.ndarray) -> np.ndarray:
+    """Unit vectors (3, h, w) -> pixels in 0..255; IGNORE becomes the normal that faces the viewer."""
+    normal = np.where(normal == IGNORE, np.reshape([0, 0, 1], (3, 1, 1)), normal)
+    return (normal + 1) * 255 / 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a run on bad input with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in (("check", "read every file; exit code 1 where something is missing or wrong"),
+                          ("prepare", "store the labels that are slow to make; may be interrupted and run again")):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("--dataset", choices=DATASETS, required=True)
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    purpose = "write synthetic scenes in the files of a data set"
+    command = commands.add_parser("export", help=purpose, description=purpose)
+    command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
+    command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
+    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500 or 425 560")
+    for command in commands.choices.values():
+        command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
+    args = parser.parse_args(argv)
+    dataset = DATASETS[args.dataset]
+    root = args.root or Path(dataset.ROOT)
+    try:
+        if args.command == "export":
+            export(args.dataset, root, args.count, args.size)
+            return 0
+        if args.workers < 1:
+            raise ValueError(f"expected --workers of at least 1, found {args.workers}")
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
+        if args.command == "check":
+            return int(check(dataset, root, args.workers) > 0)
+        if dataset is NYUDv2:
+            print("nothing to prepare: NYUDv2's labels are read fast enough as they are")
+            return 0
+        messages = prepare(root, args.workers)
+        print_problems("not prepared", messages)
+        return int(bool(messages))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,109 +1,420 @@
-"""Scores a checkpoint and draws what it predicts.
+"""Scores a checkpoint, draws what it predicts, and recomputes the paper's cost tables.
 
-    python evaluate.py --checkpoint runs/synthetic/last.pt
+    python evaluate.py --checkpoint runs/synthetic/last.pt                       # held-out synthetic scenes
+    python evaluate.py --checkpoint X --dataset nyud --data-root data/NYUDv2     # beside Table 1 of the paper
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint X --dataset pascal      # the images shared by eight GPUs
+    python evaluate.py --checkpoint X --image a.jpg folder/ --out pictures       # one's own pictures
+    python evaluate.py --cost --variant all                                      # Tables 2-4: parameters and FLOPs
 
-prints the metric of every task beside that of the best constant prediction, and writes a contact sheet next to the
-checkpoint (elsewhere with --out).
+X is a checkpoint of train.py or of the published implementation. Scores are printed and written to results.json, beside
+contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
 import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import IGNORE, IMAGE_MEAN, IMAGE_STD, Synthetic
-from metrics import LOWER_IS_BETTER, PRIMARY, make_meters
-from mtmamba import MTMamba, default_backend
+from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
+from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
+from mtmamba import ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, count_cost, default_backend, load_published_checkpoint
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
-EVALUATION_BATCH = 10
+EVALUATION_BATCH = 4
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 
+# Table 1, MTMamba's rows; Table 2's single-task row, against which the paper's delta_m is taken (it has none for
+# PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
+PAPER = {"nyud": {"semseg": 55.82, "depth": 0.5066, "normal": 18.63, "boundary": 78.70},
+         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80}}
+SINGLE_TASK = {"nyud": {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}}
+MAX_DIST = {"nyud": 0.011, "pascal": 0.0075}
 
-class Parser(argparse.ArgumentParser):
-    """Ends a run on bad input with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+# Tables 2-4, NYUDv2 at 448x576 with Swin-Large: parameters in millions, FLOPs in 1e9.
+PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (276.48, 435.47),
+              "stm3": (300.45, 516.82), "swin-multi-task": (303.18, 466.35), "swin-single-task": (888.77, 1074.79),
+              "mfe-wmsa": (451.81, 884.61), "gate-wmsa": (345.33, 659.29)}
 
 
 def main(argv: list[str] | None = None) -> Results:
+    """The scores; empty with --cost and --image. Exit code 2 on bad input, 1 where a picture was skipped."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="written by train.py")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder of the contact sheet (default: the checkpoint's)")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        device = torch.device(args.device)
-        model, config = load_checkpoint(args.checkpoint, device)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
-    print(f"scan backend: {default_backend(device)}")
-    dataset = held_out(config["img_size"], config["tasks"])
-    results = evaluate(model, dataset, device)
-    print_table({"model": results, "best constant": constant_baseline(dataset)})
+        check_arguments(args)
+        if args.cost:
+            print_cost(args)
+            return {}
+        device = start(args.device)
+        with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
+            model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+            print(f"scan backend: {default_backend(device)}")
+            if not args.image:
+                return score(args, model, config, device)
+            skipped = draw_pictures(args, model, device)
+    except (ValueError, OSError) as error:
+        parser.error(str(error).strip().splitlines()[-1])    # a worker's error has its traceback above that line
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    if skipped:
+        parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n")
+    return {}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="of train.py or of the published implementation")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's)")
+    add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
+        "core, at most 16; 0 for synthetic scenes)")
+    group = parser.add_argument_group("scores")
+    group.add_argument("--dataset", choices=["synthetic", *DATASETS], help="default: the one with the model's tasks")
+    group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
+    group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
+    group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
+    group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
+    group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
+    group = parser.add_argument_group("one's own pictures")
+    group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
+    group = parser.add_argument_group("cost, and the encoder of a published checkpoint")
+    group.add_argument("--cost", action="store_true", help="parameters and FLOPs; needs no checkpoint")
+    group.add_argument("--variant", choices=["all", *VARIANTS], help="of --cost (default: mtmamba)")
+    group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
+    group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+
+
+def check_arguments(args: argparse.Namespace):
+    """Raises ValueError for flags that would be ignored, and where there is nothing to do."""
+    if args.checkpoint is None and not args.cost:
+        raise ValueError("expected --checkpoint FILE, or --cost")
+    ignored = {"--variant": args.variant and not args.cost, "--features": args.features and not args.image,
+               "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image}
+    for flag in (flag for flag, given in ignored.items() if given):
+        raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+    if min(args.workers or 0, args.save_images) < 0:
+        raise ValueError("expected --workers and --save-images of at least 0")
+    if not isinstance(args.encoder_kwargs or {}, dict):
+        raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
+
+
+def start(name: str) -> torch.device:
+    """The device, and under torchrun the process group. Raises ValueError for a device that there is not."""
+    distributed = "WORLD_SIZE" in os.environ
+    if distributed and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
+        raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    if distributed and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
+                    encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
+    """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it.
+
+    encoder, encoder_kwargs: of a published checkpoint, which does not name them; None for Swin-Large. A checkpoint of
+    train.py knows its own. Raises FileNotFoundError, or ValueError where the file is something else or its weights do
+    not fit its configuration.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
+                                "published checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:    # the unpickler and the zip reader raise many kinds
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
+                         "something else than a file of train.py") from error
+    if isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint):
+        if encoder or encoder_kwargs:
+            raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
+        config = checkpoint["config"]
+        model = build_model(config)
+        load_own(model, checkpoint["model"], path)
+    elif is_published(checkpoint):
+        state = checkpoint.get("model", checkpoint)
+        config = dict(tasks=published_tasks(state), encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+        model = build_model(config)
+        try:
+            print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors")
+        except ValueError as error:
+            summary, first, *_ = str(error).splitlines()
+            raise ValueError(f"{path}: {summary} {first.strip()}, ...; give its encoder with --encoder") from error
+    else:
+        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found};"
+                         " nor a published one, whose keys begin with module.")
+    return model.to(device).eval(), config
+
+
+def build_model(config: dict) -> MTMamba:
+    try:
+        return MTMamba(**config)
+    except TypeError as error:    # arguments that MTMamba or the encoder does not have
+        raise ValueError(f"cannot build a model of {config}: {error}") from error
+
+
+def load_own(model: MTMamba, state: dict[str, Tensor], path: Path):
+    expected, found = ({key: value.shape for key, value in tensors.items()} for tensors in (model.state_dict(), state))
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if wrong:
+        raise ValueError(f"{path} holds weights of another architecture than its configuration says: {len(wrong)} "
+                         f"tensors are missing, left over or of another shape, first {wrong[0]}")
+    model.load_state_dict(state)
+
+
+def is_published(checkpoint: object) -> bool:
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    return isinstance(state, dict) and bool(state) and all(str(key).startswith("module.") for key in state)
+
+
+def published_tasks(state: dict[str, Tensor]) -> dict[str, int]:
+    """The tasks of a published checkpoint, in the order of the data set: the heads' channels tell which one it is."""
+    heads = {m[1]: len(value) for key, value in state.items()
+             if (m := re.fullmatch(r"module\.final_project\.(\w+)\.weight", key))}
+    found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
+    return dict(DATASETS[find_dataset(found, DATASETS)].TASKS)
+
+
+def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
+    """The data set with these tasks. Raises ValueError where none or several have them."""
+    fitting = [name for name in names if tasks.items() <= task_table(name).items()]
+    if len(fitting) != 1:
+        raise ValueError(f"expected the tasks (channels) of one data set, found {tasks}, which fit "
+                         f"{' and '.join(fitting) or 'none'}; name the data set with --dataset")
+    return fitting[0]
+
+
+def task_table(name: str) -> dict[str, int]:
+    return {"synthetic": Synthetic, **DATASETS}[name].TASKS
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.device) -> Results:
+    """Prints the table and writes results.json and the contact sheets, all from the first process."""
+    name = args.dataset or find_dataset(model.tasks, ["synthetic", *DATASETS])
+    dataset = open_dataset(name, model.tasks, config, args.data_root)
+    scored = read_boundary_list(args.boundary_list, dataset)
+    baseline = read_baseline(args.baseline)
+    rank, world = rank_and_world()
+    workers = args.workers
+    if workers is None:
+        workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
+    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
+                       predictions=args.save_predictions)
+    if rank > 0:
+        return results
+    print(f"{name}: {len(dataset)} images, odsF on {len(scored)} of them" if scored else f"{name}: {len(dataset)} images")
+    if name == "synthetic":
+        print_table({"model": results, "best constant": constant_baseline(dataset)})
+    else:
+        print_paper_table(results, PAPER[name])
+    improvement = compare(results, baseline, SINGLE_TASK.get(name))
+    if improvement is not None:
+        print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
+              + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
+    elif name != "synthetic":
+        print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
     out = args.out or args.checkpoint.parent
     out.mkdir(parents=True, exist_ok=True)
-    print("pictures:", save_contact_sheet(model, dataset, device, out / "contact_sheet.png"))
+    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
+                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
+    print("results:", out / "results.json")
+    for first in range(0, min(args.save_images, len(dataset)), 4):
+        path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
+        shown = range(first, min(first + 4, args.save_images, len(dataset)))
+        print("pictures:", save_contact_sheet(model, dataset, device, path, shown))
     return results
+
+
+def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | None) -> Dataset:
+    """What the model is scored on. Raises ValueError where it has other tasks than the model."""
+    if not tasks.items() <= task_table(name).items():
+        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose another "
+                         "--dataset")
+    if name == "synthetic":
+        return held_out(config["img_size"], tasks)
+    return DATASETS[name](root or DATASETS[name].ROOT, "val", list(tasks))
 
 
 def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
     return Synthetic(EVALUATION_IMAGES, img_size, seed=EVALUATION_SEED, tasks=list(tasks))
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[MTMamba, dict]:
-    """The model of a checkpoint of train.py, in evaluation mode, and MTMamba's arguments for it.
+def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
+    """The IDs in the file. Raises ValueError for those that the data set does not have."""
+    if path is None:
+        return None
+    names = set(path.read_text().split())
+    unknown = sorted(names - set(getattr(dataset, "names", ())))
+    if unknown or not names:
+        raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
+                         f"{f'{len(unknown)} others, first {unknown[0]}' if unknown else 'none'}")
+    return names
 
-    Raises FileNotFoundError, or ValueError where the file is something else or its weights do not fit its
-    configuration.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote")
+
+def read_baseline(path: Path | None) -> Results | None:
+    """The results in a results.json. Raises FileNotFoundError, or ValueError for another kind of file."""
+    if path is None:
+        return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # the unpickler and the zip reader raise many kinds
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
-                         "something else than a file of train.py") from error
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
-        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found}")
-    model = MTMamba(**checkpoint["config"])
-    expected, found = ({key: value.shape for key, value in state.items()}
-                       for state in (model.state_dict(), checkpoint["model"]))
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
-        raise ValueError(f"{path} holds weights of another architecture than its configuration says: {len(wrong)} "
-                         f"tensors are missing, left over or of another shape, first {wrong[0]}")
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), checkpoint["config"]
+        results = json.loads(path.read_text())["results"]
+        positive = all(value > 0 for metrics in results.values() for value in metrics.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of evaluate.py ({type(error).__name__})") from error
+    if not positive:
+        raise ValueError(f"expected a baseline with figures above 0, as delta_m divides by them, found {results} in {path}")
+    return results
 
 
-# --------------------------------------------------------------------------------------------------------- scores
+def compare(results: Results, baseline: Results | None, single_task: dict[str, float] | None) -> float | None:
+    """delta_m against a baseline's results or else the paper's; None where there is neither."""
+    ours = {task: metrics[primary(task, metrics)] for task, metrics in results.items()}
+    if baseline is not None:
+        names = {task: primary(task, metrics) for task, metrics in results.items()}
+        missing = [f"{name} of {task}" for task, name in names.items() if name not in baseline.get(task, {})]
+        if missing:
+            raise ValueError(f"the baseline has no {missing[0]}; score it on the same data set and tasks")
+        return delta_m(ours, {task: baseline[task][name] for task, name in names.items()})
+    return single_task and delta_m(ours, {task: single_task[task] for task in ours})
+
+
+def primary(task: str, metrics: dict[str, float]) -> str:
+    """The metric by which the task is compared: odsF where it was computed."""
+    return "odsF" if "odsF" in metrics else PRIMARY[task]
+
+
+def write_json(path: Path, content: dict):
+    """An existing file is replaced only by a whole one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class WithTruth(Dataset):
+    """A data set's samples, each with the boundaries that odsF scores against (None where it does not)."""
+
+    def __init__(self, dataset: Dataset, truths: bool, scored: set[str] | None):
+        self.dataset, self.truths, self.scored = dataset, truths, scored
+
+    def __getitem__(self, index):
+        sample = self.dataset[index]
+        wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
+        return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
+
 
 @torch.inference_mode()
-def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description: str = "evaluating") -> Results:
-    """Every metric of every task over a data set. The model's mode (train or eval) is left as it was."""
+def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description: str = "evaluating", workers: int = 0,
+             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None) -> Results:
+    """Every metric of every task over a data set. The model's mode (train or eval) is left as it was.
+
+    workers: processes that load, and as many that match boundaries (0: none). max_dist: of odsF, None for pixelF only.
+    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps.
+    Where a process group runs, every process has to call this: they share the images, and all return the same figures.
+    What is shared out are whole batches, as a model's outputs differ in the last digits with the batch: so the figures
+    are exactly the same for any number of processes.
+    """
+    rank, world = rank_and_world()
+    starts = range(0, len(dataset), EVALUATION_BATCH)[rank::world]
+    batches = [range(i, min(i + EVALUATION_BATCH, len(dataset))) for i in starts]
+    with_odsf = max_dist is not None and "boundary" in model.tasks
+    loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
+                        num_workers=workers)
     meters = make_meters(model.tasks)
+
+    def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Feeds the meters, and yields what odsF compares."""
+        with tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar:
+            for samples in loader:
+                outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
+                for task, meter in meters.items():
+                    meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
+                maps = {task: prediction(task, output.float()) for task, output in outputs.items()}
+                for i, sample in enumerate(samples):
+                    own = {task: values[i][own_area(sample)] for task, values in maps.items()}
+                    if predictions:
+                        save_raw(predictions, sample["name"], own)
+                    if sample["boundary_truth"] is not None:
+                        yield to_bytes(own["boundary"][0]), sample["boundary_truth"]
+                bar.update(len(samples))
+
     training = model.training
     model.eval()
-    with tqdm(total=len(dataset), desc=description, unit="img", leave=False) as bar:
-        for batch in DataLoader(dataset, EVALUATION_BATCH):
-            outputs = model(batch["image"].to(device))
-            for task, meter in meters.items():
-                meter.update(outputs[task], batch[task].to(device))
-            bar.update(len(batch["image"]))
+    counts = np.zeros((len(THRESHOLDS), 4), np.int64)
+    for image_counts in boundary_counts_each(boundaries(), max_dist, workers if with_odsf else 0):
+        counts += image_counts
     model.train(training)
-    return {task: meter.compute() for task, meter in meters.items()}
+
+    for meter in meters.values():
+        meter.sums = add_up(meter.sums.to(device))
+    results = {task: meter.compute() for task, meter in meters.items()}
+    if with_odsf:
+        counts = add_up(torch.from_numpy(counts).to(device)).cpu().numpy()
+        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
+    return results
+
+
+def own_area(sample: dict) -> tuple:
+    """Where the image itself lies in a sample's maps (C, H, W): the rest is padding."""
+    return (..., *centred(sample["image"].shape[1:], sample["size"]))
+
+
+def add_up(sums: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def to_bytes(probability: Tensor) -> np.ndarray:
+    """The 8 bits per pixel that boundaries are scored in: truncated, not rounded."""
+    return (255 * probability).to(torch.uint8).cpu().numpy()
+
+
+def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
+    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres (h, w), unit vectors (3, h, w)).
+
+    maps: of `prediction`, (1 or 3, h, w).
+    """
+    for task, values in maps.items():
+        path = folder / task / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if task in ("depth", "normal"):
+            np.save(f"{path}.npy", values.squeeze(0).cpu().numpy())
+        else:
+            pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
+            Image.fromarray(pixels).save(f"{path}.png")
 
 
 def constant_baseline(dataset: Synthetic) -> Results:
@@ -143,19 +454,42 @@ def best_constant(task: str, label: Tensor, channels: int) -> list[float]:
 def print_table(columns: dict[str, Results]):
     """One row per task with its primary metric, one column per set of results."""
     print(f"\n{'task':<10}{'metric':<8}" + "".join(f"{name:>16}" for name in columns))
-    for task in next(iter(columns.values())):
-        metric = PRIMARY[task]
+    for task, metrics in next(iter(columns.values())).items():
+        metric = primary(task, metrics)
         better = "lower" if task in LOWER_IS_BETTER else "higher"
         values = "".join(f"{results[task][metric]:>16.{3 if task == 'depth' else 2}f}" for results in columns.values())
         print(f"{task:<10}{metric:<8}{values}   {better} is better")
     print()
 
 
+def print_paper_table(results: Results, paper: dict[str, float]):
+    """One row per metric, the paper's beside the one that it tells, and the difference."""
+    print(f"\n{'task':<10}{'metric':<16}{'model':>10}{'paper':>10}{'difference':>12}")
+    for task, metrics in results.items():
+        better, digits = "lower" if task in LOWER_IS_BETTER else "higher", 4 if task == "depth" else 2
+        for metric, value in metrics.items():
+            row = f"{task:<10}{metric:<16}{value:>10.{digits}f}"
+            if metric in (primary(task, metrics), "maxF_published"):    # the paper's maxF is computed as the latter
+                row += f"{paper[task]:>10.{digits}f}{value - paper[task]:>+12.{digits}f}   {better} is better"
+            print(row)
+    print()
+
+
 # ------------------------------------------------------------------------------------------------------- pictures
 
 # Anchors of a colour map of even perceived steps, dark blue over green to yellow, for depth from near to far.
-DEPTH_COLORS = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
-                         (160, 218, 57), (253, 231, 37)])
+COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
+                      (160, 218, 57), (253, 231, 37)])
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
+                "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
+                "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
+                "bathtub, bag, other structure, other furniture, other prop").split(", ")
+CLASSES = {len(names): names for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS)}    # by channels
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}    # what is looked for in folders
+CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
 
 
 def voc_palette(classes: int = 256) -> np.ndarray:
@@ -181,18 +515,16 @@ def prediction(task: str, output: Tensor) -> Tensor:
 
 
 def colorize(task: str, label: np.ndarray, depth_range: tuple[float, float]) -> np.ndarray:
-    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels are black.
+    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels are black, of classes
+    VOC's cream.
 
     depth_range: metres, (nearest, farthest).
     """
     if task in ("semseg", "parsing"):
-        return voc_palette()[np.where(label[0] == IGNORE, 0, label[0])]
+        return voc_palette()[label[0]]
     valid = (label != IGNORE).all(0)[..., None]
     if task == "depth":
-        near, far = depth_range
-        position = np.clip((label[0] - near) / max(far - near, 1e-6), 0, 1) * (len(DEPTH_COLORS) - 1)
-        channels = [np.interp(position, np.arange(len(DEPTH_COLORS)), DEPTH_COLORS[:, c]) for c in range(3)]
-        picture = np.stack(channels, axis=-1)
+        picture = color_map(label[0], depth_range)
     elif task == "normal":
         picture = 255 * (label.transpose(1, 2, 0) + 1) / 2
     else:
@@ -200,36 +532,185 @@ def colorize(task: str, label: np.ndarray, depth_range: tuple[float, float]) -> 
     return np.where(valid, picture, 0).astype(np.uint8)
 
 
-@torch.inference_mode()
-def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, path: Path, images: int = 4) -> Path:
-    """Writes a PNG of the first images: the image, and each task's prediction above its ground truth, in colour."""
+def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """(H, W) -> (H, W, 3) in 0..255, from the first to the last colour of COLOR_MAP."""
+    low, high = bounds
+    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOR_MAP) - 1)
+    return np.stack([np.interp(position, np.arange(len(COLOR_MAP)), COLOR_MAP[:, c]) for c in range(3)], axis=-1)
+
+
+def value_range(depth: np.ndarray) -> tuple[float, float]:
+    """Of the valid pixels."""
+    metres = depth[depth != IGNORE]
+    return (float(metres.min()), float(metres.max())) if metres.size else (0.0, 1.0)
+
+
+def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in columns with titles; cells are as large as the column's and row's largest."""
     gap, caption = 4, 16
-    H, W = dataset[0]["image"].shape[1:]
-    tasks = list(model.tasks)
-    sheet = Image.new("RGB", ((W + gap) * (1 + len(tasks)), caption + 2 * (H + gap) * images), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(["image", *tasks]):
-        draw.text((column * (W + gap), 2), title, fill="black")
+    widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
+    heights = [max(picture.height for picture in row) + gap for row in rows]
+    sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), title, fill="black")
+        for i, row in enumerate(rows):
+            sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
+    return sheet
+
+
+def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
+    """Lines of text, each behind a square of its colour if it has one."""
+    picture = Image.new("RGB", (160, 16 * len(lines) + 2), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (text, color) in enumerate(lines):
+        if color is not None:
+            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color)
+        draw.text((18 if color is not None else 2, 16 * i + 2), text, fill="black")
+    return picture
+
+
+def explain(task: str, label: np.ndarray, channels: int) -> Image.Image:
+    """The legend of a map: the classes that occur in it, or the depth's range in metres."""
+    if task in ("semseg", "parsing"):
+        names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
+        return legend([(names[i], tuple(voc_palette()[i].tolist())) for i in np.unique(label)])
+    if task == "depth":
+        steps = np.linspace(*value_range(label), 5)
+        colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
+        return legend([(f"{metres:.2f} m", tuple(color)) for metres, color in zip(steps, colors)])
+    return legend([])
+
+
+@torch.inference_mode()
+def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, path: Path,
+                       images: Iterable[int] = range(4)) -> Path:
+    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour."""
     training = model.training
     model.eval()
-    for i in range(min(images, len(dataset))):
+    rows = []
+    for i in (i for i in images if i < len(dataset)):
         sample = dataset[i]
         outputs = model(sample["image"][None].to(device))
-        top = caption + 2 * (H + gap) * i
-        mean, std = (np.reshape(v, (3, 1, 1)) for v in (IMAGE_MEAN, IMAGE_STD))
-        image = 255 * np.clip(sample["image"].numpy() * std + mean, 0, 1)
-        sheet.paste(Image.fromarray(image.transpose(1, 2, 0).astype(np.uint8)), (0, top))
-        draw.text((gap, top + H + gap), "above: prediction\nbelow: ground truth", fill="black")
-        for column, task in enumerate(tasks, start=1):
-            truth = sample[task].numpy()
-            metres = truth[truth != IGNORE] if task == "depth" else np.zeros(1)
-            depth_range = (metres.min(), metres.max()) if metres.size else (0.0, 1.0)
-            for row, label in enumerate([prediction(task, outputs[task].float())[0].cpu().numpy(), truth]):
-                picture = Image.fromarray(colorize(task, label, depth_range))
-                sheet.paste(picture, (column * (W + gap), top + row * (H + gap)))
+        inner = own_area(sample)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
+        upper = [Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8))]
+        lower = [legend([("above: prediction", None), ("below: ground truth", None)])]
+        for task, output in outputs.items():
+            truth = sample[task].numpy()[inner]
+            guess = prediction(task, output.float())[0].cpu().numpy()[inner]
+            for row, label in ((upper, guess), (lower, truth)):
+                row.append(Image.fromarray(colorize(task, label, value_range(truth))))
+        rows += [upper, lower]
     model.train(training)
-    sheet.save(path)
+    contact_sheet(["image", *model.tasks], rows).save(path)
     return path
+
+
+def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
+    """Writes the predictions for one's own pictures and a contact sheet of each; returns how many it skipped."""
+    paths = find_pictures(args.image)
+    out = args.out or args.checkpoint.parent
+    out.mkdir(parents=True, exist_ok=True)
+    rank, world = rank_and_world()
+    skipped = 0
+    for path, stem in list(zip(paths, distinct_stems(paths)))[rank::world]:
+        try:
+            image = read_picture(path)
+            maps, heat = predict_picture(model, image, device)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
+            skipped += 1
+            continue
+        if args.save_predictions:
+            save_raw(args.save_predictions, stem, maps)
+        labels = {task: values.cpu().numpy() for task, values in maps.items()}
+        drawn = {task: Image.fromarray(colorize(task, label, value_range(label))) for task, label in labels.items()}
+        heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()} if args.features else {}
+        for name, picture in (drawn | heat).items():
+            picture.save(out / f"{stem}_{name}.png")
+        legends = [explain(task, label, model.tasks[task]) for task, label in labels.items()]
+        empty = legend([])
+        rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
+        for picture in (picture for row in rows for picture in row):
+            picture.thumbnail((CELL, CELL))
+        contact_sheet([path.name, *drawn], [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
+        print("pictures:", out / f"{stem}_sheet.png")
+    return skipped
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
+    found = [file for path in paths for file in (
+        sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
+    if not found:
+        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with {' '.join(sorted(PICTURES))}")
+    return found
+
+
+def distinct_stems(paths: list[Path]) -> list[str]:
+    """A name for the output of each file: its own without the ending, numbered where others have the same."""
+    stems = []
+    for path in paths:
+        stem, number = path.stem, 2
+        while stem in stems:
+            stem, number = f"{path.stem}_{number}", number + 1
+        stems.append(stem)
+    return stems
+
+
+def read_picture(path: Path) -> Image.Image:
+    """RGB, upright as its EXIF data say; 16 bits per pixel become 8, transparent parts white. Raises ValueError where
+    it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:    # Pillow's decoders raise many kinds
+        raise ValueError(f"not a readable picture ({error})") from error
+
+
+@torch.inference_mode()
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device) -> tuple[dict[str, Tensor], ...]:
+    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})"""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    pixels = ((to_tensor(np.array(image)) - mean) / std)[None].to(device)
+    features = model.decode(pixels)
+    outputs = model.predict(features, pixels.shape[2:])
+    heat = {}
+    for task, z in features.items():
+        norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
+        norm = F.interpolate(norm, scale_factor=4, mode="bilinear", align_corners=False)
+        heat[task] = norm[0, 0, :image.height, :image.width]
+    return {task: prediction(task, output.float())[0] for task, output in outputs.items()}, heat
+
+
+def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
+    """A heat map (h, w), from its minimum to its maximum, in colour over the image."""
+    colors = color_map(heat.cpu().numpy(), (heat.min().item(), heat.max().item()))
+    return Image.blend(image, Image.fromarray(colors.astype(np.uint8)), 0.6)
+
+
+# ----------------------------------------------------------------------------------------------------------- cost
+
+def print_cost(args: argparse.Namespace):
+    """Parameters and FLOPs of NYUDv2's four tasks at 448x576; the paper's figures are for Swin-Large."""
+    encoder = args.encoder or "swin-large"
+    as_in_paper = ENCODERS.get(encoder, encoder) == ENCODERS["swin-large"] and not args.encoder_kwargs
+    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two decimals)")
+    print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
+    for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
+        with torch.device("meta"):
+            model = MTMamba(NYUDv2.TASKS, (448, 576), encoder, encoder_kwargs=args.encoder_kwargs, variant=variant)
+        parameters, flops = count_cost(model, (448, 576))
+        paper = [f"{value:.2f}" for value in PAPER_COST.get(variant, ())] if as_in_paper else []
+        first, second = paper or ("", "")
+        print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
 
 
 if __name__ == "__main__":

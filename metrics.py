@@ -70,6 +70,12 @@ class Meter:
         return {name: float(value) for name, value in self.scores(self.sums.cpu()).items()}
 
 
+def rounded(x: Tensor) -> Tensor:
+    """To a multiple of 2^-20: then float64 sums up to 2^33 are exact, whatever the order in which batches and processes
+    are added, and so is the figure."""
+    return torch.round(x * 2**20) / 2**20
+
+
 class SegmentationMeter(Meter):
     """mIoU in percent: the mean over classes of TP / (TP + FP + FN), the background being a class.
 
@@ -170,7 +176,7 @@ class NormalMeter(Meter):
         valid = (target != IGNORE).all(1)
         p, t = F.normalize(output, dim=1), F.normalize(target.float(), dim=1)
         # Exact also for small angles, where the arc cosine of the product is not.
-        angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
+        angle = rounded(torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1))))
         return torch.stack([torch.where(valid, angle, 0).sum(dtype=torch.float64), valid.sum()])
 
     def scores(self, sums):
@@ -190,7 +196,7 @@ class DepthMeter(Meter):
         floored = output.clamp(min=1e-9)
         terms = (error ** 2, (floored - target).abs() / target, (floored.log() - target.log()) ** 2,
                  torch.ones_like(target))
-        return torch.stack([torch.where(valid, term, 0).sum(dtype=torch.float64) for term in terms])
+        return torch.stack([torch.where(valid, rounded(term), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
         squares, relative, log_squares, pixels = sums
@@ -244,14 +250,14 @@ def boundary_counts_parallel(items: Iterable, max_dist: float, workers: int) -> 
     calls this under `if __name__ == "__main__":`. Raises ValueError where items is empty.
     """
     length = len(items) if hasattr(items, "__len__") else None
-    total = sum(tqdm(_counts_of_each(items, max_dist, workers), desc="odsF", total=length, unit="image"))
+    total = sum(tqdm(boundary_counts_each(items, max_dist, workers), desc="odsF", total=length, unit="image"))
     if np.ndim(total) == 0:
         raise ValueError("there is no image to score: items is empty; check the data set's path and split")
     return total
 
 
-def _counts_of_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
-    """boundary_counts of the items, in their order."""
+def boundary_counts_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
+    """boundary_counts of the items, in their order; arguments as those of boundary_counts_parallel."""
     if workers == 0:
         for prediction, truth in items:
             yield boundary_counts(prediction, truth, max_dist)

@@ -126,6 +126,11 @@ class MTMamba(nn.Module):
         Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
         Raises ValueError on another shape or an integer image.
         """
+        return self.predict(self.decode(image), image.shape[2:])
+
+    def decode(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
+        to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError("expected a float image batch (B, 3, H, W), normalised with ImageNet's mean and "
@@ -141,11 +146,16 @@ class MTMamba(nn.Module):
             features = {t: shared for t in self.tasks}
         else:
             features = {t: self.encoder[t](image) for t in self.tasks}           # Eq. 9
-        z = {t: f[3] for t, f in features.items()}                               # (B, H/32, W/32, C_4)
+        z = {t: f[3] for t, f in features.items()}                               # (B, H'/32, W'/32, C_4)
         for i, stage in enumerate(self.stages):
-            z = stage(z, {t: f[2 - i] for t, f in features.items()})             # (B, H/16.., W/16.., C_3..)
+            z = stage(z, {t: f[2 - i] for t, f in features.items()})             # (B, H'/16.., W'/16.., C_3..)
+        return z
+
+    def predict(self, z: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The heads on the features of decode -> {task: (B, C_t, H, W)}; size: (H, W) of the image."""
         # The published implementation resizes here to the input's size. The heads end at four times stride 4, the
         # padded input's size, so cropping is all that is left to do.
+        H, W = size
         return {t: head(z[t]).permute(0, 3, 1, 2)[:, :, :H, :W] for t, head in self.heads.items()}
 
 

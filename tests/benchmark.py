@@ -2,18 +2,23 @@
 
     python tests/benchmark.py scan         # one SS2D scan on this machine's CPU, against its floor
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
+    python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
+    python tests/benchmark.py boundary     # seconds per image for odsF, one core
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from datasets import Synthetic
+from datasets import PascalContext, Synthetic, export, prepare
+from metrics import boundary_counts
 from mtmamba import K, selective_scan_2d
 
 
@@ -57,8 +62,41 @@ def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
     print(f"{size[0]}x{size[1]}, all labels, one process: {images / wall:.0f} images/s, {images / cpu:.0f} per CPU second")
 
 
+def data(images: int = 24, epochs: int = 2):
+    """Training samples of exported PASCAL-Context files: 375x500 JPEG to 512x512 augmented, five tasks, one core."""
+    torch.set_num_threads(1)    # as in a worker of the loader
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "PASCALContext"
+        export("pascal", root, images)
+        dataset = PascalContext(root)
+
+        def rate() -> float:
+            """Per second of this process's CPU time, which other processes on the machine do not lengthen much."""
+            dataset[0]    # warm up
+            start = time.process_time()
+            for epoch in range(epochs):
+                for i in range(images):
+                    dataset[epoch, i]
+            return epochs * images / (time.process_time() - start)
+
+        originals = rate()
+        prepare(root, workers=1)
+        print(f"training samples per CPU second: {originals:.0f} from the originals, {rate():.0f} prepared")
+
+
+def boundary(size: tuple[int, int] = (321, 481)):
+    """All 101 thresholds of an image, from the test images continued by their mirror images to 321x481."""
+    archive = np.load(Path(__file__).parent / "data" / "boundary_chain.npz")
+    for protocol, max_dist in (("pascal", 0.0075), ("nyud", 0.011)):
+        for i in "01":
+            prediction, truth = (np.pad(a, [(0, n - m) for n, m in zip(size, a.shape)], mode="symmetric")
+                                 for a in (archive[f"{i}_pred_u8"], archive[f"{i}_gt_{protocol}"]))
+            seconds = median_ms(lambda: boundary_counts(prediction, truth, max_dist), 3) / 1000
+            print(f"{protocol:<7} image {i}, {size[0]}x{size[1]}: {seconds:.2f} s")
+
+
 if __name__ == "__main__":
-    benchmarks = {"scan": scan, "synthetic": synthetic}
+    benchmarks = {"scan": scan, "synthetic": synthetic, "data": data, "boundary": boundary}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=benchmarks)
     benchmarks[parser.parse_args().benchmark]()

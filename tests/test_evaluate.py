@@ -1,0 +1,409 @@
+"""evaluate.py: tables, sharing over processes, boundary lists, raw maps, published checkpoints, own pictures, costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import evaluate
+import train
+from conftest import NYUD_TASKS, TINY_SWIN
+from metrics import boundary_counts, delta_m, make_meters, ods_f
+from mtmamba import MTMamba
+from test_model import published_state
+
+ROOT = Path(evaluate.__file__).parent
+SIZES = {"0001": (48, 64), "0002": (41, 57), "b": (33, 64), "0004": (47, 33), "0005": (40, 50)}    # odd and uneven
+CONFIG = dict(tasks=NYUD_TASKS, img_size=(64, 64), encoder="convnext_atto", variant="stm1", d_state=1,
+              encoder_kwargs=dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1)))
+
+
+class SmallNYUDv2(datasets.NYUDv2):
+    def __init__(self, root, split, tasks):
+        super().__init__(root, split, tasks, size=(48, 64))
+
+
+@pytest.fixture(autouse=True)
+def small_images(monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "nyud", SmallNYUDv2)
+
+
+@pytest.fixture(scope="session")
+def nyud(tmp_path_factory):
+    """Random images and labels in NYUDv2's files."""
+    root, rng = tmp_path_factory.mktemp("NYUDv2"), np.random.default_rng(0)
+    for folder in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
+        (root / folder).mkdir()
+    (root / "gt_sets/val.txt").write_text("\n".join(SIZES))
+    for name, (h, w) in SIZES.items():
+        blocks = np.kron(rng.integers(0, 41, (h // 8 + 1, w // 8 + 1)), np.ones((8, 8), int))[:h, :w].astype(np.uint8)
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(root / f"images/{name}.png")
+        Image.fromarray(blocks).save(root / f"segmentation/{name}.png")
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(root / f"normals/{name}.png")
+        Image.fromarray(np.where(blocks % 5 == 0, 255, 0).astype(np.uint8)).save(root / f"edge/{name}.png")
+        np.save(root / f"depth/{name}.npy", rng.uniform(0.5, 9, (h, w)).astype(np.float32))
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    model = MTMamba(**CONFIG)
+    torch.nn.init.normal_(model.heads["boundary"].project.weight, std=3)    # boundaries at every threshold
+    train.save_checkpoint(path, model, CONFIG, 1)
+    return path
+
+
+def arguments(checkpoint, nyud, out, *more):
+    return ["--checkpoint", str(checkpoint), "--data-root", str(nyud), "--out", str(out), "--workers", "0",
+            "--save-images", "0", "--device", "cpu", *map(str, more)]
+
+
+def fails(capsys, *argv):
+    """The message of a run that ends with one line and code 2."""
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+def test_table_and_results_json(checkpoint, nyud, tmp_path, capsys):
+    results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    table = capsys.readouterr().out
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["results"] == results and stored["dataset"] == "nyud" and stored["images"] == 5
+    ours = {task: next(iter(metrics.values())) for task, metrics in results.items()}
+    single = {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}
+    assert stored["delta_m"] == delta_m(ours, single)
+    assert f"single-task row of Table 2: {stored['delta_m']:+.2f} % (paper: +2.38 %)" in table
+    rows = {tuple(line.split()[:2]): line.split()[2:5] for line in table.splitlines() if line}
+    for (task, metric), paper, digits in ((("semseg", "mIoU"), 55.82, 2), (("depth", "RMSE"), 0.5066, 4),
+                                          (("normal", "mErr"), 18.63, 2), (("boundary", "odsF"), 78.70, 2)):
+        value = results[task][metric]
+        assert rows[task, metric] == [f"{v:.{digits}f}" for v in (value, paper)] + [f"{value - paper:+.{digits}f}"]
+    for metric in ("abs_rel", "log_rmse"):
+        assert rows["depth", metric] == [f"{results['depth'][metric]:.4f}"]
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.png"))
+
+
+def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
+    """Each image alone through the model; boundaries cropped to the image's own size and truncated to 8 bits."""
+    results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    dataset, meters, counts = SmallNYUDv2(nyud, "val", None), make_meters(NYUD_TASKS), 0
+    for i, (h, w) in enumerate(SIZES.values()):
+        sample = dataset[i]
+        with torch.no_grad():
+            outputs = model(sample["image"][None])
+        for task, meter in meters.items():
+            meter.update(outputs[task], sample[task][None])
+        top, left = (48 - h) // 2, (64 - w) // 2
+        probability = outputs["boundary"].sigmoid()[0, 0, top:top + h, left:left + w]
+        counts += boundary_counts((probability * 255).to(torch.uint8).numpy(), dataset.boundary_truth(i), 0.011)
+    for task, meter in meters.items():
+        for metric, value in meter.compute().items():
+            assert results[task][metric] == pytest.approx(value, rel=1e-6), metric
+    assert results["boundary"]["odsF"] == pytest.approx(100 * ods_f(counts), rel=1e-3)
+    assert 0 < results["boundary"]["odsF"] < 100
+
+
+def test_baseline(checkpoint, nyud, tmp_path, capsys):
+    results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    half = {task: {metric: value / 2 for metric, value in metrics.items()} for task, metrics in results.items()}
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"results": half}))
+    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", path))
+    assert f"delta_m against {path}: +0.00 %" in capsys.readouterr().out    # two gains and two losses of 100 %
+    half["boundary"] = {"pixelF": 1.0}
+    for content, message in (({"results": half}, "no odsF of boundary"), ({"results": {"semseg": {"mIoU": 0}}}, "above 0"),
+                             ({}, "not a results.json"), ([], "not a results.json")):
+        path.write_text(json.dumps(content))
+        assert message in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", path))
+    assert "nowhere.json" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", "nowhere.json"))
+
+
+def test_boundary_list_restricts_odsf_alone(checkpoint, nyud, tmp_path, capsys):
+    everything = evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    ids = tmp_path / "ids.txt"
+    ids.write_text("0002\nb\n")
+    capsys.readouterr()
+    listed = evaluate.main(arguments(checkpoint, nyud, tmp_path, "--boundary-list", ids))
+    assert "odsF on 2 of them" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["boundary_images"] == 2
+    assert listed["boundary"].pop("odsF") != everything["boundary"].pop("odsF")
+    assert listed == everything
+    ids.write_text("\n".join(SIZES))
+    assert evaluate.main(arguments(checkpoint, nyud, tmp_path, "--boundary-list", ids))["boundary"]["odsF"] == (
+        json.loads((tmp_path / "results.json").read_text())["results"]["boundary"]["odsF"])
+    ids.write_text("0002\n0003\n")
+    assert "1 others, first 0003" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--boundary-list", ids))
+
+
+DRIVER = """
+import sys
+import datasets, evaluate
+from test_evaluate import SmallNYUDv2
+if __name__ == "__main__":
+    datasets.DATASETS["nyud"] = SmallNYUDv2
+    evaluate.EVALUATION_BATCH = 2
+    evaluate.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_give_exactly_the_figures_of_one(checkpoint, nyud, tmp_path, monkeypatch, capsys):
+    """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one process for boundaries."""
+    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
+    alone = evaluate.main(arguments(checkpoint, nyud, tmp_path / "one", "--save-predictions", tmp_path / "maps1"))
+    table = capsys.readouterr().out
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "driver.py",
+         *arguments(checkpoint, nyud, tmp_path / "two", "--save-predictions", tmp_path / "maps2", "--workers", "1")],
+        capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "two/results.json").read_text())["results"] == alone
+    assert run.stdout.replace("two/results", "one/results") == table    # one process prints
+    maps = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*")) for d in ("maps1", "maps2")]
+    assert maps[0] == maps[1] and len(maps[0]) == 4 * 5
+
+
+def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
+    """More processes than batches: some have nothing to do."""
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    dataset = SmallNYUDv2(nyud, "val", None)
+    alone, sums = evaluate.evaluate(model, dataset, torch.device("cpu"), max_dist=0.011), []
+    monkeypatch.setattr(evaluate, "add_up", lambda tensor: sums[-1].append(tensor.clone()) or tensor)
+    monkeypatch.setattr(evaluate.Meter, "compute", lambda self: {"pixelF": 0.0})
+    for rank in range(3):
+        sums.append([])
+        monkeypatch.setattr(evaluate, "rank_and_world", lambda: (rank, 3))
+        evaluate.evaluate(model, dataset, torch.device("cpu"), max_dist=0.011)
+    total = [sum(parts) for parts in zip(*sums)]
+    assert sums[2][0].sum() == 0 and total[0].sum() == sum((sample["semseg"] != 255).sum() for sample in dataset)
+    assert 100 * ods_f(total[-1].numpy()) == alone["boundary"]["odsF"]
+
+
+def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, tmp_path):
+    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-predictions", tmp_path / "maps"))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    dataset = SmallNYUDv2(nyud, "val", None)
+    for i, (name, (h, w)) in enumerate(SIZES.items()):
+        with torch.no_grad():
+            outputs = model(dataset[i]["image"][None])
+        top, left = (48 - h) // 2, (64 - w) // 2
+        semseg, depth, normal, boundary = (outputs[task][0, :, top:top + h, left:left + w] for task in NYUD_TASKS)
+        stored = np.asarray(Image.open(tmp_path / f"maps/semseg/{name}.png"))
+        assert stored.shape == (h, w) and (stored == semseg.argmax(0).numpy()).mean() > 0.999
+        stored = np.asarray(Image.open(tmp_path / f"maps/boundary/{name}.png")).astype(int)
+        assert stored.shape == (h, w) and abs(stored - (255 * boundary[0].sigmoid()).int().numpy()).max() <= 1
+        np.testing.assert_allclose(np.load(tmp_path / f"maps/depth/{name}.npy"), depth[0].clamp(min=0), atol=1e-4)
+        normal = torch.nn.functional.normalize(normal, dim=0)
+        np.testing.assert_allclose(np.load(tmp_path / f"maps/normal/{name}.npy"), normal, atol=1e-3)
+
+
+def test_contact_sheets(checkpoint, nyud, tmp_path):
+    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-images", "5"))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["contact_sheet.png", "contact_sheet_2.png"]
+    sheet = np.asarray(Image.open(tmp_path / "contact_sheet_2.png"))
+    image = np.asarray(Image.open(nyud / "images/0005.png"))
+    assert abs(sheet[16:16 + 40, :50].astype(int) - image).max() <= 1
+    truth = np.asarray(Image.open(nyud / "segmentation/0005.png")) - np.uint8(1)
+    column = 160 + 4
+    np.testing.assert_array_equal(sheet[16 + 44:16 + 84, column:column + 50], evaluate.voc_palette()[truth])
+
+
+def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
+    """Of the tasks that NYUDv2 does not have, too; the images in the form of the data set's files."""
+    datasets.export("pascal", tmp_path / "data", 1, size=(48, 64))
+    config = CONFIG | {"tasks": datasets.PascalContext.TASKS}
+    torch.manual_seed(0)
+    train.save_checkpoint(tmp_path / "last.pt", MTMamba(**config), config, 1)
+    results = evaluate.main(["--checkpoint", str(tmp_path / "last.pt"), "--data-root", str(tmp_path / "data"),
+                             "--workers", "0", "--device", "cpu", "--save-predictions", str(tmp_path / "maps")])
+    printed = capsys.readouterr().out
+    assert list(results) == list(evaluate.PAPER["pascal"]) and "no delta_m" in printed
+    for task, metric, paper in (("parsing", "mIoU", "72.62"), ("saliency", "maxF", "84.14"), ("boundary", "odsF", "78.80"),
+                                ("saliency", "maxF_published", "84.14")):
+        row = next(line.split() for line in printed.splitlines() if line.split()[:2] == [task, metric])
+        assert row[2:4] == [f"{results[task][metric]:.2f}", paper]
+    saliency = np.asarray(Image.open(next(tmp_path.glob("maps/saliency/*.png"))))
+    assert saliency.shape == (48, 64) and len(np.unique(saliency)) > 5
+    assert (tmp_path / "contact_sheet.png").exists() and (tmp_path / "results.json").exists()
+
+
+def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
+    state = published_state(data("published_nyud_tiny.npz"))
+    path = tmp_path / "published.pth"
+    torch.save({"model": state}, path)
+    options = ["--encoder-kwargs", json.dumps(TINY_SWIN)]
+    results = evaluate.main(arguments(path, nyud, tmp_path, *options))
+    assert f"loaded {len(state)}/{len(state)} tensors" in capsys.readouterr().out
+    model = tiny_model()
+    evaluate.load_published_checkpoint(model, state)
+    assert evaluate.evaluate(model, SmallNYUDv2(nyud, "val", None), torch.device("cpu"), max_dist=0.011) == results
+    message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
+    assert "does not fit the model" in message and "--encoder" in message
+    assert "other --dataset" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
+    assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"nonsense": 1}'))
+    torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(19, 12, 1, 1)}}, path)
+    assert "{'semseg': 19}" in fails(capsys, *arguments(path, nyud, tmp_path))
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--dataset", "synthetic"], "choose another --dataset"),
+    (["--dataset", "cityscapes"], "cityscapes"),
+    (["--data-root", "nowhere"], "no folder nowhere"),
+    (["--device", "tpu9"], "tpu9"),
+    (["--boundary-list", "nowhere.txt"], "nowhere.txt"),
+    (["--save-images", "-1"], "--save-images"),
+    (["--encoder", "swin-tiny"], "leave out --encoder"),
+    (["--encoder-kwargs", "[1]"], "--encoder-kwargs"),
+    (["--encoder-kwargs", "{"], "--encoder-kwargs"),
+    (["--features"], "--features"),
+    (["--variant", "stm1"], "--variant"),
+])
+def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):
+    assert message in fails(capsys, *arguments(checkpoint, nyud, tmp_path), *argv)
+
+
+def test_broken_file_of_the_data_set(checkpoint, nyud, tmp_path, capsys):
+    """In a worker: its traceback does not reach the user."""
+    broken = tmp_path / "data"
+    broken.mkdir()
+    for folder in nyud.iterdir():
+        (broken / folder.name).symlink_to(folder)
+    (broken / "depth").unlink()
+    (broken / "depth").mkdir()
+    assert "0001.npy" in fails(capsys, *arguments(checkpoint, broken, tmp_path, "--workers", "1"))
+
+
+# -------------------------------------------------------------------------------------------------- own pictures
+
+def draw(checkpoint, out, *paths):
+    """(files written, exit code)"""
+    code = 0
+    try:
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out), "--image", *map(str, paths)])
+    except SystemExit as exit:
+        code = exit.code
+    return {path.name: np.asarray(Image.open(path)) for path in out.glob("*.png")}, code
+
+
+@pytest.fixture
+def picture():
+    x, y = np.meshgrid(np.arange(70), np.arange(45))
+    return Image.fromarray(np.stack([x * 3, y * 5, (x * y) % 256], axis=-1).astype(np.uint8))
+
+
+def test_pictures_are_drawn_at_their_own_size(checkpoint, picture, tmp_path, capsys):
+    picture.save(tmp_path / "a.png")
+    files, code = draw(checkpoint, tmp_path / "out", tmp_path / "a.png", "--features")
+    assert code == 0 and set(files) == {"a_sheet.png"} | {f"a_{t}{k}.png" for t in NYUD_TASKS for k in ("", "_feature")}
+    assert all(pixels.shape == (45, 70, 3) for name, pixels in files.items() if name != "a_sheet.png")
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    mean, std = np.float32(datasets.IMAGE_MEAN), np.float32(datasets.IMAGE_STD)
+    image = torch.from_numpy((np.asarray(picture) / np.float32(255) - mean) / std).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        outputs, features = model(image), model.decode(image)
+    np.testing.assert_array_equal(files["a_semseg.png"], evaluate.voc_palette()[outputs["semseg"][0].argmax(0)])
+    normal = torch.nn.functional.normalize(outputs["normal"][0], dim=0).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(files["a_normal.png"], 255 * (normal + 1) / 2, atol=1.1)
+    boundary = 255 * outputs["boundary"][0, 0].sigmoid().numpy()
+    np.testing.assert_allclose(files["a_boundary.png"], np.repeat(boundary[..., None], 3, axis=2), atol=1.1)
+    assert features["depth"].shape == (1, 16, 24, 12)    # 45 x 70, padded to 64 x 96, at stride 4
+    heat = features["depth"].norm(dim=-1)[0]
+    hottest = np.unravel_index(heat[:11, :17].argmax(), (11, 17))
+    colored = (files["a_depth_feature.png"] - 0.4 * np.asarray(picture)) / 0.6
+    bright = colored.sum(-1)[4 * hottest[0]:4 * hottest[0] + 4, 4 * hottest[1]:4 * hottest[1] + 4]
+    assert bright.max() > 0.9 * colored.sum(-1).max()
+
+
+def test_legend_names_what_occurs(checkpoint):
+    label = np.zeros((1, 4, 4), np.int64)
+    label[0, 0, 0] = 39
+    two = np.asarray(evaluate.explain("semseg", label, 40))
+    assert two.shape[0] == 2 * 16 + 2 and (two[8 + 16, 6] == evaluate.voc_palette()[39]).all()
+    assert evaluate.CLASSES[40][0] == "wall" and evaluate.CLASSES[40][39] == "other prop"
+    assert evaluate.CLASSES[21][15] == "person" and evaluate.CLASSES[7][1] == "head"
+    assert {len(names) for names in (evaluate.NYUD_CLASSES, evaluate.VOC_CLASSES)} == {40, 21}
+    depth = np.asarray(evaluate.explain("depth", np.linspace(1, 5, 16).reshape(1, 4, 4), 1))
+    assert (depth[8, 6] == evaluate.COLOR_MAP[0]).all() and (depth[8 + 4 * 16, 6] == evaluate.COLOR_MAP[-1]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "I;16"])
+def test_modes(mode, picture, tmp_path):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    grey = np.asarray(picture.convert("L"))
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    image.save(path)
+    read = np.asarray(evaluate.read_picture(path)).astype(int)
+    expected = np.repeat(grey[..., None], 3, axis=2) if mode in ("L", "LA", "I;16") else np.asarray(
+        picture.convert(mode).convert("RGB"))
+    assert abs(read - expected).max() <= 1
+
+
+def test_transparent_parts_become_white(picture, tmp_path):
+    alpha = Image.fromarray(np.where(np.arange(70) < 30, 255, 0).astype(np.uint8)[None].repeat(45, axis=0))
+    picture.putalpha(alpha)
+    picture.save(tmp_path / "a.png")
+    read = np.asarray(evaluate.read_picture(tmp_path / "a.png"))
+    assert (read[:, 30:] == 255).all() and (read[:, :30] == np.asarray(picture)[:, :30, :3]).all()
+
+
+def test_exif_rotation(checkpoint, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6    # to be turned clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    upright = np.asarray(evaluate.read_picture(tmp_path / "a.png"))
+    np.testing.assert_array_equal(upright, np.rot90(np.asarray(picture), k=-1))
+    files, code = draw(checkpoint, tmp_path / "out", tmp_path / "a.png")
+    assert code == 0 and files["a_semseg.png"].shape == (70, 45, 3)
+
+
+def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    picture.save(folder / "good.JPG", "JPEG")
+    (folder / "truncated.png").write_bytes((folder / "good.JPG").read_bytes()[:700])
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "notes.txt").write_text("not looked at")
+    picture.crop((0, 0, 40, 31)).save(folder / "small.png")
+    picture.save(tmp_path / "good.png")
+    files, code = draw(checkpoint, tmp_path / "out", folder, tmp_path / "missing.png", tmp_path / "good.png")
+    captured = capsys.readouterr()
+    assert code == 1 and "4 of the pictures skipped" in captured.err and "notes" not in captured.err
+    for name in ("truncated.png", "text.jpg", "small.png", "missing.png"):
+        assert any(line.startswith("skipped ") and name in line for line in captured.err.splitlines())
+    assert "32x32" in captured.err
+    assert {name.rsplit("_", 1)[0] for name in files} == {"good", "good_2"} and len(files) == 2 * 5
+    assert np.abs(files["good_semseg.png"].astype(int) - files["good_2_semseg.png"]).any()    # lossy and lossless
+
+
+def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):
+    assert "no pictures" in fails(capsys, "--checkpoint", checkpoint, "--image", tmp_path, "--device", "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------- cost
+
+def test_cost_beside_the_papers(capsys):
+    assert evaluate.main(["--cost", "--variant", "stm1"]) == {}
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["stm1", "252.5188", "252.51", "354.1305", "354.13"]
+
+
+def test_cost_of_every_variant_with_another_encoder(capsys):
+    evaluate.main(["--cost", "--variant", "all", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(evaluate.VARIANTS) and all(len(row) == 3 for row in rows)
+    assert len({row[1] for row in rows}) == len(rows)
