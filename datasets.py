@@ -90,6 +90,10 @@ class Synthetic(torch.utils.data.Dataset):
         sample |= {task: torch.from_numpy(maps[task]) for task in self.tasks}
         return sample | {"name": f"synthetic-{index:06d}", "size": self.size}
 
+    def boundary_truth(self, index):
+        """The boundaries that odsF scores against: bool (H, W), the label thinned. Raises as [index]."""
+        return thin(self.render(index)["boundary"][0] > 0)
+
     def render(self, index):
         """Image `index` in numpy: "image" (3, H, W) in 0..1, the labels of all tasks, "instance" int64 (H, W), and
         "rays" float32 (3, H, W), directions in camera space with z = -1: depth times ray is the point seen.

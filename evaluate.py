@@ -43,7 +43,7 @@ Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 PAPER = {"nyud": {"semseg": 55.82, "depth": 0.5066, "normal": 18.63, "boundary": 78.70},
          "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80}}
 SINGLE_TASK = {"nyud": {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}}
-MAX_DIST = {"nyud": 0.011, "pascal": 0.0075}
+MAX_DIST = {"nyud": 0.011, "pascal": 0.0075, "synthetic": 0.02}    # the synthetic images are small: 2 pixels
 
 # Tables 2-4, NYUDv2 at 448x576 with Swin-Large: parameters in millions, FLOPs in 1e9.
 PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (276.48, 435.47),
@@ -147,6 +147,21 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     train.py knows its own. Raises FileNotFoundError, or ValueError where the file is something else or its weights do
     not fit its configuration.
     """
+    checkpoint = read_checkpoint(path)
+    if is_published(checkpoint):
+        tasks = published_tasks(checkpoint.get("model", checkpoint))
+        config = dict(tasks=tasks, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+    elif encoder or encoder_kwargs:
+        raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
+    else:
+        config = checkpoint["config"]
+    model = build_model(config)
+    load_weights(model, checkpoint, path)
+    return model.to(device).eval(), config
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of train.py or a published one. Raises FileNotFoundError, or ValueError for another kind of file."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
                                 "published checkpoint")
@@ -155,26 +170,31 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     except Exception as error:    # the unpickler and the zip reader raise many kinds
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
                          "something else than a file of train.py") from error
-    if isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint):
-        if encoder or encoder_kwargs:
-            raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
-        config = checkpoint["config"]
-        model = build_model(config)
-        load_own(model, checkpoint["model"], path)
-    elif is_published(checkpoint):
-        state = checkpoint.get("model", checkpoint)
-        config = dict(tasks=published_tasks(state), encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
-        model = build_model(config)
-        try:
-            print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors")
-        except ValueError as error:
-            summary, first, *_ = str(error).splitlines()
-            raise ValueError(f"{path}: {summary} {first.strip()}, ...; give its encoder with --encoder") from error
-    else:
+    if not is_published(checkpoint) and not (isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint)):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found};"
                          " nor a published one, whose keys begin with module.")
-    return model.to(device).eval(), config
+    return checkpoint
+
+
+def load_weights(model: MTMamba, checkpoint: dict, path: Path):
+    """The weights of a checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
+    if is_published(checkpoint):
+        state = checkpoint.get("model", checkpoint)
+        try:
+            print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors of {path}")
+        except ValueError as error:
+            summary, first, *_ = str(error).splitlines()
+            raise ValueError(f"{path}: {summary} {first.strip()}, ...; give its encoder with --encoder") from error
+        return
+    state = checkpoint["model"]
+    expected, found = ({key: value.shape for key, value in tensors.items()} for tensors in (model.state_dict(), state))
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if wrong:
+        raise ValueError(f"{path} holds weights of another architecture or other tasks: {len(wrong)} tensors are "
+                         f"missing, left over or of another shape, first {wrong[0]}")
+    model.load_state_dict(state)
+    print(f"loaded {len(state)}/{len(expected)} tensors of {path}")
 
 
 def build_model(config: dict) -> MTMamba:
@@ -182,15 +202,6 @@ def build_model(config: dict) -> MTMamba:
         return MTMamba(**config)
     except TypeError as error:    # arguments that MTMamba or the encoder does not have
         raise ValueError(f"cannot build a model of {config}: {error}") from error
-
-
-def load_own(model: MTMamba, state: dict[str, Tensor], path: Path):
-    expected, found = ({key: value.shape for key, value in tensors.items()} for tensors in (model.state_dict(), state))
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
-        raise ValueError(f"{path} holds weights of another architecture than its configuration says: {len(wrong)} "
-                         f"tensors are missing, left over or of another shape, first {wrong[0]}")
-    model.load_state_dict(state)
 
 
 def is_published(checkpoint: object) -> bool:
@@ -231,13 +242,13 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     workers = args.workers
     if workers is None:
         workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
-    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
+    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST[name], scored=scored,
                        predictions=args.save_predictions)
     if rank > 0:
         return results
     print(f"{name}: {len(dataset)} images, odsF on {len(scored)} of them" if scored else f"{name}: {len(dataset)} images")
     if name == "synthetic":
-        print_table({"model": results, "best constant": constant_baseline(dataset)})
+        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
     else:
         print_paper_table(results, PAPER[name])
     improvement = compare(results, baseline, SINGLE_TASK.get(name))
@@ -417,11 +428,11 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
             Image.fromarray(pixels).save(f"{path}.png")
 
 
-def constant_baseline(dataset: Synthetic) -> Results:
+def constant_baseline(dataset: Synthetic, max_dist: float | None = None) -> Results:
     """The scores of the best prediction that is the same everywhere: what a model must beat to have learned anything.
 
     Fitted to the very labels that it is scored on: the most frequent class, everything salient or boundary, the mean
-    depth, and the direction with the least mean angle.
+    depth, and the direction with the least mean angle. max_dist: of odsF, None for pixelF only.
     """
     samples = list(tqdm(dataset, desc="labels for the best constant", unit="img", leave=False))
     meters = make_meters(dataset.tasks)
@@ -429,7 +440,12 @@ def constant_baseline(dataset: Synthetic) -> Results:
         label = torch.stack([sample[task] for sample in samples])
         output = torch.tensor(best_constant(task, label, dataset.tasks[task])).view(1, -1, 1, 1)
         meters[task].update(output.expand(len(label), -1, *label.shape[2:]), label)
-    return {task: meter.compute() for task, meter in meters.items()}
+    results = {task: meter.compute() for task, meter in meters.items()}
+    if max_dist is not None and "boundary" in results:
+        everything = np.full(dataset.size, 255, np.uint8)
+        pairs = ((everything, dataset.boundary_truth(i)) for i in range(len(dataset)))
+        results["boundary"] = {"odsF": 100 * ods_f(sum(boundary_counts_each(pairs, max_dist, 0))), **results["boundary"]}
+    return results
 
 
 def best_constant(task: str, label: Tensor, channels: int) -> list[float]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import datasets
 import evaluate
+import metrics
 import train
 from conftest import NYUD_TASKS, TINY_SWIN
 from metrics import boundary_counts, delta_m, make_meters, ods_f
@@ -185,7 +186,7 @@ def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
     dataset = SmallNYUDv2(nyud, "val", None)
     alone, sums = evaluate.evaluate(model, dataset, torch.device("cpu"), max_dist=0.011), []
     monkeypatch.setattr(evaluate, "add_up", lambda tensor: sums[-1].append(tensor.clone()) or tensor)
-    monkeypatch.setattr(evaluate.Meter, "compute", lambda self: {"pixelF": 0.0})
+    monkeypatch.setattr(metrics.Meter, "compute", lambda self: {"pixelF": 0.0})
     for rank in range(3):
         sums.append([])
         monkeypatch.setattr(evaluate, "rank_and_world", lambda: (rank, 3))
