@@ -248,9 +248,13 @@ class Run:
         def read_reports():
             nonlocal stop
             while unread:
-                *losses, interrupted = unread.pop().read(list(self.model.tasks))
-                window.append(losses)
+                report = unread.pop()
+                *losses, interrupted = report.read(list(self.model.tasks))
                 stop |= interrupted > 0
+                window.append(losses)
+                if (report.iteration + 1) % args.log_every == 0:
+                    self.log_losses(report.iteration + 1, np.mean(window, axis=0), bar)
+                    window.clear()
 
         self.model.train()
         with bar:
@@ -265,9 +269,6 @@ class Run:
                 saving = self.iteration % args.save_every == 0 or self.evaluation_is_due()
                 if saving or self.iteration == args.iterations:
                     read_reports()    # before weights are saved: never those after a loss that is not finite
-                if window and self.iteration % args.log_every == 0:
-                    self.log_losses(np.mean(window, axis=0), bar)
-                    window.clear()
                 bar.update(args.batch_size)
                 if saving:
                     self.save("last.pt")
@@ -370,21 +371,21 @@ class Run:
             with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def log_losses(self, means: np.ndarray, bar: tqdm):
+    def log_losses(self, iteration: int, means: np.ndarray, bar: tqdm):
         """Means over the iterations since the last line: to the progress bar, log.jsonl and TensorBoard."""
         if self.rank > 0:
             return
         losses = dict(zip(self.model.tasks, means.tolist()))
-        lr = learning_rate(self.args.lr, self.iteration - 1, self.args.iterations)
+        lr = learning_rate(self.args.lr, iteration - 1, self.args.iterations)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
         bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
         rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
-        self.log(dict(iteration=self.iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
+        self.log(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
                       time=time.time()))
         if self.tensorboard:
             for name, value in {**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}.items():
-                self.tensorboard.add_scalar(name, value, self.iteration)
+                self.tensorboard.add_scalar(name, value, iteration)
 
 
 class Report:

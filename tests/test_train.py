@@ -133,15 +133,17 @@ def test_best_constant_beats_other_constants():
     (evaluate.main, ["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     (evaluate.main, [], "--checkpoint"),
 ])
-def test_bad_input_ends_with_one_line_and_code_2(main, arguments, message, capsys):
+def test_bad_input_ends_with_one_line_and_code_2(main, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1, error
 
 
-def test_a_script_shows_no_traceback():
-    run = subprocess.run([sys.executable, ROOT / "train.py", "--encoder", "swan"], capture_output=True, text=True)
+def test_a_script_shows_no_traceback(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "train.py", "--encoder", "swan"], capture_output=True, text=True,
+                         cwd=tmp_path)
     assert run.returncode == 2 and run.stderr.startswith("train.py: unknown encoder 'swan'")
     assert run.stderr.count("\n") == 1
 

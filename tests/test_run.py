@@ -1,0 +1,372 @@
+"""A training run from launch to end: processes, precision, compilation, interruption, resuming, what it writes."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import datasets
+import evaluate
+import train
+from conftest import TINY_SWIN
+from datasets import PascalContext, Synthetic
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
+# A Swin, so that stochastic depth acts in the encoder, too.
+SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN), "--no-pretrained"]
+
+DRIVER = """
+import sys
+import evaluate, train
+if __name__ == "__main__":
+    evaluate.EVALUATION_IMAGES = 3
+    train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 3)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(arguments, processes): starts a run with three images to evaluate on, in processes of its own."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(arguments, processes=1):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), tmp_path / "driver.py", *SMALL,
+                                 *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+    return start
+
+
+def run(out, *arguments):
+    return train.main([*SMALL, "--out", str(out), *map(str, arguments)])
+
+
+def fails(capsys, code, out, *arguments):
+    """The message of a run that ends with one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(out, *arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == code and error.startswith("train.py: "), error
+    return error
+
+
+def log(out, key):
+    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_state(ours, expected):
+    """Bit for bit, through nested dictionaries and lists."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(ours, expected)
+    elif isinstance(expected, dict):
+        assert list(ours) == list(expected)
+        for key in expected:
+            assert_same_state(ours[key], expected[key])
+    elif isinstance(expected, list):
+        for pair in zip(ours, expected, strict=True):
+            assert_same_state(*pair)
+    else:
+        assert ours == expected
+
+
+def assert_same_training(ours, expected):
+    for key in ("model", "optimizer", "scaler", "iteration", "best"):
+        assert_same_state(ours[key], expected[key])
+
+
+class InterruptedAfter(train.Interruption):
+    """As by a signal in a given iteration."""
+    steps = 0
+
+    @property
+    def noted(self):
+        self.count += 1
+        return self.count >= self.steps
+
+    @noted.setter
+    def noted(self, value):
+        self.count = 0
+
+
+# ----------------------------------------------------------------------------------------------------------- launch
+
+def test_two_processes_compute_what_one_does(script, tmp_path):
+    """Losses over 6 steps with stochastic depth, saliency's weights and the logarithms all of the whole batch."""
+    runs = [script([*SWIN, "--accumulate", 2, "--out", tmp_path / str(n)], n) for n in (1, 2)]
+    for process in runs:
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    one, two = (log(tmp_path / n, "losses") for n in "12")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
+    weights, expected = (load(tmp_path / n / "last.pt")["model"] for n in "21")
+    assert list(weights) == list(expected)    # without prefixes of the wrapper
+    for name in weights:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path / "2/log.jsonl").read_text().splitlines()[0])["processes"] == 2
+
+
+class Numbered(torch.utils.data.Dataset):
+    def __len__(self):
+        return 7
+
+
+def shares(start, rank=0, world=1, accumulate=1, dataset=Numbered(), seed=0):
+    args = argparse.Namespace(seed=seed, batch_size=12, accumulate=accumulate, iterations=5)
+    return list(train.batch_shares(dataset, args, start, rank, world))
+
+
+def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
+    batches = shares(0)
+    assert [len(batch) for batch in batches] == [12] * 5
+    drawn = [sample for batch in batches for sample in batch]
+    for epoch in range(8):    # each sample once in each epoch, in ever new orders
+        assert sorted(drawn[7 * epoch:7 * epoch + 7]) == [(epoch, i) for i in range(7)]
+    assert len({tuple(i for _, i in drawn[7 * e:7 * e + 7]) for e in range(8)}) > 5
+    assert shares(0, seed=1) != batches
+    assert shares(3) == batches[3:]
+    for world, accumulate in ((2, 1), (3, 2), (1, 4), (4, 3)):
+        parts = [shares(0, rank, world, accumulate) for rank in range(world)]
+        together = [sum((parts[rank][p] for rank in range(world)), []) for p in range(5 * accumulate)]
+        assert [sum(together[accumulate * i:accumulate * (i + 1)], []) for i in range(5)] == batches
+    assert shares(1, dataset=Synthetic(60))[0] == list(range(12, 24))    # a new scene for each position
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; sizes that work are multiples "
+                            "of 3, such as 3 or 6"),
+    (["--accumulate", "0"], "--accumulate of at least 1"),
+    (["--eval-every", "-1"], "--eval-every of at least 0"),
+    (["--lr", "nan"], "--lr above 0"),
+    (["--encoder-kwargs", "3"], "--encoder-kwargs"),
+    (["--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+])
+def test_bad_flags(arguments, message, tmp_path, capsys):
+    assert message in fails(capsys, 2, tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in fails(capsys, 2, tmp_path / "run", "--tensorboard")
+
+
+# ------------------------------------------------------------------------------------------------------ interruption
+
+def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
+    """SIGKILL anywhere: in a step, in a save, in an evaluation; with a worker, in the midst of accumulating."""
+    arguments = [*SWIN, "--iterations", 40, "--accumulate", 2, "--save-every", 3, "--eval-every", 10, "--workers", 1]
+    straight = script([*arguments, "--out", tmp_path / "straight"])
+    kills = 0
+    while kills < 2:
+        process = script([*arguments, "--out", tmp_path / "killed", "--resume"])
+        before = (tmp_path / "killed/last.pt").stat().st_mtime if kills else 0
+        while process.poll() is None and not (    # it has saved something new
+                (tmp_path / "killed/last.pt").exists() and (tmp_path / "killed/last.pt").stat().st_mtime > before):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        kills += 1
+    last = script([*arguments, "--out", tmp_path / "killed", "--resume"])
+    output, error = last.communicate()
+    assert last.returncode == 0, error
+    _, error = straight.communicate()
+    assert straight.returncode == 0, error
+    assert "resuming" in output
+    assert_same_training(load(tmp_path / "killed/last.pt"), load(tmp_path / "straight/last.pt"))
+    assert_same_training(load(tmp_path / "killed/best.pt"), load(tmp_path / "straight/best.pt"))
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("killed", "straight")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_ends_cleanly(number, processes, script, tmp_path):
+    """In a run of two processes, a signal to one of them stops both after the same iteration."""
+    process = script(["--variant", "stm1", "--iterations", 10_000, "--out", tmp_path / "run", "--workers", 1], processes)
+    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run", "losses")) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    if processes == 1:
+        process.send_signal(number)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), number)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    iteration = load(tmp_path / "run/last.pt")["iteration"]
+    assert f"stopped after iteration {iteration} of 10000" in output and iteration < 10_000
+    assert "Traceback" not in error
+
+
+def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
+    run(tmp_path / "straight", "--amp", "fp16", "--variant", "stm1")
+    monkeypatch.setattr(InterruptedAfter, "steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Interruption", InterruptedAfter)
+        assert run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1") == {}
+    half = load(tmp_path / "halves/last.pt")
+    assert half["scaler"]["_growth_tracker"] == half["iteration"] == 3    # the flag is read one step later
+    run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1", "--resume")
+    whole = load(tmp_path / "halves/last.pt")
+    assert whole["scaler"]["_growth_tracker"] == 6
+    assert_same_training(whole, load(tmp_path / "straight/last.pt"))
+
+
+def test_what_cannot_be_resumed(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, "--variant", "stm1", "--save-every", 2)
+    assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
+    message = fails(capsys, 2, out, "--variant", "stm1", "--resume", "--lr", 1e-4, "--seed", 3)
+    assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])    # now the newest file
+    (out / "best.pt").unlink()
+    run(out, "--variant", "stm1", "--save-every", 2, "--resume")
+    captured = capsys.readouterr()
+    assert "cannot resume from" in captured.err and "truncated" in captured.err
+    assert f"resuming {out / 'previous.pt'} after iteration 4" in captured.out
+    assert load(out / "last.pt")["iteration"] == 6
+    for path in out.glob("*.pt"):
+        path.write_bytes(b"")
+    assert "none of the checkpoints" in fails(capsys, 2, out, "--variant", "stm1", "--resume")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_checkpoint(path, {"iteration": 1})
+    monkeypatch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError):
+        train.save_checkpoint(path, {"iteration": 2}, tmp_path / "previous.pt")
+    assert load(path) == {"iteration": 1}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    loss = train.task_loss
+    calls = []
+
+    def poisoned(task, *arguments):
+        calls.append(task)
+        return loss(task, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, the fifth iteration
+    monkeypatch.setattr(train, "task_loss", poisoned)
+    message = fails(capsys, 1, tmp_path, "--variant", "stm1", "--save-every", 2)
+    assert "the loss of normal is nan in iteration 4" in message
+    content = load(tmp_path / "last.pt")
+    assert content["iteration"] == 4 and all(value.isfinite().all() for value in content["model"].values())
+
+
+# ------------------------------------------------------------------------------------------- precision, speed, memory
+
+def test_compiled_once(tmp_path, monkeypatch):
+    """An evaluation between, which ends with a smaller batch, must not lead to a second compilation."""
+    compiled = torch.compile
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiled(model, fullgraph=fullgraph, backend=backend))
+    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
+    run(tmp_path / "compiled", *SWIN, "--compile", "--eval-every", 2)
+    assert len(graphs) == 1
+    run(tmp_path / "eager", *SWIN, "--eval-every", 2)
+    for a, b in zip(log(tmp_path / "compiled", "losses"), log(tmp_path / "eager", "losses")):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
+
+
+def test_activations_are_recomputed_and_change_nothing(tmp_path):
+    """The same masks of stochastic depth in both forward passes, so the same weights."""
+    run(tmp_path / "kept", *SWIN)
+    run(tmp_path / "recomputed", *SWIN, "--checkpoint-activations")
+    assert_same_state(*(load(tmp_path / name / "last.pt")["model"] for name in ("recomputed", "kept")))
+
+
+def test_bf16_trains(tmp_path):
+    run(tmp_path, *SWIN, "--amp", "bf16")
+    content = load(tmp_path / "last.pt")
+    assert {value.dtype for value in content["model"].values() if value.is_floating_point()} == {torch.float32}
+    assert content["scaler"] == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+def test_logs_and_pictures(tmp_path):
+    results = run(tmp_path, "--variant", "stm1", "--eval-every", 3, "--log-every", 2, "--tasks", "depth", "semseg")
+    first = log(tmp_path, "config")[0]
+    assert first["config"]["tasks"] == ["depth", "semseg"] and first["config"]["batch_size"] == 4
+    assert first["versions"]["torch"] == torch.__version__
+    losses = log(tmp_path, "losses")
+    assert [line["iteration"] for line in losses] == [2, 4, 6] and list(losses[0]["losses"]) == ["depth", "semseg"]
+    assert losses[0]["lr"] == pytest.approx(train.learning_rate(1e-2, 1, 6))
+    scores = log(tmp_path, "delta_m")
+    assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
+    assert load(tmp_path / "best.pt")["best"] == max(line["delta_m"] for line in scores)
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000003.png", "000006.png"}
+
+
+def test_weighted_total():
+    losses = {task: torch.tensor(float(i)) for i, task in enumerate(train.TASK_WEIGHTS, start=1)}
+    assert train.total_loss(losses, "weighted").item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1
+
+
+def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
+    run(tmp_path / "first", "--variant", "stm1")
+    started = {}
+    step = train.Run.step
+    monkeypatch.setattr(train.Run, "step", lambda self, *a: started.setdefault(
+        self.iteration, {k: v.clone() for k, v in self.model.state_dict().items()}) and step(self, *a))
+    run(tmp_path / "second", "--variant", "stm1", "--init-from", tmp_path / "first/last.pt", "--seed", 5)
+    assert_same_state(started[0], load(tmp_path / "first/last.pt")["model"])
+
+
+def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
+    run(tmp_path / "first", "--variant", "stm1")
+    assert "other tasks" in fails(capsys, 2, tmp_path / "second", "--variant", "stm1", "--tasks", "depth", "--init-from",
+                                  tmp_path / "first/last.pt")
+
+
+@pytest.mark.parametrize("kind", ["pascal", "nyud"])
+def test_a_whole_run_on_files(kind, tmp_path, monkeypatch, capsys):
+    """Exported files, training with workers, the table, and evaluate.py with the same figures."""
+    root = tmp_path / "data"
+    datasets.export(kind, root, 4, (96, 120))
+    kwargs = json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1)))
+    results = train.main(["--dataset", kind, "--data-root", str(root), "--encoder", "convnext_atto", "--encoder-kwargs",
+                          kwargs, "--no-pretrained", "--variant", "stm1", "--img-size", "64", "64", "--batch-size", "2",
+                          "--iterations", "4", "--workers", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
+    output = capsys.readouterr().out
+    assert "odsF" in output and str(evaluate.PAPER[kind]["boundary"]) in output
+    again = evaluate.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--dataset", kind, "--data-root", str(root),
+                           "--device", "cpu", "--workers", "0", "--out", str(tmp_path / "again")])
+    assert again == results["trained"]
+    files = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again")]
+    assert files[0]["results"] == files[1]["results"] and files[0]["delta_m"] == files[1]["delta_m"]
+
+
+def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
+    datasets.export("pascal", tmp_path / "data", 2, (64, 64))
+    name = PascalContext(tmp_path / "data").names[0]
+    (tmp_path / f"data/JPEGImages/{name}.jpg").write_bytes(b"\xff\xd8\xff")
+    message = fails(capsys, 1, tmp_path / "run", *SWIN, "--dataset", "pascal", "--data-root", tmp_path / "data",
+                    "--workers", 1)
+    assert f"JPEGImages/{name}.jpg" in message
