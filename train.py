@@ -9,7 +9,7 @@
     python train.py --dataset nyud --init-from X --out runs/tuned  # fine-tunes a checkpoint, ours or a published one
 
 Losses, optimiser and schedule are the paper's and, where it is silent, the published implementation's. A run writes to
-runs/DATASET (elsewhere with --out): last.pt, previous.pt and best.pt, log.jsonl, pictures/, and results.json at its end.
+runs/DATASET (elsewhere with --out): last.pt, previous.pt, best.pt, log.jsonl, pictures/, and at its end results.json.
 """
 
 import argparse
@@ -95,6 +95,9 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
         parser.error(str(error))
     except RunError as error:
         parser.exit(1, f"train.py: {error}\n")
+    except torch.OutOfMemoryError as error:
+        parser.exit(1, f"train.py: {str(error).splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a "
+                       "smaller --encoder\n")
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -107,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
     add("--out", type=Path, help="folder of everything that is written (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
-    add("--init-from", type=Path, metavar="FILE", help="start from the weights of a checkpoint, ours or a published one")
+    add("--init-from", type=Path, metavar="FILE", help="start from a checkpoint's weights, ours or published")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, help="processes that load data, per training process")
     group = parser.add_argument_group("model: rows of Tables 2-6")
@@ -156,7 +159,8 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
                          (("eval_every", "workers", "seed"), 0)):
         for name in names:
             if getattr(args, name) < least:
-                raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, found {getattr(args, name)}")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"expected {flag} of at least {least}, found {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"expected --lr above 0, found {args.lr}")
     if not isinstance(args.encoder_kwargs or {}, dict):
@@ -214,12 +218,12 @@ class Run:
         args = self.args
         parameters = sum(p.numel() for p in self.model.parameters())
         print(f"{args.variant} on {args.encoder}: {parameters / 1e6:.2f} M parameters; scan backend: "
-              f"{default_backend(self.device)}; {self.world} x {self.device.type}, {args.batch_size // self.world} images "
-              f"per process and iteration")
+              f"{default_backend(self.device)}; {self.world} x {self.device.type}, {args.batch_size // self.world} "
+              "images per process and iteration")
         print("configuration:", json.dumps(self.config))
         self.log(dict(config=self.config, versions=self.versions, processes=self.world, iteration=self.iteration))
         others = {}
-        if args.dataset == "synthetic":    # what the benchmarks' figures mean is known, and to compute these costs hours
+        if args.dataset == "synthetic":    # what the benchmarks' figures mean is known, and these cost hours
             if self.iteration == 0:
                 others["untrained"] = self.evaluate("evaluating, untrained", final=True)
             others["best constant"] = constant_baseline(self.held_out, MAX_DIST["synthetic"])
@@ -228,7 +232,7 @@ class Run:
         with Interruption() as interruption:
             finished = self.train(interruption)
         if not finished:
-            print(f"stopped after iteration {self.iteration} of {args.iterations}; the same command with --resume goes on")
+            print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and --resume")
             return {}
         results = {"trained": self.evaluate_and_keep_best(final=True), **others}
         if self.rank == 0:
@@ -240,10 +244,10 @@ class Run:
         args = self.args
         order = batch_shares(self.train_set, args, self.iteration, self.rank, self.world)
         loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers,
-                                 pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_main_process))
+                                 pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals))
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
-        window, unread, stop, saving = [], [], False, True    # losses since the last line of the log; reports not yet read
+        window, unread, stop, saving = [], [], False, True    # losses since the last line of the log; reports to read
 
         def read_reports():
             nonlocal stop
@@ -257,22 +261,26 @@ class Run:
                     window.clear()
 
         self.model.train()
-        with bar:
-            while self.iteration < args.iterations and not stop:
-                if self.evaluation_is_due():
-                    self.evaluate_and_keep_best()
-                report = self.step(loader, interruption.noted)
-                # The losses of an iteration are read during the next one, so that the device always has work queued.
+        try:
+            with bar:
+                while self.iteration < args.iterations and not stop:
+                    if self.evaluation_is_due():
+                        self.evaluate_and_keep_best()
+                    report = self.step(loader, interruption.noted)
+                    # The losses of an iteration are read during the next one, so that the device always has work queued.
+                    read_reports()
+                    unread.append(report)
+                    self.iteration += 1
+                    saving = self.iteration % args.save_every == 0 or self.evaluation_is_due()
+                    if saving or self.iteration == args.iterations:
+                        read_reports()    # before weights are saved: never those after a loss that is not finite
+                    bar.update(args.batch_size)
+                    if saving:
+                        self.save("last.pt")
                 read_reports()
-                unread.append(report)
-                self.iteration += 1
-                saving = self.iteration % args.save_every == 0 or self.evaluation_is_due()
-                if saving or self.iteration == args.iterations:
-                    read_reports()    # before weights are saved: never those after a loss that is not finite
-                bar.update(args.batch_size)
-                if saving:
-                    self.save("last.pt")
-            read_reports()
+        finally:
+            if args.workers:    # they ignore signals, so nothing else would end them
+                loader._shutdown_workers()
         if not saving:
             self.save("last.pt")
         return self.iteration == args.iterations
@@ -315,9 +323,11 @@ class Run:
     def evaluate_and_keep_best(self, final: bool = False) -> Results:
         """Scores the weights as they are; the best ones by delta_m are kept in best.pt."""
         results = self.evaluate(final=final)
-        score = delta_m({task: metrics[PRIMARY[task]] for task, metrics in results.items()}, self.baseline)
+        figures = {task: metrics[PRIMARY[task]] for task, metrics in results.items()}
+        score = delta_m(figures, {task: self.baseline[task] for task in figures})
         self.evaluated = self.iteration
         self.log(dict(iteration=self.iteration, results=results, delta_m=score))
+        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()})
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
@@ -347,10 +357,11 @@ class Run:
     def save(self, name: str):
         """Writes everything that a run goes on from. From last.pt, the file before is kept as previous.pt."""
         if self.rank == 0:
-            save_checkpoint(self.args.out / name, dict(
-                model=self.model.state_dict(), config=self.model_config, optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated,
-                best=self.best, training=self.config, versions=self.versions), self.args.out / "previous.pt" if name == "last.pt" else None)
+            content = dict(model=self.model.state_dict(), config=self.model_config, training=self.config,
+                           versions=self.versions, optimizer=self.optimizer.state_dict(),
+                           scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated, best=self.best)
+            previous = self.args.out / "previous.pt" if name == "last.pt" else None
+            save_checkpoint(self.args.out / name, content, previous)
 
     def restore(self, path: Path, content: dict):
         """Raises ValueError where the run was another one."""
@@ -358,8 +369,8 @@ class Run:
                      for key, value in self.config.items()
                      if key not in FREE and content["training"].get(key) != value]
         if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start anew in "
-                             "another folder with --out")
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start anew "
+                             "in another folder with --out")
         load_weights(self.model, content, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
@@ -383,9 +394,14 @@ class Run:
         rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
         self.log(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
                       time=time.time()))
+        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
+
+    def plot(self, values: dict[str, float], iteration: int | None = None):
+        """In TensorBoard."""
         if self.tensorboard:
-            for name, value in {**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}.items():
-                self.tensorboard.add_scalar(name, value, iteration)
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, self.iteration if iteration is None else iteration)
+            self.tensorboard.flush()
 
 
 class Report:
@@ -405,8 +421,8 @@ class Report:
         values = self.values.tolist()
         for task, loss in zip(tasks, values):
             if not math.isfinite(loss):
-                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. Go on "
-                               "from the last checkpoint in a new folder (--init-from) with a lower --lr or --amp off")
+                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
+                               "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
         return values
 
 
@@ -427,9 +443,10 @@ class Interruption:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_main_process(worker: int):
-    """Ctrl-C reaches the processes that load data, too; they are to go on until the last step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int):
+    """Ctrl-C and a cluster's SIGTERM reach a loader's processes, too; they are to go on until the step is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -578,7 +595,7 @@ def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | 
 # ------------------------------------------------------------------------------------------------------------- files
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
-    """Replaces an existing file only by a whole one, which is on the disk by then; with previous, keeps that one there."""
+    """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save(content, file)

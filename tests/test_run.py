@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,8 @@ def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; sizes that work are multiples "
-                            "of 3, such as 3 or 6"),
+    (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; sizes that work are "
+                            "multiples of 3, such as 3 or 6"),
     (["--accumulate", "0"], "--accumulate of at least 1"),
     (["--eval-every", "-1"], "--eval-every of at least 0"),
     (["--lr", "nan"], "--lr above 0"),
@@ -170,6 +171,19 @@ def test_bad_flags(arguments, message, tmp_path, capsys):
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in fails(capsys, 2, tmp_path / "run", "--tensorboard")
+
+
+def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
+    """With a stand-in for the package, which is optional."""
+    calls = []
+    writer = types.SimpleNamespace(add_scalar=lambda *call: calls.append(call), flush=lambda: None)
+    package = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    run(tmp_path, "--variant", "stm1", "--tensorboard", "--tasks", "depth", "--log-every", 3)
+    losses = log(tmp_path, "losses")
+    assert [call for call in calls if call[0] == "loss/depth"] == [
+        ("loss/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
+    assert ("depth/RMSE", log(tmp_path, "delta_m")[0]["results"]["depth"]["RMSE"], 6) in calls
 
 
 # ------------------------------------------------------------------------------------------------------ interruption
@@ -204,7 +218,8 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_ends_cleanly(number, processes, script, tmp_path):
     """In a run of two processes, a signal to one of them stops both after the same iteration."""
-    process = script(["--variant", "stm1", "--iterations", 10_000, "--out", tmp_path / "run", "--workers", 1], processes)
+    process = script(["--variant", "stm1", "--iterations", 10_000, "--out", tmp_path / "run", "--workers", 1],
+                     processes)
     while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run", "losses")) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -267,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
 
     def poisoned(task, *arguments):
         calls.append(task)
-        return loss(task, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, the fifth iteration
+        return loss(task, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, in the fifth
     monkeypatch.setattr(train, "task_loss", poisoned)
     message = fails(capsys, 1, tmp_path, "--variant", "stm1", "--save-every", 2)
     assert "the loss of normal is nan in iteration 4" in message
@@ -285,7 +300,7 @@ def test_compiled_once(tmp_path, monkeypatch):
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiled(model, fullgraph=fullgraph, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, **options, backend=backend))
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
     run(tmp_path / "compiled", *SWIN, "--compile", "--eval-every", 2)
     assert len(graphs) == 1
@@ -341,8 +356,8 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
 
 def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
     run(tmp_path / "first", "--variant", "stm1")
-    assert "other tasks" in fails(capsys, 2, tmp_path / "second", "--variant", "stm1", "--tasks", "depth", "--init-from",
-                                  tmp_path / "first/last.pt")
+    assert "other tasks" in fails(capsys, 2, tmp_path / "second", "--variant", "stm1", "--tasks", "depth",
+                                  "--init-from", tmp_path / "first/last.pt")
 
 
 @pytest.mark.parametrize("kind", ["pascal", "nyud"])
