@@ -11,10 +11,11 @@
     delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
 Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
-is one tensor of sums, on the device of what it is fed: it adds up over batches, data splits and processes alike, and
+are two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
 no update waits for the device. The boundary score odsF has its own functions, at the end of this file.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -40,10 +41,12 @@ def delta_m(results: dict[str, float], baseline: dict[str, float]) -> float:
     """The mean relative improvement over a baseline, in percent; both by task, their primary metrics.
 
     Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. Raises ValueError where the tasks differ.
+    NYUDv2 is Table 2's single-task row. Raises ValueError where the tasks differ or a figure of the baseline is 0.
     """
     if not results or results.keys() != baseline.keys():
         raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
+    if not all(baseline.values()):
+        raise ValueError(f"delta_m divides by the baseline's figures, found a 0 in {baseline}; take another baseline")
     gains = [(baseline[t] - results[t] if t in LOWER_IS_BETTER else results[t] - baseline[t]) / baseline[t]
              for t in results]
     return 100 * sum(gains) / len(gains)
@@ -53,27 +56,42 @@ class Meter:
     """Sums over pixels. update(output, target) adds a batch, compute() gives the metrics by name.
 
     output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore.
-    compute raises ValueError where no pixel has counted yet.
+    compute raises ValueError where no pixel has counted yet, an output was not finite or a label cannot be.
     A kind of meter defines count(output, target), a batch's contribution to the sums, and scores(sums).
     """
 
+    task = ""    # set by make_meters
+
     def __init__(self, *shape: int):
         self.sums = torch.zeros(shape, dtype=torch.float64)    # exact for counts up to 2^53
+        self.not_finite = torch.zeros((), dtype=torch.int64)   # how many outputs were nan or infinite
 
+    @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
-        self.sums = self.sums.to(output.device) + self.count(output.float(), target)
+        output = output.float()
+        self.sums = self.sums.to(output.device) + self.count(output, target)
+        self.not_finite = self.not_finite.to(output.device) + (~output.isfinite()).sum()
+
+    def empty(self) -> bool:
+        """Whether no pixel has counted yet."""
+        return not self.sums.any()
 
     def compute(self) -> dict[str, float]:
-        if not self.sums.any():
-            raise ValueError(f"{type(self).__name__} has seen no valid pixel, so there is nothing to score; check the "
-                             "labels")
-        return {name: float(value) for name, value in self.scores(self.sums.cpu()).items()}
+        if self.not_finite:
+            raise ValueError(f"{int(self.not_finite)} of the model's outputs for {self.task} are not finite, so there "
+                             "is no score; the training has diverged, or the precision is too low")
+        if self.empty():
+            raise ValueError(f"no valid pixel of {self.task}, so there is nothing to score; check the labels")
+        scores = {name: float(value) for name, value in self.scores(self.sums.cpu()).items()}
+        if not all(map(math.isfinite, scores.values())):
+            raise ValueError(f"the scores of {self.task} are not finite, {scores}; check the labels' range")
+        return scores
 
 
-def rounded(x: Tensor) -> Tensor:
-    """To a multiple of 2^-20: then float64 sums up to 2^33 are exact, whatever the order in which batches and processes
-    are added, and so is the figure."""
-    return torch.round(x * 2**20) / 2**20
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """To a multiple of 2^-bits: then float64 sums up to 2^(53 - bits) are exact, whatever the order in which batches
+    and processes are added, and so is the figure."""
+    return torch.round(x * 2**bits) / 2**bits
 
 
 class SegmentationMeter(Meter):
@@ -84,18 +102,23 @@ class SegmentationMeter(Meter):
     """
 
     def __init__(self, classes: int):
-        super().__init__(classes, classes)    # [label, prediction]
+        super().__init__(classes + 1, classes)    # [label, prediction]; the last row: labels that there are not
         self.classes = classes
 
     def count(self, output, target):
         # Ignored pixels go to one more row, which is cut off: indexing by a mask would wait for the device.
-        label = torch.where(target == IGNORE, self.classes, target).long()
+        label = torch.where((target >= 0) & (target < self.classes), target, self.classes)
+        label = torch.where(target == IGNORE, self.classes + 1, label).long()
         pair = label * self.classes + output.argmax(1, keepdim=True)
-        counts = torch.zeros((self.classes + 1) * self.classes, dtype=torch.float64, device=output.device)
+        counts = torch.zeros((self.classes + 2) * self.classes, dtype=torch.float64, device=output.device)
         counts.scatter_add_(0, pair.flatten(), torch.ones_like(pair.flatten(), dtype=torch.float64))
-        return counts.view(self.classes + 1, self.classes)[:-1]
+        return counts.view(self.classes + 2, self.classes)[:-1]
 
     def scores(self, sums):
+        sums, outside = sums[:-1], int(sums[-1].sum())
+        if outside:
+            raise ValueError(f"expected labels of {self.task} in 0..{self.classes - 1} or {IGNORE}, found others at "
+                             f"{outside} pixels")
         intersection = sums.diag()
         union = sums.sum(0) + sums.sum(1) - intersection
         present = union > 0
@@ -112,7 +135,8 @@ class ThresholdMeter(Meter):
     def histogram(self, score: Tensor, target: Tensor) -> Tensor:
         """score: (B, 1, H, W) -> (2, thresholds + 1)"""
         bins = len(self.thresholds) + 1
-        below = torch.bucketize(score.contiguous(), self.thresholds.to(score.device))
+        self.thresholds = self.thresholds.to(score.device)    # stays there
+        below = torch.bucketize(score.contiguous(), self.thresholds)
         index = torch.where(target == IGNORE, 2 * bins, (target > 0).long() * bins + below)
         counts = torch.zeros(2 * bins + 1, dtype=torch.float64, device=score.device)
         counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
@@ -176,7 +200,8 @@ class NormalMeter(Meter):
         valid = (target != IGNORE).all(1)
         p, t = F.normalize(output, dim=1), F.normalize(target.float(), dim=1)
         # Exact also for small angles, where the arc cosine of the product is not.
-        angle = rounded(torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1))))
+        angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
+        angle = rounded(angle, bits=16)    # 2^37 degrees, as all of PASCAL-Context can have
         return torch.stack([torch.where(valid, angle, 0).sum(dtype=torch.float64), valid.sum()])
 
     def scores(self, sums):
@@ -196,7 +221,7 @@ class DepthMeter(Meter):
         floored = output.clamp(min=1e-9)
         terms = (error ** 2, (floored - target).abs() / target, (floored.log() - target.log()) ** 2,
                  torch.ones_like(target))
-        return torch.stack([torch.where(valid, rounded(term), 0).sum(dtype=torch.float64) for term in terms])
+        return torch.stack([torch.where(valid, rounded(term, bits=20), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
         squares, relative, log_squares, pixels = sums
@@ -212,7 +237,10 @@ def make_meters(tasks: dict[str, int]) -> dict[str, Meter]:
     unknown = [task for task in tasks if task not in builders]
     if unknown:
         raise ValueError(f"no metric for the task {unknown[0]!r}; there are metrics for {', '.join(builders)}")
-    return {task: builders[task](channels) for task, channels in tasks.items()}
+    meters = {task: builders[task](channels) for task, channels in tasks.items()}
+    for task, meter in meters.items():
+        meter.task = task
+    return meters
 
 
 # ------------------------------------------------------------------------------------------------------------- odsF

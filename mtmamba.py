@@ -91,7 +91,8 @@ class MTMamba(nn.Module):
     variant: a key of VARIANTS.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
-    Raises ValueError on an unknown variant or encoder, no tasks, or channel counts below 1.
+    Raises ValueError on an unknown variant, encoder or backend, no tasks, names that a task cannot have, or channel
+    counts below 1.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
@@ -103,6 +104,11 @@ class MTMamba(nn.Module):
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
         if not tasks or any(channels < 1 for channels in tasks.values()):
             raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
+        for task in tasks:    # they name submodules, which share their names with a module's attributes
+            if not task or "." in task or hasattr(nn.ModuleDict(), task):
+                raise ValueError(f"a task cannot be named {task!r}, which cannot name a module of PyTorch; rename it")
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}, or None")
         structure = dict(VARIANTS[variant])
         self.shared_encoder = structure.pop("shared_encoder")
         self.tasks = dict(tasks)
@@ -124,7 +130,8 @@ class MTMamba(nn.Module):
         """(B, 3, H, W) -> {task: (B, C_t, H, W)}, raw outputs (logits, metres, unnormalised normals).
 
         Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
-        Raises ValueError on another shape or an integer image.
+        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast any float
+        type but float64 will do).
         """
         return self.predict(self.decode(image), image.shape[2:])
 
@@ -132,9 +139,13 @@ class MTMamba(nn.Module):
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
         to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
-        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            raise ValueError("expected a float image batch (B, 3, H, W), normalised with ImageNet's mean and "
-                             f"deviation; found {tuple(image.shape)} {image.dtype}")
+        if image.ndim != 4 or image.shape[1] != 3 or not len(image) or not image.is_floating_point():
+            raise ValueError("expected a float image batch (B, 3, H, W) of at least one image, normalised with "
+                             f"ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype}")
+        dtype = next(iter(self.heads.values())).project.weight.dtype
+        if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
+            raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
+                             "them, or use torch.autocast")
         H, W = image.shape[2:]
         if H < stride or W < stride:
             raise ValueError(f"expected an image of at least {stride}x{stride} pixels (the encoder's stride), found "
@@ -460,11 +471,12 @@ def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
 def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
     sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
-    order = scan_orders(H, W, device)                                                      # (K, L)
-    batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
-    shared = order.T[:, None] + H * W * batches                                            # (L, B, K)
-    back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions            # (B, L, K)
-    return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
+    with torch.inference_mode(False):    # autograd refuses to save inference tensors, and a later call may train
+        order = scan_orders(H, W, device)                                                  # (K, L)
+        batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
+        shared = order.T[:, None] + H * W * batches                                        # (L, B, K)
+        back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions        # (B, L, K)
+        return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
@@ -692,7 +704,8 @@ class Encoder(nn.Module):
     """Section 3.3, Eq. 9: a timm backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
-    Arguments as in MTMamba.
+    Arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to multiples
+    of 32; forward raises ValueError on another one.
     """
 
     def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
@@ -702,19 +715,23 @@ class Encoder(nn.Module):
             raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
                              "timm.list_models() returns")
         is_swin = timm.models.model_entrypoint(name).__module__ == SwinTransformerBlock.__module__
-        kwargs = {"drop_path_rate": ENCODER_DROP_PATH, **kwargs}
+        self.name, self.built_for = name, None    # the size, where other sizes may be refused
         if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
-            kwargs.setdefault("img_size", img_size)
+            padded = tuple(n + -n % ENCODER_STRIDES[-1] for n in img_size)
+            kwargs = {"img_size": padded, **kwargs}
+            self.built_for = None if is_swin else kwargs["img_size"]
         if is_swin:
             # Any input size, and windows that keep their size also on maps smaller than themselves.
             kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
         try:
-            self.backbone = timm.create_model(name, features_only=True, **kwargs)
+            self.backbone, kwargs = create_backbone(name, kwargs)
             info = self.backbone.feature_info
             self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
+        except TypeError as error:
+            raise ValueError(f"cannot build the encoder {name!r} with the arguments {kwargs}: {error}") from error
         except (RuntimeError, AttributeError, AssertionError, ValueError) as error:
-            raise ValueError(f"the encoder {name!r} does not give features at strides {ENCODER_STRIDES}: {error}. "
-                             "Choose a hierarchical model") from error
+            raise ValueError(f"the encoder {name!r} does not give features at strides {ENCODER_STRIDES}"
+                             f"{_reason(error)}. Choose a hierarchical model") from error
         if pretrained:
             load_pretrained_backbone(self.backbone, name, kwargs)
         if is_swin:
@@ -726,11 +743,36 @@ class Encoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = self.backbone(image)
+        features = self.backbone(image) if self.built_for is None else self.try_backbone(image)
         features = [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
         return [norm(f) for norm, f in zip(self.norms, features)]
+
+    def try_backbone(self, image: Tensor) -> list[Tensor]:
+        # timm does not tell which of these models take other sizes: some do, and some do multiples of their windows.
+        try:
+            return self.backbone(image)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            found = tuple(image.shape[2:])    # as padded by the model
+            raise ValueError(f"the encoder {self.name!r}, built for images of {self.built_for}, cannot take {found}"
+                             f"{_reason(error)}. Build the model with the images' img_size, or choose an encoder that "
+                             "takes any, such as Swin") from error
+
+
+def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
+    """timm's features_only model and its arguments: with stochastic depth, unless the model has none."""
+    with_drop_path = {"drop_path_rate": ENCODER_DROP_PATH, **kwargs}
+    try:
+        return timm.create_model(name, features_only=True, **with_drop_path), with_drop_path
+    except TypeError:
+        return timm.create_model(name, features_only=True, **kwargs), kwargs
+
+
+def _reason(error: Exception) -> str:
+    return f": {str(error).splitlines()[0]}" if str(error) else ""
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
@@ -801,12 +843,16 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """Loads a checkpoint of the published implementation into a model of the same tasks and encoder, variant mtmamba.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError naming every tensor that is missing, left over or of the wrong
-    shape; then the model is unchanged.
+    were used. Raises FileNotFoundError, or ValueError for another kind of file or naming every tensor that is missing,
+    left over or of the wrong shape; then the model is unchanged.
     """
+    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    checkpoint = checkpoint.get("model", checkpoint)
+        checkpoint = read_tensors(checkpoint)
+    if isinstance(checkpoint, dict):
+        checkpoint = checkpoint.get("model", checkpoint)
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(f"{source} is neither a state_dict nor {{\"model\": state_dict}}; give a published checkpoint")
     own = model.state_dict()
     state = {}
     for key, value in checkpoint.items():
@@ -823,6 +869,21 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
                          "variant?); nothing was loaded:\n  " + "\n  ".join(problems))
     model.load_state_dict(state)
     return len(checkpoint)
+
+
+def read_tensors(path: str | Path):
+    """What torch.save wrote, as long as it is tensors and plain values. Raises FileNotFoundError, or ValueError where
+    it is something else."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:    # the unpickler and the zip reader raise many kinds
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
+                             "they are loaded; save its state_dict alone") from error
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or another "
+                         "kind of file") from error
 
 
 def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
@@ -875,15 +936,20 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
     weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    hooks = [m.register_forward_pre_hook(count_rounding) for m in model.modules() if isinstance(m, SS2D)]
+    backends = {m: m.backend for m in model.modules() if isinstance(m, SS2D)}
+    hooks = [ss2d.register_forward_pre_hook(count_rounding) for ss2d in backends]
     training = model.training
     model.eval()
     try:
+        for ss2d in backends:
+            ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
         with counter, torch.no_grad():
             outputs = torch.func.functional_call(model, weights, torch.empty(1, 3, *img_size, device="meta"))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
+        for ss2d, backend in backends.items():
+            ss2d.backend = backend
     resize = 4 * sum(output.numel() for output in outputs.values())
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize

@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     model = MTMamba(**CONFIG)
     torch.nn.init.normal_(model.heads["boundary"].project.weight, std=3)    # boundaries at every threshold
-    train.save_checkpoint(path, model, CONFIG, 1)
+    train.save_checkpoint(path, dict(model=model.state_dict(), config=CONFIG))
     return path
 
 
@@ -230,7 +230,7 @@ def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
     datasets.export("pascal", tmp_path / "data", 1, size=(48, 64))
     config = CONFIG | {"tasks": datasets.PascalContext.TASKS}
     torch.manual_seed(0)
-    train.save_checkpoint(tmp_path / "last.pt", MTMamba(**config), config, 1)
+    train.save_checkpoint(tmp_path / "last.pt", dict(model=MTMamba(**config).state_dict(), config=config))
     results = evaluate.main(["--checkpoint", str(tmp_path / "last.pt"), "--data-root", str(tmp_path / "data"),
                              "--workers", "0", "--device", "cpu", "--save-predictions", str(tmp_path / "maps")])
     printed = capsys.readouterr().out
