@@ -663,8 +663,9 @@ BLOCK_D_ADJOINT = 32                  # where four tiles are live
 
 
 def _jit(kernel):
-    # Where it knows that 16 divides D, Triton vectorises along channels and spreads states over lanes instead.
-    return triton.jit(kernel, do_not_specialize=["D", "pair"]) if triton else kernel
+    # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
+    # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
+    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
 
 
 @_jit
@@ -677,12 +678,12 @@ def _triton_program(segments, D, BLOCK: constexpr):
 
 
 @_jit
-def _triton_pixel(batch, segment, step, k, H, W, SEGMENT: constexpr):
-    """The pixel, counted through the batch, of a step of direction k through a segment; and whether there is one, as
-    the last segment may be cut short."""
+def _triton_pixel(segment, step, k, H, W, SEGMENT: constexpr):
+    """The pixel of a step of direction k through a segment; and whether there is one, as the last segment may be cut
+    short."""
     place = segment * SEGMENT + tl.where(k < 2, step, SEGMENT - 1 - step)
     pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
-    return batch.to(tl.int64) * H * W + pixel, place < H * W
+    return pixel, place < H * W
 
 
 @_jit
@@ -710,7 +711,9 @@ def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, de
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
-    batch, k = program // 2, pair + program % 2 * 2
+    sample, k = (program // 2).to(tl.int64) * H * W, pair + program % 2 * 2
+    x, delta = x + sample * D, delta + sample * delta_pixel + k.to(tl.int64) * delta_k
+    B, C = B + sample * B_pixel + k * B_k, C + sample * C_pixel + k * C_k
     n = tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     sequence = program.to(tl.int64) * segments + segment
@@ -719,6 +722,7 @@ def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, de
     total = tl.zeros((BLOCK,), tl.float32)
     h = tl.zeros((TILE_N, BLOCK), tl.float32)
     if ADJOINT:
+        gy += sample * D
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
         decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
         g = tl.zeros((TILE_N, BLOCK), tl.float32)
@@ -726,15 +730,15 @@ def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, de
         if ADJOINT:
             tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk) * N * D + tile, h, mask=in_tile)
         for t in range(STEPS):
-            pixel, inside = _triton_pixel(batch, segment, chunk * STEPS + t, k, H, W, SEGMENT)
+            pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
             mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + k * delta_k + d, bias_k, mask)
-            B_t = tl.load(B + pixel * B_pixel + k * B_k + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
             A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
             h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
             total += step
             if ADJOINT:
-                C_t = tl.load(C + pixel * C_pixel + k * C_k + n, mask=(n < N) & inside, other=0).to(tl.float32)
+                C_t = tl.load(C + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
                 gy_t = tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32)
                 decay *= A_bar
                 g += decay * (C_t[:, None] * gy_t[None, :])
@@ -772,21 +776,25 @@ def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, del
                     skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
     """y (B, H, W, D) in float32 from the start states: both directions of the pair, added to the first pair's."""
     d, segment, batch = _triton_program(segments, D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, y, delta = x + sample * D, y + sample * D, delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
     n = tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     for walk in range(2):
         k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
         sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
         A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
         for t in range(SEGMENT):
-            pixel, inside = _triton_pixel(batch, segment, t, k, H, W, SEGMENT)
+            pixel, inside = _triton_pixel(segment, t, k, H, W, SEGMENT)
             mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + k * delta_k + d, bias_k, mask)
-            B_t = tl.load(B + pixel * B_pixel + k * B_k + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            C_t = tl.load(C + pixel * C_pixel + k * C_k + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            u, step = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B_walk + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            C_t = tl.load(C_walk + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
             y_others = tl.load(y + pixel * D + d, mask=mask & (k > 0), other=0)
             h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
             y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
@@ -803,9 +811,15 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
     (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
     """
     d, segment, batch = _triton_program(segments, D, BLOCK)
-    block = tl.program_id(0) % tl.cdiv(D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
+    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
+    summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
+    gB, gC = gB + summed, gC + summed
     for walk in range(2):
         k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
         sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
@@ -814,10 +828,9 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
             chunk = SEGMENT // STEPS - 1 - i
             at, exists, u, step, gy_t, g_u, g_step = (), (), (), (), (), (), ()
             for t in tl.static_range(STEPS):
-                pixel, inside = _triton_pixel(batch, segment, chunk * STEPS + t, k, H, W, SEGMENT)
+                pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
                 mask = (d < D) & inside
-                u_t, step_t = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + k * delta_k + d, bias_k,
-                                             mask)
+                u_t, step_t = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
                 at, exists, u, step = at + (pixel,), exists + (inside,), u + (u_t,), step + (step_t,)
                 gy_t += (tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32),)
                 g_u += (tl.zeros((BLOCK,), tl.float32),)       # gradients of Delta u and Delta, summed over the states
@@ -830,18 +843,16 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
                 gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
                 A_bar, before, B_n = (), (), ()
                 for t in tl.static_range(STEPS):
-                    B_t = tl.load(B + at[t] * B_pixel + k * B_k + n, mask=exists[t], other=0).to(tl.float32)
+                    B_t = tl.load(B_walk + at[t] * B_pixel + n, mask=exists[t], other=0).to(tl.float32)
                     a = tl.exp2(step[t] * A_n)                                                 # Eq. 5
                     A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
                     h = a * h + B_t * (step[t] * u[t])                                         # Eq. 3
-                    place = ((block * pixels + at[t]) * 4 + k) * N + n
-                    tl.store(gC + place, tl.sum(gy_t[t] * h, 0), mask=exists[t])
+                    tl.store(gC + (at[t] * 4 + k) * N + n, tl.sum(gy_t[t] * h, 0), mask=exists[t])
                 g_u_n, g_step_n = (), ()
                 for t in tl.static_range(STEPS - 1, -1, -1):
-                    C_t = tl.load(C + at[t] * C_pixel + k * C_k + n, mask=exists[t], other=0).to(tl.float32)
+                    C_t = tl.load(C_walk + at[t] * C_pixel + n, mask=exists[t], other=0).to(tl.float32)
                     g += C_t * gy_t[t]                         # gradient of the state after step t, Eq. 4 and 3
-                    place = ((block * pixels + at[t]) * 4 + k) * N + n
-                    tl.store(gB + place, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
+                    tl.store(gB + (at[t] * 4 + k) * N + n, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
                     g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
                     g *= A_bar[t]                              # of the state before
                     exponent = g * before[t]                   # of Delta A in Eq. 5
@@ -852,10 +863,10 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
                 tl.store(gA + row, gA_n, mask=d < D)
             for t in tl.static_range(STEPS):
                 mask = (d < D) & exists[t]
-                z = tl.load(delta + at[t] * delta_pixel + k * delta_k + d, mask=mask, other=0).to(tl.float32) + bias_k
+                z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
                 # A comes multiplied by log2(e), for exp2.
                 g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
-                tl.store(g_delta + at[t] * delta_pixel + k * delta_k + d, g_z, mask=mask)
+                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
                 gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
                 tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u[t]
