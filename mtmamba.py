@@ -660,6 +660,8 @@ SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocesso
 STEPS = 8                             # whose decays and states the backward pass holds in registers; divides SEGMENT_MIN
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
+# Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 
 
 def _jit(kernel):
@@ -906,7 +908,10 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
     n = A.shape[-1]
     A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
     delta, B, C = (_pixelwise(t) for t in (delta, B, C))
-    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # from pixel to pixel, of K
+    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
+    if H * W * max(d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts within an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
@@ -932,10 +937,11 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
         for pair, starts in enumerate(states):
             _triton_segments[blocks * segments * 2 * batch,](
                 *walk, pair, starts, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS,
-                ADJOINT=False)
+                ADJOINT=False, **REGISTERS)
             _triton_combine[blocks * n * 2 * batch,](starts, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
                                                      AHEAD=8, ADJOINT=False, num_warps=1)
-            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D)
+            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D,
+                                                        **REGISTERS)
     return y, states
 
 
@@ -957,7 +963,7 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight
         for pair, starts in enumerate(states):
             _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
                 *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-                STEPS=STEPS, ADJOINT=True)
+                STEPS=STEPS, ADJOINT=True, **REGISTERS)
             _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
                                                      AHEAD=8, ADJOINT=True, num_warps=1)
             _triton_gradients[blocks * segments * batch,](
