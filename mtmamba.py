@@ -902,16 +902,16 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU tensors "
                            "only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
                            f"{x.dtype} on {x.device}; use the backend torch")
-    if dt_weight is not None:
-        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
     batch, H, W, d = x.shape
     n = A.shape[-1]
+    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
+    if dt_weight is not None:
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
     A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
     delta, B, C = (_pixelwise(t) for t in (delta, B, C))
     strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
-    if H * W * max(d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
-        raise ValueError("the scan backend triton counts within an image in 32 bits; the feature map "
-                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
