@@ -90,22 +90,25 @@ def hardware() -> str:
 
 
 def report(rows: list[dict], path: Path | None):
-    """Prints the rows as a table; the same as JSON into a file."""
+    """Prints the rows as a table, without columns that nobody measured; all of them as JSON into a file."""
     def cell(value):
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) and value < 100 else (
             f"{value:.0f}" if isinstance(value, float) else str(value))
-    print("".join(f"{key:>{max(len(key), 10) + 2}}" for key in rows[0]))
-    for row in rows:
-        print("".join(f"{cell(value):>{max(len(key), 10) + 2}}" for key, value in row.items()))
+    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    lines = [keys] + [[cell(row[key]) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
     if path:
         path.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
 
 
-def scan(full: bool, dtype: str | None, json: Path | None):
+def scan(full: bool, dtype: str | None, json_file: Path | None):
     """The scan from the expanded step size, N = 16.
 
     Floors: B K D L N exponentials, computed once (a backward pass that does not store all states needs them a second
-    time); and every input read and every output and gradient written once. "x floor" is the time over the larger one.
+    time); and every input read and every output and gradient written once. "x floor" is the time over the larger one,
+    "x the slowest" the speed, forward and backward, over that of the slowest backend.
     """
     dtype = getattr(torch, dtype or ("bfloat16" if DEVICE == "cuda" else "float32"))
     sizes = [(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else (
@@ -141,15 +144,15 @@ def scan(full: bool, dtype: str | None, json: Path | None):
             row = {"size": f"{batch}x{H}x{W}x{D}", "backend": backend, "exp ms": floor_exp}
             for name, run, floor in (("fwd", forward, floor_bytes[0]), ("fwd+bwd", both, floor_bytes[1])):
                 ms = median_ms(run, repeats)
-                row |= {f"{name} bytes ms": floor, f"{name} ms": ms, "x floor" if name == "fwd" else "x floor ":
-                        ms / max(floor, floor_exp or 0), f"{name} MiB": peak_mib(run)}
+                row |= {f"{name} bytes ms": floor, f"{name} ms": ms, f"{name} x floor": ms / max(floor, floor_exp or 0),
+                        f"{name} MiB": peak_mib(run)}
             size_rows.append(row)
         slowest = max(row["fwd+bwd ms"] for row in size_rows)
-        rows += [row | {"x faster than slowest": slowest / row["fwd+bwd ms"]} for row in size_rows]
-    report(rows, json)
+        rows += [row | {"x the slowest": slowest / row["fwd+bwd ms"]} for row in size_rows]
+    report(rows, json_file)
 
 
-def model(batch: int | None, compile: bool, json: Path | None):
+def model(batch: int | None, compile: bool, json_file: Path | None):
     """Inference and training steps (AdamW, mean square of the outputs as the loss) of mtmamba, NYUDv2's tasks.
 
     On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32.
@@ -183,7 +186,7 @@ def model(batch: int | None, compile: bool, json: Path | None):
             ms = median_ms(run, 10 if DEVICE == "cuda" else 3)
             row |= {f"{name} ms": ms, f"{name} images/s": 1000 * batch / ms, f"{name} MiB": peak_mib(run)}
         rows.append(row)
-    report(rows, json)
+    report(rows, json_file)
 
 
 def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
@@ -238,6 +241,6 @@ if __name__ == "__main__":
     options["model"].add_argument("--batch", type=int)
     options["model"].add_argument("--compile", action="store_true")
     for name in ("scan", "model"):
-        options[name].add_argument("--json", type=Path, metavar="FILE")
+        options[name].add_argument("--json", dest="json_file", type=Path, metavar="FILE")
     args = vars(parser.parse_args())
     benchmarks[args.pop("benchmark")](**args)
