@@ -490,9 +490,8 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
     return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
 
 
-# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it is.
-# Saved for the backward pass are its inputs and some of the states, from which the backward pass computes the others
-# again.
+# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
+# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
 
 @torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
 def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
@@ -644,20 +643,20 @@ def _open_chunk(step, step_u, A, B, A_bar, H):
     torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
 
 
-# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the pixels
-# (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments, which
-# programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of its
-# start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their start
-# states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of the
-# states, against the walk, and computes the states again from the start states, which were saved. No sum depends on the
-# order in which programs run.
+# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the
+# pixels (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments,
+# which programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of
+# its start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their
+# start states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of
+# the states, against the walk, and computes the states again from the start states, which were saved. No sum depends
+# on the order in which programs run.
 #
-# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in one thread:
+# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in a thread:
 # there the sum over states of Eq. 4 costs nothing. Programs are single warps, which exchange nothing but the sums over
 # channels in the gradients of B and C. The sizes below come from counting registers; they are untuned.
 SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
-STEPS = 8                             # whose decays and states the backward pass holds in registers; divides SEGMENT_MIN
+STEPS = 8                             # whose decays and states are held in registers; divides SEGMENT_MIN
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
 # Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
@@ -804,8 +803,8 @@ def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, del
 
 
 @_jit
-def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
-                      skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
+def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k,
+                      pair, skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
                       N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
     """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
 
@@ -839,7 +838,8 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
                 g_step += (tl.zeros((BLOCK,), tl.float32),)
             for n in range(N):
                 A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
-                h = tl.load(chunk_states + ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d, mask=d < D, other=0)
+                start = ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d
+                h = tl.load(chunk_states + start, mask=d < D, other=0)
                 row = (sequence * N + n) * D + d
                 g = tl.load(g_ends + row, mask=d < D, other=0)
                 gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
@@ -899,8 +899,8 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
                            "for CUDA on Linux. Use the backend torch")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
-        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU tensors "
-                           "only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
+        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
+                           "tensors only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]

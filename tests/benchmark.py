@@ -85,8 +85,10 @@ def rates() -> tuple[float | None, float]:
 
 
 def hardware() -> str:
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}" + (f", Triton {triton.__version__}" if DEVICE == "cuda" and triton else "")
+    if DEVICE == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    versions = f"torch {torch.__version__}, " + (f"Triton {triton.__version__}" if triton else "no Triton")
+    return f"{torch.cuda.get_device_name()}, {versions}"
 
 
 def report(rows: list[dict], path: Path | None):
