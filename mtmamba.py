@@ -43,6 +43,13 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+try:    # comes with PyTorch for CUDA; there is none for macOS and Windows
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:
+    triton = constexpr = None
+
 EXPANSION = 2                    # alpha of Eq. 13
 K = 4                            # scan directions of Eq. 10
 ENCODER_STRIDES = (4, 8, 16, 32)
@@ -335,10 +342,10 @@ class SS2D(nn.Module):
         """(B, H, W, D) -> (B, H, W, D)"""
         R, N = self.dt_rank, self.d_state
         projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
-        delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, N)
-        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, self.dt_weight)       # in Eq. 8   (B, H, W, K, D)
+        delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
         A = -torch.exp(self.A_log.float())
-        return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend)
+        # The scan expands delta to D itself, so that the expanded one, 4 times as large as x, need not be stored.
+        return _selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.dt_weight, self.backend)
 
 
 # ------------------------------------------------------------------------------------------------------- the scan
@@ -380,14 +387,21 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
 
     backend: "reference": s6 along explicit index lists, for tests and auditors.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
+        "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
-    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where "mamba_ssm"
-    cannot run.
+    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where "triton" or
+    "mamba_ssm" cannot run.
     """
+    return _selective_scan_2d(x, delta, A, B, C, D, delta_bias, None, backend)
+
+
+def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+    """selective_scan_2d; with a dt_weight (K, D, R), delta is (B, H, W, K, R) and still to be expanded by it."""
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    shapes = {"delta": (delta, (batch, H, W, K, d)), "A": (A, (K, d, n)), "B": (B, (batch, H, W, K, n)),
+    rank = d if dt_weight is None else dt_weight.shape[-1]
+    shapes = {"delta": (delta, (batch, H, W, K, rank)), "A": (A, (K, d, n)), "B": (B, (batch, H, W, K, n)),
               "C": (C, (batch, H, W, K, n)), "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
@@ -399,12 +413,21 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    return BACKENDS[backend](x, delta, A, B, C, D, delta_bias)
+    if backend in ("torch", "triton"):
+        return _scan_op(x, delta, A, B, C, D, delta_bias, dt_weight, backend)[0]
+    delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
+    return (_scan_reference if backend == "reference" else _scan_mamba_ssm)(x, delta, A, B, C, D, delta_bias)
+
+
+BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that selective_scan_2d picks: "mamba_ssm" on CUDA where its kernel is installed, else "torch"."""
-    return "mamba_ssm" if device.type == "cuda" and dtype != torch.float64 and has_mamba_ssm() else "torch"
+    """The backend that selective_scan_2d picks: on CUDA "mamba_ssm" where its kernel is installed, else "triton" where
+    Triton is; elsewhere, and in float64, "torch"."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return "torch"
+    return "mamba_ssm" if has_mamba_ssm() else "triton" if triton else "torch"
 
 
 def has_mamba_ssm() -> bool:
@@ -479,6 +502,59 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
         return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
 
 
+# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
+# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
+
+@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
+def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
+             dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Arguments as in _selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+    forward = _triton_forward if backend == "triton" else _torch_forward
+    with torch.autocast(x.device.type, enabled=False):
+        y, states = forward(x, delta, A, B, C, D, delta_bias, dt_weight)
+    return y.to(x.dtype), states
+
+
+@_scan_op.register_fake
+def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+    batch, H, W, d = x.shape
+    states = _triton_states if backend == "triton" else _torch_states
+    return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
+def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> list[Tensor]:
+    """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
+    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    backward = _triton_backward if backend == "triton" else _torch_backward
+    with torch.autocast(x.device.type, enabled=False):
+        grads = backward(grad_y, states, *inputs)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs) if t is not None]
+
+
+@_scan_backward_op.register_fake
+def _(grad_y, states, *inputs):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:8] if t is not None]
+
+
+def _scan_setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _scan_autograd(ctx, grad_y, grad_states):
+    # The states leave the operator only to be saved here, so grad_states is None.
+    if grad_y is None:
+        return (None,) * 9
+    grads = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
+    return *grads, *(None,) * (9 - len(grads))
+
+
+_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
+
+
 # The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
 # all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
 # and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
@@ -487,116 +563,89 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
 CHUNK = 32
 
 
-@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
-def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-             delta_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns y (B, H, W, D) and the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
-    with torch.autocast(x.device.type, enabled=False):
-        u, step, A, B, C, _ = _scan_inputs(x, delta, A, B, C, delta_bias)
-        L, batch, _, d = u.shape
-        n = A.shape[1]
-        step_u = step * u
-        y = torch.empty_like(u)
-        states = u.new_empty(_chunks(L), batch, K, n, d)
-        A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
-        A_steps, H_steps = A_bar.unbind(), H.unbind()
-        h = u.new_zeros(batch, K, n, d)
-        for i, start in enumerate(range(0, L, CHUNK)):
-            now = slice(start, min(start + CHUNK, L))
-            states[i] = h
-            h = states[i]    # a copy: H is about to be filled anew
-            _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
-            for t in range(now.stop - start):
-                h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
-            torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
-        y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
-        y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
-    return y.to(x.dtype), states
-
-
-@_scan_op.register_fake
-def _(x, delta, A, B, C, D, delta_bias):
+def _torch_states(x: Tensor, n: int) -> Tensor:
+    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
     batch, H, W, d = x.shape
-    states = x.new_empty(_chunks(H * W), batch, K, A.shape[-1], d, dtype=_compute_dtype(x))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
 
 
-@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
-def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor) -> list[Tensor]:
-    """Gradients of x, delta, A, B, C, D and delta_bias."""
-    inputs = (x, delta, A, B, C, D, delta_bias)
-    with torch.autocast(x.device.type, enabled=False):
-        u, step, A, B, C, pre_softplus = _scan_inputs(x, delta, A, B, C, delta_bias)
-        L, batch, _, d = u.shape
-        n = A.shape[1]
-        step_u = step * u
-        gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
-        g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
-        gB, gC = torch.empty_like(B), torch.empty_like(C)
-        gA = torch.zeros_like(A)
-        A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
-        H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
-        carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
-        A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
-        for i in reversed(range(len(states))):
-            now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
-            T = now.stop - now.start
-            H[0] = states[i]
-            _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
-            for t in range(T):
-                H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
-            # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
-            torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
-            G_steps[T - 1].add_(carry)
-            for t in range(T - 2, -1, -1):
-                G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
-            torch.mul(A_steps[0], G_steps[0], out=carry)
-            torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
-            torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
-            torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
-            # Gradient of the exponent step * A in A_bar = exp(step * A).
-            g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
-            torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
-            gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
-        g_step += g_step_u * u
-        gu = g_step_u * step + gy * D.to(u.dtype)
-        g_delta = g_step * torch.sigmoid(pre_softplus)
-        sequences = (gu, g_delta, gB, gC)
-        gx, g_delta_map, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in sequences)
-        grads = (gx.sum(3), g_delta_map, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1)))
-        return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
+def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+    u, step, A, B, C, _, _ = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
+    L, batch, _, d = u.shape
+    n = A.shape[1]
+    step_u = step * u
+    y = torch.empty_like(u)
+    states = _torch_states(x, n)
+    A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+    A_steps, H_steps = A_bar.unbind(), H.unbind()
+    h = u.new_zeros(batch, K, n, d)
+    for i, start in enumerate(range(0, L, CHUNK)):
+        now = slice(start, min(start + CHUNK, L))
+        states[i] = h
+        h = states[i]    # a copy: H is about to be filled anew
+        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
+        for t in range(now.stop - start):
+            h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
+        torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
+    y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
+    y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
+    return y, states
 
 
-@_scan_backward_op.register_fake
-def _(grad_y, states, *inputs):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+    u, step, A, B, C, pre_softplus, low_rank = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
+    L, batch, _, d = u.shape
+    n = A.shape[1]
+    step_u = step * u
+    gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
+    g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
+    gB, gC = torch.empty_like(B), torch.empty_like(C)
+    gA = torch.zeros_like(A)
+    A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+    H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
+    carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
+    A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
+    for i in reversed(range(len(states))):
+        now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
+        T = now.stop - now.start
+        H[0] = states[i]
+        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
+        for t in range(T):
+            H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
+        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
+        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
+        G_steps[T - 1].add_(carry)
+        for t in range(T - 2, -1, -1):
+            G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
+        torch.mul(A_steps[0], G_steps[0], out=carry)
+        torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
+        torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
+        torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
+        # Gradient of the exponent step * A in A_bar = exp(step * A).
+        g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
+        torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
+        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
+    g_step += g_step_u * u
+    gu = g_step_u * step + gy * D.to(u.dtype)
+    g_delta = g_step * torch.sigmoid(pre_softplus)
+    g_bias, g_weight = g_delta.sum((0, 1)), None
+    if dt_weight is not None:
+        g_weight = torch.einsum("lbkd,lbkr->kdr", g_delta, low_rank)
+        g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
+    gx, g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (gu, g_delta, gB, gC))
+    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_bias, g_weight
 
 
-def _scan_setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs)
-
-
-def _scan_autograd(ctx, grad_y, grad_states):
-    # The states leave the operator only to be saved here, so grad_states is None.
-    return tuple(_scan_backward_op(grad_y, *ctx.saved_tensors)) if grad_y is not None else (None,) * 7
-
-
-_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
-
-
-def _chunks(L: int) -> int:
-    return (L + CHUNK - 1) // CHUNK
-
-
-def _scan_inputs(x, delta, A, B, C, delta_bias):
+def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
     """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
     dtype = _compute_dtype(x)
     u, delta, B, C = (_to_sequences(t.to(dtype)) for t in (x.unsqueeze(3), delta, B, C))
+    low_rank = delta
+    if dt_weight is not None:
+        delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
     pre_softplus = delta.add_(delta_bias.to(dtype))
     A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return u, F.softplus(pre_softplus), A, B, C, pre_softplus
+    return u, F.softplus(pre_softplus), A, B, C, pre_softplus, low_rank
 
 
 def _open_chunk(step, step_u, A, B, A_bar, H):
@@ -606,11 +655,339 @@ def _open_chunk(step, step_u, A, B, A_bar, H):
     torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
 
 
-BACKENDS = {
-    "reference": _scan_reference,
-    "torch": lambda *inputs: _scan_op(*inputs)[0],
-    "mamba_ssm": _scan_mamba_ssm,
-}
+# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the
+# pixels (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments,
+# which programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of
+# its start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their
+# start states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of
+# the states, against the walk, and computes the states again from the start states, which were saved. No sum depends
+# on the order in which programs run.
+#
+# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in a thread:
+# there the sum over states of Eq. 4 costs nothing. Programs are single warps, which exchange nothing but the sums over
+# channels in the gradients of B and C. The sizes below come from counting registers; they are untuned.
+SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
+SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
+STEPS = 8                             # whose decays and states are held in registers; divides SEGMENT_MIN
+BLOCK_D = 64                          # channels of a program, 2 per thread
+BLOCK_D_ADJOINT = 32                  # where four tiles are live
+# Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+
+
+def _jit(kernel):
+    # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
+    # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
+    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
+
+
+@_jit
+def _triton_program(segments, D, BLOCK: constexpr):
+    """What the program works on: channels (BLOCK,), segment, and the rest of its number."""
+    program, blocks = tl.program_id(0), tl.cdiv(D, BLOCK)
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = program // blocks
+    return d, program % segments, program // segments
+
+
+@_jit
+def _triton_pixel(segment, step, k, H, W, SEGMENT: constexpr):
+    """The pixel of a step of direction k through a segment; and whether there is one, as the last segment may be cut
+    short."""
+    place = segment * SEGMENT + tl.where(k < 2, step, SEGMENT - 1 - step)
+    pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
+    return pixel, place < H * W
+
+
+@_jit
+def _triton_inputs(x, delta, bias, mask):
+    """u and Delta, Eq. 8. Outside the mask both are 0, which leaves any state as it is."""
+    u = tl.load(x, mask=mask, other=0).to(tl.float32)
+    z = tl.load(delta, mask=mask, other=0).to(tl.float32) + bias
+    # softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|), the logarithm by its series in s = e / (2 + e) <= 1/3: exact
+    # to rounding also for the small Delta that training starts from.
+    e = tl.exp(-tl.abs(z))
+    s = e / (2 + e)
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+    return u, tl.where(mask, tl.maximum(z, 0) + 2 * s * series, 0)
+
+
+@_jit
+def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+                     ends, totals, gy, starts, chunk_states,
+                     N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
+                     ADJOINT: constexpr):
+    """Per segment (B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
+
+    ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
+    sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
+    """
+    d, segment, program = _triton_program(segments, D, BLOCK)
+    sample, k = (program // 2).to(tl.int64) * H * W, pair + program % 2 * 2
+    x, delta = x + sample * D, delta + sample * delta_pixel + k.to(tl.int64) * delta_k
+    B, C = B + sample * B_pixel + k * B_k, C + sample * C_pixel + k * C_k
+    n = tl.arange(0, TILE_N)
+    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    sequence = program.to(tl.int64) * segments + segment
+    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+    bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    h = tl.zeros((TILE_N, BLOCK), tl.float32)
+    if ADJOINT:
+        gy += sample * D
+        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+        decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
+        g = tl.zeros((TILE_N, BLOCK), tl.float32)
+    for chunk in range(SEGMENT // STEPS):
+        if ADJOINT:
+            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk) * N * D + tile, h, mask=in_tile)
+        for t in range(STEPS):
+            pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
+            mask = (d < D) & inside
+            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
+            h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
+            total += step
+            if ADJOINT:
+                C_t = tl.load(C + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+                gy_t = tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32)
+                decay *= A_bar
+                g += decay * (C_t[:, None] * gy_t[None, :])
+    tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
+    tl.store(totals + sequence * D + d, total, mask=d < D)
+
+
+@_jit
+def _triton_combine(ends, totals, A, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
+                    ADJOINT: constexpr):
+    """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
+    state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
+    arithmetic."""
+    d, n, program = _triton_program(N, D, BLOCK)
+    k = pair + program % 2 * 2
+    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+    h = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, segments, AHEAD):
+        places, masks, e, total = (), (), (), ()
+        for i in tl.static_range(AHEAD):
+            segment = tl.where((k < 2) != ADJOINT, first + i, segments - 1 - first - i)
+            sequence = program.to(tl.int64) * segments + segment
+            mask = (d < D) & (first + i < segments)
+            places += (ends + (sequence * N + n) * D + d,)
+            masks += (mask,)
+            e += (tl.load(places[i], mask=mask, other=0),)
+            total += (tl.load(totals + sequence * D + d, mask=mask, other=0),)
+        for i in tl.static_range(AHEAD):
+            tl.store(places[i], h, mask=masks[i])
+            h = tl.exp2(total[i] * A_k) * h + e[i]
+
+
+@_jit
+def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+                    skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
+    """y (B, H, W, D) in float32 from the start states: both directions of the pair, added to the first pair's."""
+    d, segment, batch = _triton_program(segments, D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, y, delta = x + sample * D, y + sample * D, delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
+    n = tl.arange(0, TILE_N)
+    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    for walk in range(2):
+        k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
+        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
+        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+        for t in range(SEGMENT):
+            pixel, inside = _triton_pixel(segment, t, k, H, W, SEGMENT)
+            mask = (d < D) & inside
+            u, step = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B_walk + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            C_t = tl.load(C_walk + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            y_others = tl.load(y + pixel * D + d, mask=mask & (k > 0), other=0)
+            h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
+            y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
+            tl.store(y + pixel * D + d, y_others + y_t, mask=mask)                             # Eq. 12
+
+
+@_jit
+def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k,
+                      pair, skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
+                      N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
+    """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
+
+    gx as y in _triton_outputs. g_delta: laid out as delta. gA (B, 2, segments, N, D) and g_skip, g_bias
+    (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
+    """
+    d, segment, batch = _triton_program(segments, D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
+    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
+    summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
+    gB, gC = gB + summed, gC + summed
+    for walk in range(2):
+        k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
+        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
+        g_skip_k, g_bias_k = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for i in range(SEGMENT // STEPS):
+            chunk = SEGMENT // STEPS - 1 - i
+            at, exists, u, step, gy_t, g_u, g_step = (), (), (), (), (), (), ()
+            for t in tl.static_range(STEPS):
+                pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
+                mask = (d < D) & inside
+                u_t, step_t = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
+                at, exists, u, step = at + (pixel,), exists + (inside,), u + (u_t,), step + (step_t,)
+                gy_t += (tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32),)
+                g_u += (tl.zeros((BLOCK,), tl.float32),)       # gradients of Delta u and Delta, summed over the states
+                g_step += (tl.zeros((BLOCK,), tl.float32),)
+            for n in range(N):
+                A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+                start = ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d
+                h = tl.load(chunk_states + start, mask=d < D, other=0)
+                row = (sequence * N + n) * D + d
+                g = tl.load(g_ends + row, mask=d < D, other=0)
+                gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
+                A_bar, before, B_n = (), (), ()
+                for t in tl.static_range(STEPS):
+                    B_t = tl.load(B_walk + at[t] * B_pixel + n, mask=exists[t], other=0).to(tl.float32)
+                    a = tl.exp2(step[t] * A_n)                                                 # Eq. 5
+                    A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
+                    h = a * h + B_t * (step[t] * u[t])                                         # Eq. 3
+                    tl.store(gC + (at[t] * 4 + k) * N + n, tl.sum(gy_t[t] * h, 0), mask=exists[t])
+                g_u_n, g_step_n = (), ()
+                for t in tl.static_range(STEPS - 1, -1, -1):
+                    C_t = tl.load(C_walk + at[t] * C_pixel + n, mask=exists[t], other=0).to(tl.float32)
+                    g += C_t * gy_t[t]                         # gradient of the state after step t, Eq. 4 and 3
+                    tl.store(gB + (at[t] * 4 + k) * N + n, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
+                    g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
+                    g *= A_bar[t]                              # of the state before
+                    exponent = g * before[t]                   # of Delta A in Eq. 5
+                    g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
+                    gA_n += exponent * step[t]
+                g_u, g_step = g_u_n, g_step_n
+                tl.store(g_ends + row, g, mask=d < D)
+                tl.store(gA + row, gA_n, mask=d < D)
+            for t in tl.static_range(STEPS):
+                mask = (d < D) & exists[t]
+                z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
+                # A comes multiplied by log2(e), for exp2.
+                g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
+                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
+                gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
+                tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
+                g_skip_k += gy_t[t] * u[t]
+                g_bias_k += g_z
+        tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
+        tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
+
+
+def _triton_segment(batch: int, L: int, D: int) -> int:
+    """Steps per segment: long ones save memory, short ones give more programs to a small map."""
+    segment = SEGMENT_MAX
+    while segment > SEGMENT_MIN and batch * L * D < SEGMENT_CHANNELS * segment:
+        segment //= 2
+    return segment
+
+
+def _triton_states(x: Tensor, n: int) -> Tensor:
+    """Empty, for the start states of the segments: (pair, B, 2, segments, N, D)."""
+    batch, H, W, d = x.shape
+    segment = _triton_segment(batch, H * W, d)
+    return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
+
+
+def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
+    """(what the three kernels that walk begin with, their compile-time arguments)"""
+    if triton is None:
+        raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
+                           "for CUDA on Linux. Use the backend torch")
+    interpreted = not isinstance(_triton_outputs, triton.JITFunction)
+    if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
+        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
+                           "tensors only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
+                           f"{x.dtype} on {x.device}; use the backend torch")
+    batch, H, W, d = x.shape
+    n = A.shape[-1]
+    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
+    if dt_weight is not None:
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
+    A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
+    delta, B, C = (_pixelwise(t) for t in (delta, B, C))
+    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
+    return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
+            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+
+
+def _pixelwise(t: Tensor) -> Tensor:
+    """t (B, H, W, K, X) with its pixels evenly spaced and X contiguous in memory, as a slice of a projection is."""
+    _, H, W, _, _ = t.shape
+    even = t.stride(4) == 1 and t.stride(1) == W * t.stride(2) and t.stride(0) == H * t.stride(1)
+    return t if even else t.contiguous()
+
+
+def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+    batch, _, _, d = x.shape
+    n = A.shape[-1]
+    states = _triton_states(x, n)
+    segments = states.shape[3]
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    D = D.float().contiguous()
+    y = torch.empty_like(walk[0], dtype=torch.float32)
+    totals = x.new_empty(batch, 2, segments, d, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for pair, starts in enumerate(states):
+            _triton_segments[blocks * segments * 2 * batch,](
+                *walk, pair, starts, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS,
+                ADJOINT=False, **REGISTERS)
+            _triton_combine[blocks * n * 2 * batch,](starts, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
+                                                     AHEAD=8, ADJOINT=False, num_warps=1)
+            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D,
+                                                        **REGISTERS)
+    return y, states
+
+
+def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+    batch, H, W, d = x.shape
+    n, segments = A.shape[-1], states.shape[3]
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    D, grad_y = D.float().contiguous(), grad_y.contiguous()
+
+    def empty(*shape):
+        return x.new_empty(shape, dtype=torch.float32)
+    gx, g_delta = empty(batch, H, W, d), torch.empty_like(walk[1])
+    gB, gC = (empty(blocks, batch, H, W, K, n) for _ in range(2))
+    gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
+    g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
+    chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
+    with torch.cuda.device_of(x):
+        for pair, starts in enumerate(states):
+            _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
+                *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
+                STEPS=STEPS, ADJOINT=True, **REGISTERS)
+            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
+                                                     AHEAD=8, ADJOINT=True, num_warps=1)
+            _triton_gradients[blocks * segments * batch,](
+                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gB, gC, g_skip[pair], g_bias[pair],
+                batch * H * W, **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
+    # (pair, B, 2, segments, ...) -> (K, ...)
+    gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
+    g_weight = None
+    if dt_weight is not None:
+        g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
+        g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
+    return gx, g_delta, gA.transpose(1, 2), gB.sum(0), gC.sum(0), g_skip, g_bias, g_weight
 
 
 # ------------------------------------------------------------------------------------------- patch expand and heads
@@ -926,8 +1303,10 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
             operations = 2 * inputs[0].numel() * K * columns
             rounding += int(float(f"{operations:.3e}")) - operations
 
-    def scan(x, delta, A, B, C, D, delta_bias, out_shape=None, **kwargs):
-        return 2 * (9 * math.prod(delta) * A[-1] + math.prod(delta))
+    def scan(x, delta, A, B, C, D, delta_bias, dt_weight, *args, out_shape=None, **kwargs):
+        steps = K * math.prod(x)
+        projection = 0 if dt_weight is None else steps * dt_weight[-1]
+        return 2 * (9 * steps * A[-1] + steps + projection)
 
     def layer_norm(x, *args, out_shape=None, **kwargs):
         return 2 * 5 * math.prod(x)

@@ -1,12 +1,15 @@
 """Measures speed; asserts nothing.
 
-    python tests/benchmark.py scan         # one SS2D scan on this machine's CPU, against its floor
+    python tests/benchmark.py scan         # one SS2D scan per backend against its floors, on the GPU where there is one
+    python tests/benchmark.py scan --full  # on a CPU, too, the three decoder stages of Swin-Large
+    python tests/benchmark.py model        # inference and training steps of the whole network; on a GPU also --compile
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -19,38 +22,173 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets import PascalContext, Synthetic, export, prepare
 from metrics import boundary_counts
-from mtmamba import K, selective_scan_2d
+from mtmamba import K, MTMamba, has_mamba_ssm, selective_scan_2d, triton
+
+if triton:
+    import triton.language as tl
+
+    @triton.jit
+    def exponentials_kernel(out, repeats):
+        """Nothing but exponentials: repeats of them per number."""
+        x = tl.arange(0, 1024) / 1024
+        for _ in range(repeats):
+            x = tl.exp2(-x)
+        tl.store(out + tl.program_id(0) * 1024 + tl.arange(0, 1024), x)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STAGES = [(28, 36, 1536), (56, 72, 768), (112, 144, 384)]    # H, W, D of Swin-Large's decoder at 448x576
 
 
 def median_ms(run, repeats: int) -> float:
-    run()    # warm up
+    if repeats > 1:    # else it is slow enough to need no warm-up
+        run()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - start))
+        if DEVICE == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
 
 
-def scan(H: int = 56, W: int = 72, D: int = 192, N: int = 16, repeats: int = 7):
-    """The backends at the size that the README quotes: B = 1, 56x72, D = 192, N = 16."""
-    torch.manual_seed(0)
-    shapes = [(1, H, W, D), (1, H, W, K, D), (K, D, N), (1, H, W, K, N), (1, H, W, K, N), (K, D), (K, D)]
-    x, delta, A, B, C, skip, bias = map(torch.randn, shapes)
-    inputs = [t.requires_grad_() for t in (x, delta - 3, -A.exp(), B, C, skip, bias)]
-    exponents = torch.randn(2 ** 20)    # in the cache: the floor is arithmetic, not memory
-    floor = median_ms(lambda: torch.exp(exponents, out=exponents.clone()), 50) * H * W * K * D * N / 2 ** 20
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; floor (exponentials alone) {floor:.0f} ms")
-    print(f"{'backend':<12}{'forward ms':>12}{'x floor':>10}{'fwd+bwd ms':>12}{'x floor':>10}")
-    for backend, runs in (("torch", repeats), ("reference", 1)):
-        def forward():
-            with torch.no_grad():
-                selective_scan_2d(*inputs, backend=backend)
+def peak_mib(run) -> float | None:
+    """GPU memory that run() needs at its peak beyond what is held before."""
+    if DEVICE == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
-        def both():
-            torch.autograd.grad(selective_scan_2d(*inputs, backend=backend).sum(), inputs)
-        times = [median_ms(run, runs) for run in (forward, both)]
-        print(f"{backend:<12}" + "".join(f"{t:>12.0f}{t / floor:>10.1f}" for t in times))
+
+def rates() -> tuple[float | None, float]:
+    """(exponentials, bytes of memory) per ms of this machine."""
+    exponents = torch.randn(2 ** 20)    # in the cache: the floor is arithmetic, not memory
+    exponentials = None
+    if DEVICE == "cpu":
+        exponentials = 2 ** 20 / median_ms(lambda: torch.exp(exponents, out=exponents.clone()), 50)
+    elif triton:
+        out = torch.empty(2 ** 20, device=DEVICE)
+        ms = median_ms(lambda: exponentials_kernel[1024,](out, 2 ** 12), 10)
+        exponentials = 2 ** 20 * 2 ** 12 / ms
+    source = torch.ones(2 ** 28 if DEVICE == "cuda" else 2 ** 25, device=DEVICE)
+    target = torch.empty_like(source)
+    return exponentials, 2 * source.nbytes / median_ms(lambda: target.copy_(source), 5)
+
+
+def hardware() -> str:
+    if DEVICE == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    versions = f"torch {torch.__version__}, " + (f"Triton {triton.__version__}" if triton else "no Triton")
+    return f"{torch.cuda.get_device_name()}, {versions}"
+
+
+def report(rows: list[dict], path: Path | None):
+    """Prints the rows as a table, without columns that nobody measured; all of them as JSON into a file."""
+    def cell(value):
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) and value < 100 else (
+            f"{value:.0f}" if isinstance(value, float) else str(value))
+    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    lines = [keys] + [[cell(row[key]) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
+    if path:
+        path.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
+
+
+def scan(full: bool, dtype: str | None, json_file: Path | None):
+    """The scan from the expanded step size, N = 16.
+
+    Floors: B K D L N exponentials, computed once (a backward pass that does not store all states needs them a second
+    time); and every input read and every output and gradient written once. "x floor" is the time over the larger one,
+    "x the slowest" the speed, forward and backward, over that of the slowest backend.
+    """
+    dtype = getattr(torch, dtype or ("bfloat16" if DEVICE == "cuda" else "float32"))
+    sizes = [(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else (
+        [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
+    backends = {"torch": 7, "reference": 1} if DEVICE == "cpu" else {"torch": 3}    # with their repeats
+    if DEVICE == "cuda":
+        backends = {"triton": 20} * bool(triton) | {"mamba_ssm": 20} * has_mamba_ssm() | backends
+    exponentials, bandwidth = rates()
+    rate = "not measured, no Triton" if exponentials is None else f"{exponentials / 1e6:.2f} per ns"
+    print(f"{hardware()}, {str(dtype)[6:]}\nexponentials {rate}, memory {bandwidth / 1e6:.0f} GB/s")
+    rows = []
+    for batch, H, W, D in sizes:
+        torch.manual_seed(0)
+        N, steps = 16, batch * H * W * K
+        matrix = (batch, H, W, K, N)
+        shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), matrix, matrix, (K, D), (K, D)]
+        x, delta, A, B, C, skip, bias = (torch.randn(shape, device=DEVICE) for shape in shapes)
+        inputs = [t.requires_grad_() for t in (x.to(dtype), (delta - 3).to(dtype), -A.exp(), B.to(dtype), C.to(dtype),
+                                               skip, bias)]
+        read = steps * (D + D // K + 2 * N) * dtype.itemsize      # delta, x, B, C
+        y = steps * D // K * dtype.itemsize
+        floor_exp = None if exponentials is None else steps * D * N / exponentials
+        floor_bytes = [(read + y) / bandwidth, (3 * read + 2 * y) / bandwidth]    # forward; forward and backward
+        size_rows = []
+        for backend, repeats in backends.items():
+            def forward():
+                with torch.no_grad():
+                    selective_scan_2d(*inputs, backend=backend)
+
+            def both():
+                y = selective_scan_2d(*inputs, backend=backend)
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
+            row = {"size": f"{batch}x{H}x{W}x{D}", "backend": backend, "exp ms": floor_exp}
+            for name, run, floor in (("fwd", forward, floor_bytes[0]), ("fwd+bwd", both, floor_bytes[1])):
+                ms = median_ms(run, repeats)
+                row |= {f"{name} bytes ms": floor, f"{name} ms": ms, f"{name} x floor": ms / max(floor, floor_exp or 0),
+                        f"{name} MiB": peak_mib(run)}
+            size_rows.append(row)
+        slowest = max(row["fwd+bwd ms"] for row in size_rows)
+        rows += [row | {"x the slowest": slowest / row["fwd+bwd ms"]} for row in size_rows]
+    report(rows, json_file)
+
+
+def model(batch: int | None, compile: bool, json_file: Path | None):
+    """Inference and training steps (AdamW, mean square of the outputs as the loss) of mtmamba, NYUDv2's tasks.
+
+    On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32.
+    """
+    encoder, size = ("swin-large", (448, 576)) if DEVICE == "cuda" else ("swin-tiny", (128, 160))
+    batch = batch or (8 if DEVICE == "cuda" else 1)
+    backends = ["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []
+    print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
+    rows = []
+    for backend in [*backends, "torch"]:
+        torch.manual_seed(0)
+        network = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}, size, encoder, backend=backend)
+        network.to(DEVICE)
+        run_network = torch.compile(network) if compile else network
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+        image = torch.randn(batch, 3, *size, device=DEVICE)
+
+        def infer():
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+                return run_network(image)
+
+        def train():
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+                outputs = run_network(image)
+            optimizer.zero_grad()
+            sum(output.float().square().mean() for output in outputs.values()).backward()
+            optimizer.step()
+        row = {"backend": backend}
+        for name, run in (("inference", infer), ("training", train)):
+            network.train(name == "training")
+            ms = median_ms(run, 10 if DEVICE == "cuda" else 3)
+            row |= {f"{name} ms": ms, f"{name} images/s": 1000 * batch / ms, f"{name} MiB": peak_mib(run)}
+        rows.append(row)
+    report(rows, json_file)
 
 
 def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
@@ -96,7 +234,15 @@ def boundary(size: tuple[int, int] = (321, 481)):
 
 
 if __name__ == "__main__":
-    benchmarks = {"scan": scan, "synthetic": synthetic, "data": data, "boundary": boundary}
+    benchmarks = {"scan": scan, "model": model, "synthetic": synthetic, "data": data, "boundary": boundary}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=benchmarks)
-    benchmarks[parser.parse_args().benchmark]()
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    options = {name: commands.add_parser(name) for name in benchmarks}
+    options["scan"].add_argument("--full", action="store_true", help="on a CPU: the stages of Swin-Large, minutes")
+    options["scan"].add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    options["model"].add_argument("--batch", type=int)
+    options["model"].add_argument("--compile", action="store_true")
+    for name in ("scan", "model"):
+        options[name].add_argument("--json", dest="json_file", type=Path, metavar="FILE")
+    args = vars(parser.parse_args())
+    benchmarks[args.pop("benchmark")](**args)

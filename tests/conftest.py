@@ -1,8 +1,14 @@
 """What several tests share: a model small enough to run in a fraction of a second."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from mtmamba import MTMamba
 

@@ -1,8 +1,11 @@
 """The scan: s6 against the closed form of the recurrence, every backend against s6 along explicit index lists."""
 
 import importlib.machinery
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +17,25 @@ from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
 SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), (1, 40, 1, 1, 2), (2, 11, 6, 4, 16)]
 
+# The same for the kernels, in segments of 4 steps by 2 and blocks of 4 channels.
+TRITON_SHAPES = [(2, 3, 5, 3, 5), (1, 1, 1, 2, 1), (1, 2, 4, 9, 2), (3, 1, 7, 2, 3), (1, 10, 1, 1, 2), (1, 2, 2, 2, 16)]
+needs_triton = pytest.mark.skipif(mtmamba.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
 
-def random_inputs(batch, H, W, D, N, dtype=torch.float64):
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """The interpreter takes milliseconds per step. A GPU's warps need the real sizes."""
+    if DEVICE == "cpu":
+        for name, value in dict(SEGMENT_MIN=4, STEPS=2, BLOCK_D=4, BLOCK_D_ADJOINT=2).items():
+            monkeypatch.setattr(mtmamba, name, value)
+
+
+def random_inputs(batch, H, W, D, N, dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
     matrix = (batch, H, W, K, N)
     shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), matrix, matrix, (K, D), (K, D)]
-    x, delta, A, B, C, skip, bias = (torch.randn(s, dtype=dtype) for s in shapes)
+    x, delta, A, B, C, skip, bias = (torch.randn(s, dtype=dtype).to(device) for s in shapes)
     return [t.requires_grad_() for t in (x, delta, -A.exp(), B, C, skip, bias)]
 
 
@@ -52,10 +68,11 @@ PATHS = {    # the (row, column) pairs that each direction visits in turn
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("direction", range(K))
-def test_each_direction_alone_follows_its_path(direction, backend):
+def test_each_direction_alone_follows_its_path(direction, backend, small_blocks):
     x, delta, A, B, C, skip, bias = (t.detach() for t in random_inputs(2, 5, 8, 3, 4))
+    device, dtype, tolerance = (DEVICE, torch.float32, 1e-5) if backend == "triton" else ("cpu", torch.float64, 1e-10)
     C, skip = C.clone(), skip.clone()
     for other in set(range(K)) - {direction}:    # C = D = 0 silences a direction
         C[:, :, :, other], skip[other] = 0, 0
@@ -63,9 +80,9 @@ def test_each_direction_alone_follows_its_path(direction, backend):
     along = [torch.stack([t[:, i, j] for i, j in path], dim=1) for t in (x, delta, B, C)]
     u, delta_k, B_k, C_k = along[0], *(t[:, :, direction] for t in along[1:])
     y = s6(u, delta_k, A[direction], B_k, C_k, skip[direction], bias[direction])
-    ours = selective_scan_2d(x, delta, A, B, C, skip, bias, backend)
+    ours = selective_scan_2d(*(t.to(device, dtype) for t in (x, delta, A, B, C, skip, bias)), backend).cpu().double()
     for step, (i, j) in enumerate(path):
-        torch.testing.assert_close(ours[:, i, j], y[:, step], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours[:, i, j], y[:, step], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,11 +95,114 @@ def test_torch_equals_reference(shape):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
 
-def test_strong_decay_stays_finite():
+@pytest.fixture
+def poisoned():
+    """Fills what torch.empty returns with NaN, which shows wherever an output was not written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative_error(ours, reference):
+    assert ours.isfinite().all()
+    return (ours.cpu().double() - reference).norm() / reference.norm().clamp(min=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, shape) for shape in TRITON_SHAPES] + [
+    (torch.bfloat16, (2, 3, 3, 3, 4)), (torch.float16, (1, 4, 3, 2, 3))])
+def test_triton_equals_reference(dtype, shape, small_blocks, poisoned):
+    """In float32 to its rounding; from half-precision inputs, to the rounding of the outputs."""
+    check_triton(dtype, shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape, segment_min", [((1, 3, 6, 70, 2), 16), ((1, 5, 7, 2, 1), 32)])
+def test_triton_equals_reference_in_its_own_sizes(shape, segment_min, poisoned, monkeypatch):
+    """Two blocks of channels and two segments."""
+    monkeypatch.setattr(mtmamba, "SEGMENT_MIN", segment_min)
+    check_triton(torch.float32, shape)
+
+
+def check_triton(dtype, shape):
+    inputs = random_inputs(*shape, dtype, DEVICE)
+    doubles = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    y, y_reference = selective_scan_2d(*inputs, backend="triton"), selective_scan_2d(*doubles, backend="reference")
+    grad = torch.randn_like(y)
+    tolerance = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert y.dtype == dtype and relative_error(y, y_reference) < tolerance
+    references = torch.autograd.grad(y_reference, doubles, grad.cpu().double())
+    for ours, reference in zip(torch.autograd.grad(y, inputs, grad), references):
+        assert ours.dtype == dtype and relative_error(ours, reference) < tolerance
+
+
+@needs_triton
+def test_triton_is_deterministic(small_blocks):
+    inputs = random_inputs(1, 2, 4, 3, 2, torch.float32, DEVICE)
+    runs = [torch.autograd.grad(selective_scan_2d(*inputs, backend="triton").square().sum(), inputs) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+@needs_triton
+def test_triton_refuses_what_it_cannot_run(monkeypatch):
+    inputs = random_inputs(1, 4, 5, 3, 2, device=DEVICE)
+    with pytest.raises(RuntimeError, match="found torch.float64"):
+        selective_scan_2d(*inputs, backend="triton")
+    huge = [t.detach()[:, :1, :1].float().to("meta").expand(-1, 2 ** 14, 2 ** 14, *t.shape[3:]) for t in inputs[:2]]
+    monkeypatch.setattr(mtmamba.triton, "JITFunction", type(None))    # pass for the interpreter, which takes any device
+    with pytest.raises(ValueError, match="too large"):
+        mtmamba._triton_arguments(*huge, inputs[2], huge[1], huge[1], inputs[6], None, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(mtmamba, "triton", None)
+    with pytest.raises(RuntimeError, match="not installed"):
+        selective_scan_2d(*inputs, backend="triton")
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs comes with its Linux wheels")
+def test_triton_compiles_for_gpus():
+    """In processes without the interpreter: compute capabilities 8.0 and 9.0; and CPU tensors are refused."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    subprocess.run([sys.executable, script], env=environment, check=True)
+    code = """if True:
+        import torch, mtmamba
+        try:
+            mtmamba.SS2D(4, backend="triton")(torch.randn(1, 3, 3, 4))
+        except RuntimeError as error:
+            assert "CUDA tensors" in str(error), error
+        else:
+            raise SystemExit("ran on CPU tensors")"""
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=script.parents[1])
+
+
+def test_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import mtmamba, torch; mtmamba.SS2D(4)(torch.randn(1, 3, 3, 4))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_ss2d_equals_reference(backend, poisoned, small_blocks):
+    """With the low-rank step size that the operator expands itself: values and the gradients of all parameters."""
+    torch.manual_seed(0)
+    module = SS2D(6, d_state=3, dt_rank=2, backend=backend).to(DEVICE)
+    reference = SS2D(6, d_state=3, dt_rank=2, backend="reference").double()
+    reference.load_state_dict(module.state_dict())
+    x = torch.randn(1, 3, 4, 6)
+    y, y_reference = module(x.to(DEVICE)), reference(x.double())
+    assert relative_error(y, y_reference) < 2e-6
+    y.square().sum().backward()
+    y_reference.square().sum().backward()
+    for ours, theirs in zip(module.parameters(), reference.parameters()):
+        assert relative_error(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_strong_decay_stays_finite(backend, small_blocks):
     """Decays that underflow to 0 must give the last input alone, not inf - inf."""
-    x, delta, A, B, C, skip, bias = (t.detach().float() for t in random_inputs(1, 8, 9, 2, 3))
+    x, delta, A, B, C, skip, bias = (t.detach().float() for t in random_inputs(1, 4, 5, 2, 3, device=DEVICE))
     inputs = [t.requires_grad_() for t in (x, delta + 20, A * 100, B, C, skip, bias)]
-    y, y_reference = (selective_scan_2d(*inputs, backend=backend) for backend in ("torch", "reference"))
+    y, y_reference = (selective_scan_2d(*inputs, backend=name) for name in (backend, "reference"))
     torch.testing.assert_close(y, y_reference, rtol=1e-4, atol=1e-3)
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), inputs))
 
@@ -92,10 +212,17 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: selective_scan_2d(*t, backend="torch"), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    inputs = random_inputs(2, 5, 7, 3, 2, dtype)
-    torch.library.opcheck(torch.ops.mtmamba.selective_scan_2d, inputs)
+@pytest.mark.parametrize("backend, dtype, rank", [
+    ("torch", torch.float32, 2), ("torch", torch.float64, None), ("torch", torch.bfloat16, None),
+    pytest.param("triton", torch.float32, 2, marks=needs_triton),
+    pytest.param("triton", torch.bfloat16, None, marks=needs_triton)])
+def test_opcheck(backend, dtype, rank, small_blocks):
+    inputs = random_inputs(2, 1, 5, 3, 2, dtype, DEVICE)
+    dt_weight = None
+    if rank:
+        inputs[1] = inputs[1].detach()[..., :rank].requires_grad_()
+        dt_weight = torch.randn(K, 3, rank, dtype=dtype, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.mtmamba.selective_scan_2d, (*inputs, dt_weight, backend))
 
 
 def test_computes_in_float32_under_autocast():
@@ -108,22 +235,40 @@ def test_computes_in_float32_under_autocast():
         torch.testing.assert_close(y, expected.bfloat16())
 
 
+def stored_bytes(run) -> int:
+    """What autograd keeps for the backward pass of run(), each storage counted once."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+        run()
+    return sum(saved.values())
+
+
 def test_training_memory_does_not_hold_the_states():
     """Saved for the backward pass: the inputs and a state per chunk, far less than B L K D N."""
-    batch, H, W, D, N = 1, 32, 32, 64, 16
-    inputs = random_inputs(batch, H, W, D, N, torch.float32)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        selective_scan_2d(*inputs, backend="torch")
-    steps = batch * H * W * K * D
-    assert sum(saved) <= sum(t.numel() for t in inputs) + steps * N // mtmamba.CHUNK
-    assert sum(saved) < 2.5 * steps
+    inputs = random_inputs(1, 32, 32, 64, 16, torch.float32)
+    numbers = stored_bytes(lambda: selective_scan_2d(*inputs, backend="torch")) // 4
+    steps = 32 * 32 * K * 64
+    assert numbers <= sum(t.numel() for t in inputs) + steps * 16 // mtmamba.CHUNK
+    assert numbers < 2.5 * steps
 
 
-def test_ss2d_compiles_without_a_graph_break():
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_ss2d_does_not_store_the_expanded_step_size(backend, monkeypatch):
+    """At most 3 times x, beside the projection (low-rank step size, B, C), the states and the parameters."""
+    module = SS2D(16, d_state=1, backend=backend).to(DEVICE)
+    x = torch.randn(1, 6, 16, 16, device=DEVICE)
+    states = K * 1 * 16 * (6 * 16 // (mtmamba.CHUNK if backend == "torch" else mtmamba.SEGMENT_MIN))
+    projected = 6 * 16 * K * (module.dt_rank + 2)
+    parameters = 2 * sum(p.numel() for p in module.parameters())    # A is stored beside A_log
+    assert stored_bytes(lambda: module(x)) // 4 <= 3 * x.numel() + projected + states + parameters
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_ss2d_compiles_without_a_graph_break(backend, small_blocks):
     torch.manual_seed(0)
-    module = SS2D(8, d_state=4)
-    x = torch.randn(1, 6, 7, 8, requires_grad=True)
+    module = SS2D(8, d_state=4, backend=backend).to(DEVICE)
+    x = torch.randn(1, 2, 3, 8, device=DEVICE, requires_grad=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     y, expected = compiled(x), module(x)
     torch.testing.assert_close(y, expected)
@@ -145,9 +290,10 @@ def test_rejects_what_does_not_fit():
     x, delta, A, B, C, skip, bias = random_inputs(1, 4, 5, 3, 2, torch.float32)
     with pytest.raises(ValueError, match=r"expected delta of shape \(1, 4, 5, 4, 3\)"):
         selective_scan_2d(x, delta[:, :3], A, B, C, skip, bias)
-    with pytest.raises(ValueError, match="nothing to scan"):
-        selective_scan_2d(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0], skip, bias)
-    with pytest.raises(ValueError, match="choose from reference, torch, mamba_ssm"):
+    for backend in mtmamba.BACKENDS:
+        with pytest.raises(ValueError, match="nothing to scan"):
+            selective_scan_2d(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0], skip, bias, backend)
+    with pytest.raises(ValueError, match="choose from reference, torch, triton, mamba_ssm"):
         selective_scan_2d(x, delta, A, B, C, skip, bias, backend="cuda")
 
 
@@ -156,6 +302,7 @@ def test_mamba_ssm_is_never_replaced_silently(monkeypatch):
     monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: False)
     with pytest.raises(RuntimeError, match="pip install"):
         selective_scan_2d(*inputs, backend="mamba_ssm")
+    assert mtmamba.default_backend(torch.device("cuda")) == ("triton" if mtmamba.triton else "torch")
     monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA tensors"):
         selective_scan_2d(*inputs, backend="mamba_ssm")
