@@ -340,3 +340,10 @@ def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
     inputs = [t.detach() for t in random_inputs(2, 4, 7, 3, 5, torch.float32)]
     torch.testing.assert_close(mtmamba._run_mamba_ssm(*inputs), selective_scan_2d(*inputs, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_keeps_the_digits_of_small_steps(dtype):
+    z = torch.linspace(-80, 80, 10_001, dtype=dtype)
+    expected = np.logaddexp(z.double().numpy(), 0)
+    np.testing.assert_allclose(mtmamba._softplus(z).double().numpy(), expected, rtol=4 * torch.finfo(dtype).eps)
