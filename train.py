@@ -57,7 +57,7 @@ PRESETS = {
     # process of its own for it would take a core from the network.
     "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
                       encoder_kwargs=dict(dims=(16, 32, 64, 96), depths=(1, 1, 2, 1), drop_path_rate=0.0),
-                      d_state=2, iterations=180, batch_size=8, lr=1e-2, workers=0, save_every=100, log_every=10,
+                      d_state=2, iterations=300, batch_size=8, lr=1e-2, workers=0, save_every=100, log_every=10,
                       eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
