@@ -478,6 +478,7 @@ class FileDataset(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
         self.root, self.split, self.size, self.seed = Path(root), split, tuple(size), seed
+        self.last = None, None
         self.augment = split == "train" if augment is None else augment
         for folder in ("", *dict.fromkeys(folder for key in ("image", *self.tasks) for folder in self.FOLDERS[key])):
             if not (self.root / folder).is_dir():
@@ -501,6 +502,7 @@ class FileDataset(torch.utils.data.Dataset):
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
         files = self.files(index)
+        self.last = index, files
         image, labels = files.image, {task: files.label(task) for task in self.tasks}
         if self.augment:
             rng = np.random.default_rng([self.seed, epoch, index])
@@ -521,7 +523,8 @@ class FileDataset(torch.utils.data.Dataset):
 
     def boundary_truth(self, index):
         """The boundaries that odsF scores against: bool (h, w), thinned, at the image's own size. Raises as [index]."""
-        return self.files(index).boundary_truth()
+        last_index, files = self.last    # of the sample just loaded: its files need not be read again
+        return (files if last_index == index else self.files(index)).boundary_truth()
 
     def check_fits(self, files):
         """Raises ValueError where the image is larger than the padded size."""
@@ -649,7 +652,12 @@ class NYUDv2Files(ImageFiles):
         return np.stack([*normal.transpose(2, 0, 1), np.ones(normal.shape[:2], np.uint8)])
 
     def boundary(self):
-        return np.uint8(self.read(self.path("edge", ".png"), "L") > 127)[None]
+        path = self.path("edge", ".png")
+        edge = self.read(path, "L")
+        if not np.isin(edge, (0, 255)).all():
+            raise ValueError(f"expected the values 0 and 255, found {edge[(edge > 0) & (edge < 255)][0]} in {path}; unpack "
+                             "the archive again")
+        return np.uint8(edge > 0)[None]
 
 
 class PascalFiles(ImageFiles):
@@ -826,7 +834,7 @@ CROPS = 10                                                       # tries
 LARGEST_SHARE = 0.75                                             # of one class among a crop's labelled pixels
 JITTER = (                                                      # each with probability 0.5, in this order
     (lambda image, value: (image + value).clamp(0, 1), (-32 / 255, 32 / 255)),
-    (TF.adjust_contrast, (0.5, 1.5)),                            # about the mean grey
+    (lambda image, value: (image * value).clamp(0, 1), (0.5, 1.5)),    # contrast, as in SSD's augmentation
     (TF.adjust_saturation, (0.5, 1.5)),
     (TF.adjust_hue, (-0.1, 0.1)),                                # 0.1 of a turn is 36 degrees
 )
@@ -922,6 +930,9 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
             continue
         found = parallel(partial(image_problems, data), range(len(data)), workers, f"checking {split}")
         print(f"{split}: {len(data)} images; published: {published}")
+        if len(data) != published and not all(name.startswith(EXPORTED) for name in data.names):
+            print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
+            total += 1
         for kind in ("image", *data.tasks, "prepared"):
             messages = [problems[kind] for problems in found if kind in problems]
             total += len(messages)
@@ -977,6 +988,7 @@ LABEL_MAP = np.array([158, 440, 68, 360, 308, 397, 34, 284])
 VOC = np.array([0, 0, 0, 0, 16, 11, 5, PERSON_INDEX])
 VOC_NAMES = {16: "pottedplant", 11: "table", 5: "bottle", PERSON_INDEX: "person"}
 NYUD = np.array([2, 1, 22, 0, 40, 29, 35, 31])
+EXPORTED = "synthetic_"    # the names of exported images begin with it
 PART_FILES = ("", "head", "torso", "luarm", "llarm", "luleg", "llleg")    # one name for each of PARTS
 
 
@@ -993,7 +1005,7 @@ def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = Non
     size = size or usual
     for seed, (split, images) in enumerate({"train": count, "val": max(2, count // 4)}.items()):
         scenes, upright = Synthetic(images, size, seed), Synthetic(images, size[::-1], seed)
-        names = [f"synthetic_{split}_{i:05d}" for i in range(images)]
+        names = [f"{EXPORTED}{split}_{i:05d}" for i in range(images)]
         for i, name in enumerate(tqdm(names, desc=f"exporting {split}", unit="img")):
             maps = (upright if kind == "pascal" and i % 4 == 3 else scenes).render(i)
             for path, content in scene_files(name, maps).items():
@@ -1019,7 +1031,7 @@ def pascal_files(name: str, maps: dict[str, np.ndarray]) -> dict:
         f"JPEGImages/{name}.jpg": 255 * maps["image"],
         f"semseg/{folder}/{name}.png": VOC[maps["semseg"]],
         f"pascal-context/trainval/{name}.mat": {"LabelMap": LABEL_MAP[maps["semseg"][0]].astype(np.uint16)},
-        f"human_parts/{name}.mat": {"anno": struct([(f"{name}.jpg", part_objects(maps))], "imname", "objects")},
+        f"human_parts/{name}.mat": {"anno": struct([(name, part_objects(maps))], "imname", "objects")},
         f"normals_distill/{name}.png": normal_pixels(maps["normal"]),
         f"sal_distill/{name}.png": 255 * maps["saliency"],
     }

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ from tqdm import tqdm
 
 from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
-from mtmamba import ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, count_cost, default_backend, load_published_checkpoint
+from mtmamba import (ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, count_cost, default_backend,
+                     load_published_checkpoint, read_tensors)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -62,19 +64,21 @@ def main(argv: list[str] | None = None) -> Results:
             print_cost(args)
             return {}
         device = start(args.device)
-        with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
+        rank, _ = rank_and_world()
+        with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
             print(f"scan backend: {default_backend(device)}")
             if not args.image:
                 return score(args, model, config, device)
-            skipped = draw_pictures(args, model, device)
+            # The sum is a barrier, too: torchrun ends the others when a process fails.
+            skipped = int(add_up(torch.tensor(draw_pictures(args, model, device), device=device)))
     except (ValueError, OSError) as error:
         parser.error(str(error).strip().splitlines()[-1])    # a worker's error has its traceback above that line
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     if skipped:
-        parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n")
+        parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
     return {}
 
 
@@ -165,15 +169,11 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
                                 "published checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # the unpickler and the zip reader raise many kinds
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
-                         "something else than a file of train.py") from error
+    checkpoint = read_tensors(path)
     if not is_published(checkpoint) and not (isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint)):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found};"
-                         " nor a published one, whose keys begin with module.")
+                         " nor a published one, which has final_project.")
     return checkpoint
 
 
@@ -206,13 +206,13 @@ def build_model(config: dict) -> MTMamba:
 
 def is_published(checkpoint: object) -> bool:
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    return isinstance(state, dict) and bool(state) and all(str(key).startswith("module.") for key in state)
+    return isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state)
 
 
 def published_tasks(state: dict[str, Tensor]) -> dict[str, int]:
     """The tasks of a published checkpoint, in the order of the data set: the heads' channels tell which one it is."""
     heads = {m[1]: len(value) for key, value in state.items()
-             if (m := re.fullmatch(r"module\.final_project\.(\w+)\.weight", key))}
+             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     return dict(DATASETS[find_dataset(found, DATASETS)].TASKS)
 
@@ -237,7 +237,10 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     name = args.dataset or find_dataset(model.tasks, ["synthetic", *DATASETS])
     dataset = open_dataset(name, model.tasks, config, args.data_root)
     scored = read_boundary_list(args.boundary_list, dataset)
-    baseline = read_baseline(args.baseline)
+    baseline = read_baseline(args.baseline, name, model.tasks) or SINGLE_TASK.get(name)
+    out = args.out or args.checkpoint.parent
+    for folder in filter(None, (out, args.save_predictions)):    # now, not after hours
+        folder.mkdir(parents=True, exist_ok=True)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
@@ -246,21 +249,19 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
                        predictions=args.save_predictions)
     if rank > 0:
         return results
+    improvement = compare(results, baseline)
+    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
+                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print(f"{name}: {len(dataset)} images, odsF on {len(scored)} of them" if scored else f"{name}: {len(dataset)} images")
     if name == "synthetic":
         print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
     else:
         print_paper_table(results, PAPER[name])
-    improvement = compare(results, baseline, SINGLE_TASK.get(name))
     if improvement is not None:
         print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
               + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
     elif name != "synthetic":
         print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
-    out = args.out or args.checkpoint.parent
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
-                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
@@ -295,30 +296,29 @@ def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
     return names
 
 
-def read_baseline(path: Path | None) -> Results | None:
-    """The results in a results.json. Raises FileNotFoundError, or ValueError for another kind of file."""
+def read_baseline(path: Path | None, dataset: str, tasks: Iterable[str]) -> dict[str, float] | None:
+    """The primary metrics by task in a results.json. Raises FileNotFoundError, or ValueError for another kind of file,
+    another data set, and figures that delta_m cannot be taken against."""
     if path is None:
         return None
     try:
-        results = json.loads(path.read_text())["results"]
-        positive = all(value > 0 for metrics in results.values() for value in metrics.values())
+        content = json.loads(path.read_text())
+        found, results = content["dataset"], content["results"]
+        figures = {task: results[task]["odsF" if task == "boundary" else PRIMARY[task]] for task in tasks}
+        positive = all(value > 0 for value in figures.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of evaluate.py ({type(error).__name__})") from error
-    if not positive:
-        raise ValueError(f"expected a baseline with figures above 0, as delta_m divides by them, found {results} in {path}")
-    return results
+        raise ValueError(f"{path} is not a results.json of evaluate.py with the tasks {', '.join(tasks)} "
+                         f"({type(error).__name__}: {error})") from error
+    if found != dataset or not positive:
+        raise ValueError(f"expected a baseline on {dataset} with figures above 0, as delta_m divides by them, found "
+                         f"{figures} on {found} in {path}")
+    return figures
 
 
-def compare(results: Results, baseline: Results | None, single_task: dict[str, float] | None) -> float | None:
-    """delta_m against a baseline's results or else the paper's; None where there is neither."""
-    ours = {task: metrics[primary(task, metrics)] for task, metrics in results.items()}
-    if baseline is not None:
-        names = {task: primary(task, metrics) for task, metrics in results.items()}
-        missing = [f"{name} of {task}" for task, name in names.items() if name not in baseline.get(task, {})]
-        if missing:
-            raise ValueError(f"the baseline has no {missing[0]}; score it on the same data set and tasks")
-        return delta_m(ours, {task: baseline[task][name] for task, name in names.items()})
-    return single_task and delta_m(ours, {task: single_task[task] for task in ours})
+def compare(results: Results, baseline: dict[str, float] | None) -> float | None:
+    """delta_m over the tasks that were scored; None where there is no baseline."""
+    figures = {task: metrics[primary(task, metrics)] for task, metrics in results.items()}
+    return delta_m(figures, {task: baseline[task] for task in figures}) if baseline else None
 
 
 def primary(task: str, metrics: dict[str, float]) -> str:
@@ -361,7 +361,7 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     batches = [range(i, min(i + EVALUATION_BATCH, len(dataset))) for i in starts]
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
-                        num_workers=workers)
+                        num_workers=workers, worker_init_fn=ignore_interrupt)
     meters = make_meters(model.tasks)
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -371,7 +371,8 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
                 outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
                 for task, meter in meters.items():
                     meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
-                maps = {task: prediction(task, output.float()) for task, output in outputs.items()}
+                maps = {task: prediction(task, output.float()) for task, output in outputs.items()
+                        if predictions or task == "boundary"}
                 for i, sample in enumerate(samples):
                     own = {task: values[i][own_area(sample)] for task, values in maps.items()}
                     if predictions:
@@ -388,12 +389,21 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     model.train(training)
 
     for meter in meters.values():
-        meter.sums = add_up(meter.sums.to(device))
+        meter.sums, meter.not_finite = add_up(meter.sums.to(device)), add_up(meter.not_finite.to(device))
+    empty = [task for task, meter in meters.items() if meter.empty()]
+    if 0 < len(empty) < len(meters):    # one task without labels is no reason to lose the others' scores
+        print(f"not scored, as no pixel has a label: {', '.join(empty)}")
+        meters = {task: meter for task, meter in meters.items() if task not in empty}
     results = {task: meter.compute() for task, meter in meters.items()}
-    if with_odsf:
+    if with_odsf and "boundary" in results:
         counts = add_up(torch.from_numpy(counts).to(device)).cpu().numpy()
         results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
+
+
+def ignore_interrupt(worker: int):
+    """Ctrl-C reaches a loader's processes, too: what it means is for the main process to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def own_area(sample: dict) -> tuple:
@@ -634,7 +644,9 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         try:
             image = read_picture(path)
             maps, heat = predict_picture(model, image, device)
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
             skipped += 1
             continue
@@ -653,6 +665,11 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         contact_sheet([path.name, *drawn], [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
         print("pictures:", out / f"{stem}_sheet.png")
     return skipped
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU, PyTorch has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:

@@ -343,7 +343,7 @@ class Run:
             print_table(results)
         else:
             print_paper_table(trained, PAPER[args.dataset])
-        improvement = compare(trained, None, SINGLE_TASK.get(args.dataset))
+        improvement = compare(trained, SINGLE_TASK.get(args.dataset))
         if improvement is not None:
             print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
         write_json(args.out / "results.json", dict(dataset=args.dataset, checkpoint=str(args.out / "last.pt"),

@@ -286,7 +286,7 @@ def test_what_the_colour_changes_do():
     brightness, contrast, saturation, hue = (adjust for adjust, _ in datasets.JITTER)
     image = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).view(3, 1, 2)
     assert torch.allclose(brightness(image, 0.1), image + 0.1) and brightness(image, 0.5).max() == 1
-    assert torch.allclose(contrast(image, 0.5), 0.5 + 0.5 * (image - 0.5), atol=1e-3)
+    assert torch.allclose(contrast(image, 0.5), 0.5 * image) and contrast(image, 1.5).max() == 1
     red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
     assert torch.allclose(saturation(image, 0.5), image, atol=1e-3)    # grey stays
     grey = 0.299
@@ -381,7 +381,7 @@ def test_exported_mat_files_are_nested_as_the_originals(pascal):
     seen = set()
     for path in sorted((pascal / "human_parts").iterdir()):
         anno = scipy.io.loadmat(path)["anno"]
-        assert anno[0][0][0][0] == path.stem + ".jpg"
+        assert anno[0][0][0][0] == path.stem
         for i in range(len(anno[0][0][1][0])):
             name, index, mask, parts = anno[0][0][1][0][i]
             assert index[0][0] == {"person": 15, "bottle": 5, "pottedplant": 16, "table": 11}[name[0]]
@@ -440,6 +440,7 @@ def shortened(path):
 GREY = np.zeros(SIZE, np.uint8)
 MASK = np.ones(SIZE, np.uint8)
 FAULTS = [    # kind, folder, suffix, what to do to the file, task, message
+    ("nyud", "edge", ".png", GREY // 255 + 1, "boundary", "expected the values 0 and 255, found 1"),
     ("pascal", "JPEGImages", ".jpg", Path.unlink, "image", "no file"),
     ("pascal", "JPEGImages", ".jpg", shortened, "image", "unreadable file"),
     ("pascal", "semseg/pascal-context", ".png", Path.unlink, "semseg", "no file"),
@@ -495,6 +496,13 @@ def test_check_counts_and_shows_the_first_few(pascal, tmp_path, capsys):
     assert main([*command, str(pascal)]) == 0
     assert capsys.readouterr().out == "train: 8 images; published: 4998\nval: 2 images; published: 5105\nno problems\n"
     root = shutil.copytree(pascal, tmp_path / "copy")
+    ids = root / "ImageSets/Context/train.txt"
+    listed = ids.read_text()
+    (root / "JPEGImages/2008_000002.jpg").write_bytes(b"")
+    ids.write_text("2008_000002\n")    # an image of the archive, so its list has been cut
+    assert main([*command, str(root)]) == 1
+    assert "train.txt: expected 4998 images" in capsys.readouterr().out
+    ids.write_text(listed)
     for path in (root / "sal_distill").glob("*_train_*"):
         path.unlink()
     (root / "human_parts/synthetic_val_00001.mat").unlink()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,19 +120,37 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
     assert 0 < results["boundary"]["odsF"] < 100
 
 
-def test_baseline(checkpoint, nyud, tmp_path, capsys):
+def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
     half = {task: {metric: value / 2 for metric, value in metrics.items()} for task, metrics in results.items()}
     path = tmp_path / "baseline.json"
-    path.write_text(json.dumps({"results": half}))
+    path.write_text(json.dumps({"dataset": "nyud", "results": half}))
     evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", path))
     assert f"delta_m against {path}: +0.00 %" in capsys.readouterr().out    # two gains and two losses of 100 %
-    half["boundary"] = {"pixelF": 1.0}
-    for content, message in (({"results": half}, "no odsF of boundary"), ({"results": {"semseg": {"mIoU": 0}}}, "above 0"),
+    monkeypatch.setattr(evaluate, "evaluate", None)    # what is wrong shows before hours are spent
+    zero = half | {"semseg": {"mIoU": 0}}
+    for content, message in (({"dataset": "pascal", "results": half}, "on pascal"),
+                             ({"dataset": "nyud", "results": zero}, "above 0"),
+                             ({"dataset": "nyud", "results": half | {"boundary": {"pixelF": 1.0}}}, "odsF"),
                              ({}, "not a results.json"), ([], "not a results.json")):
         path.write_text(json.dumps(content))
         assert message in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", path))
     assert "nowhere.json" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", "nowhere.json"))
+    assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
+
+
+def test_a_task_without_labels_is_left_out(checkpoint, nyud, tmp_path, capsys):
+    """Its delta_m is that of the other tasks."""
+    root = shutil.copytree(nyud, tmp_path / "data")
+    for path in (root / "segmentation").iterdir():
+        Image.fromarray(np.zeros_like(Image.open(path))).save(path)
+    results = evaluate.main(arguments(checkpoint, root, tmp_path))
+    printed = capsys.readouterr().out
+    assert list(results) == ["depth", "normal", "boundary"] and "no pixel has a label: semseg" in printed
+    figures = {"depth": "RMSE", "normal": "mErr", "boundary": "odsF"}
+    expected = delta_m({task: results[task][name] for task, name in figures.items()},
+                       {task: evaluate.SINGLE_TASK["nyud"][task] for task in figures})
+    assert f"{expected:+.2f} %\n" in printed and "paper: +2.38" not in printed
 
 
 def test_boundary_list_restricts_odsf_alone(checkpoint, nyud, tmp_path, capsys):
@@ -254,6 +273,8 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     model = tiny_model()
     evaluate.load_published_checkpoint(model, state)
     assert evaluate.evaluate(model, SmallNYUDv2(nyud, "val", None), torch.device("cpu"), max_dist=0.011) == results
+    torch.save({key.removeprefix("module."): value for key, value in state.items()}, path)    # as saved without DDP
+    assert evaluate.main(arguments(path, nyud, tmp_path, *options)) == results
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
     assert "does not fit the model" in message and "--encoder" in message
     assert "other --dataset" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
@@ -325,7 +346,7 @@ def test_pictures_are_drawn_at_their_own_size(checkpoint, picture, tmp_path, cap
     np.testing.assert_allclose(files["a_boundary.png"], np.repeat(boundary[..., None], 3, axis=2), atol=1.1)
     assert features["depth"].shape == (1, 16, 24, 12)    # 45 x 70, padded to 64 x 96, at stride 4
     heat = features["depth"].norm(dim=-1)[0]
-    hottest = np.unravel_index(heat[:11, :17].argmax(), (11, 17))
+    hottest = np.unravel_index(heat[:11, :17].argmax().item(), (11, 17))
     colored = (files["a_depth_feature.png"] - 0.4 * np.asarray(picture)) / 0.6
     bright = colored.sum(-1)[4 * hottest[0]:4 * hottest[0] + 4, 4 * hottest[1]:4 * hottest[1] + 4]
     assert bright.max() > 0.9 * colored.sum(-1).max()
@@ -390,6 +411,39 @@ def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path,
     assert "32x32" in captured.err
     assert {name.rsplit("_", 1)[0] for name in files} == {"good", "good_2"} and len(files) == 2 * 5
     assert np.abs(files["good_semseg.png"].astype(int) - files["good_2_semseg.png"]).any()    # lossy and lossless
+
+
+def test_a_picture_too_large_for_the_memory_is_skipped(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    for name in ("large", "good"):
+        picture.save(tmp_path / f"{name}.png")
+    predict, errors = evaluate.predict_picture, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    monkeypatch.setattr(evaluate, "predict_picture", lambda *a: raise_or(errors, predict, *a))
+    files, code = draw(checkpoint, tmp_path / "out", tmp_path / "large.png", tmp_path / "good.png")
+    assert code == 1 and "large.png: DefaultCPUAllocator" in capsys.readouterr().err
+    assert {name.rsplit("_", 1)[0] for name in files} == {"good"}
+    errors.append(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        draw(checkpoint, tmp_path / "out", tmp_path / "large.png")
+
+
+def raise_or(errors, function, *arguments):
+    if errors:
+        raise errors.pop()
+    return function(*arguments)
+
+
+def test_a_broken_picture_does_not_stop_the_other_process(checkpoint, picture, tmp_path):
+    """The first process has the broken one and is done at once; the second's pictures are drawn all the same."""
+    for i in range(4):
+        picture.save(tmp_path / f"{i}.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "evaluate.py",
+         "--checkpoint", checkpoint, "--device", "cpu", "--out", tmp_path / "out", "--image",
+         *(tmp_path / f"{i}.png" for i in range(4))],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 1 and "1 of the pictures skipped" in run.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
 
 
 def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):

@@ -149,3 +149,30 @@ def test_delta_m_of_the_papers_tables(row, expected):
 def test_delta_m_of_other_tasks_is_an_error():
     with pytest.raises(ValueError, match="the same tasks"):
         delta_m({"semseg": 1.0}, {"semseg": 1.0, "depth": 1.0})
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_outputs_that_are_not_finite_are_an_error(task, channels):
+    output, target = random_case(task, channels)
+    output[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=f"1 of the model's outputs for {task} are not finite"):
+        score(task, channels, output, target)
+
+
+@pytest.mark.parametrize("label", [4, 7, -1])
+def test_labels_that_there_are_not_are_an_error(label):
+    target = np.array([0, 3, label, IGNORE]).reshape(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"semseg in 0..3 or 255, found others at 1 pixels"):
+        score("semseg", 4, np.ones((1, 4, 2, 2), np.float32), target)
+
+
+def test_meters_keep_no_graph():
+    output, target = (torch.as_tensor(a) for a in random_case("normal", 3))
+    meter = make_meters({"normal": 3})["normal"]
+    meter.update(output.requires_grad_(), target)
+    assert not meter.sums.requires_grad
+
+
+def test_delta_m_against_zero_is_an_error():
+    with pytest.raises(ValueError, match="found a 0"):
+        delta_m({"depth": 1.0}, {"depth": 0.0})

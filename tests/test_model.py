@@ -1,5 +1,6 @@
 """The model: equality with the published implementation, its variants, encoders, input sizes and errors."""
 
+import argparse
 import re
 
 import pytest
@@ -206,6 +207,8 @@ def test_partial_pretrained_weights_are_an_error(tmp_path):
     (torch.zeros(1, 4, 64, 64), r"found \(1, 4, 64, 64\)"),
     (torch.zeros(3, 64, 64), r"\(B, 3, H, W\)"),
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
+    (torch.zeros(0, 3, 64, 64), "at least one image"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "the weights' type torch.float32, found torch.float64"),
 ])
 def test_rejects_bad_images(tiny_model, image, message):
     with pytest.raises(ValueError, match=message):
@@ -219,7 +222,36 @@ def test_rejects_bad_images(tiny_model, image, message):
     (dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40)), variant="gate-wmsa"), "6 heads"),
     (dict(tasks={}), "at least one task"),
     (dict(tasks={"depth": 0}), "1 or more output channels"),
+    (dict(tasks={"keys": 1}), "cannot be named 'keys'"),
+    (dict(tasks={"a.b": 1}), "cannot be named 'a.b'"),
+    (dict(backend="cuda"), "unknown backend 'cuda'"),
+    (dict(encoder="convnext_atto", encoder_kwargs=dict(nonsense=1)), "nonsense"),
 ])
 def test_rejects_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         MTMamba(**{"tasks": {"depth": 1}, **arguments})
+
+
+def test_an_encoder_without_stochastic_depth():
+    model = MTMamba({"depth": 1}, encoder="vgg11_bn")
+    assert model(torch.zeros(1, 3, 32, 32))["depth"].shape == (1, 1, 32, 32)
+
+
+def test_an_encoder_for_one_image_size_says_so():
+    model = MTMamba({"depth": 1}, (64, 64), encoder="swinv2_tiny_window8_256").eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 60, 64))["depth"].shape == (1, 1, 60, 64)
+        with pytest.raises(ValueError, match=r"built for images of \(64, 64\), cannot take \(64, 96\)"):
+            model(torch.zeros(1, 3, 60, 90))
+
+
+def test_files_that_are_no_checkpoint(tiny_model, tmp_path):
+    model, path = tiny_model({"depth": 1}), tmp_path / "file.pth"
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_published_checkpoint(model, path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_published_checkpoint(model, path)
+    torch.save({"model": {"weight": torch.zeros(1)}, "args": argparse.Namespace()}, path)
+    with pytest.raises(ValueError, match="other than tensors .argparse.Namespace"):
+        load_published_checkpoint(model, path)

@@ -339,6 +339,11 @@ def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
     inputs = [t.detach() for t in random_inputs(2, 4, 7, 3, 5, torch.float32)]
+    mtmamba._rows.cache_clear()
+    with torch.inference_mode():    # after which training must still be possible
+        mtmamba._run_mamba_ssm(*inputs)
+    inputs[0].requires_grad_()
+    mtmamba._run_mamba_ssm(*inputs).sum().backward()
     torch.testing.assert_close(mtmamba._run_mamba_ssm(*inputs), selective_scan_2d(*inputs, backend="reference"))
 
 
