@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import datasets
 import evaluate
@@ -385,3 +388,26 @@ def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
     message = fails(capsys, 1, tmp_path / "run", *SWIN, "--dataset", "pascal", "--data-root", tmp_path / "data",
                     "--workers", 1)
     assert f"JPEGImages/{name}.jpg" in message
+
+
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
+    """The class in the README, as it stands there."""
+    code = re.search(r"```python\n(class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len(code.splitlines()) <= 30
+    namespace = dict(vars(datasets))
+    exec(code, namespace)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for folder, shape, kind in (("rgb", (40, 50, 3), np.uint8), ("class", (40, 50), np.uint8),
+                                    ("depth", (40, 50), np.uint16)):
+            (tmp_path / "rooms" / split / folder).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 12, shape).astype(kind) * (300 if folder == "depth" else 1)
+                Image.fromarray(pixels).save(tmp_path / "rooms" / split / folder / f"{i}.png")
+    rooms = [namespace["Rooms"](split, tmp_path / "rooms", (64, 64)) for split in ("train", "val")]
+    assert rooms[1][0]["size"] == (40, 50) and rooms[1][0]["semseg"][0, 12:52, 7:57].max() < 12
+    assert (rooms[1][0]["semseg"] == 255).sum() == 64 * 64 - 40 * 50
+    monkeypatch.setattr(train, "build_datasets", lambda args: rooms)
+    monkeypatch.setitem(train.PRESETS, "rooms", train.PRESETS["synthetic"])
+    results = run(tmp_path / "run", "--variant", "stm1", "--dataset", "rooms", "--iterations", 2)
+    assert list(results) == ["trained", "untrained", "best constant"] and list(results["trained"]) == ["semseg", "depth"]
