@@ -920,7 +920,7 @@ def prepare_image(root: Path, name: str) -> str | None:
 
 def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total = 0
+    total, differing = 0, []
     for split, published in dataset.COUNTS.items():
         try:
             data = dataset(root, split)
@@ -930,14 +930,16 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
             continue
         found = parallel(partial(image_problems, data), range(len(data)), workers, f"checking {split}")
         print(f"{split}: {len(data)} images; published: {published}")
-        if len(data) != published and not all(name.startswith(EXPORTED) for name in data.names):
-            print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
-            total += 1
+        if len(data) != published:
+            differing.append(f"{split} has {len(data)} of {published} images")
+            if not all(name.startswith(EXPORTED) for name in data.names):
+                print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
+                total += 1
         for kind in ("image", *data.tasks, "prepared"):
             messages = [problems[kind] for problems in found if kind in problems]
             total += len(messages)
             print_problems(kind, messages)
-    print(f"{total} problems" if total else "no problems")
+    print(f"{total} problems" if total else "no problems" + (f", but {' and '.join(differing)}" if differing else ""))
     return total
 
 

@@ -647,7 +647,8 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         except (ValueError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            print(f"skipped {path}: {str(error).splitlines()[0]}", file=sys.stderr)
+            reason = str(error) or type(error).__name__    # a MemoryError may say nothing
+            print(f"skipped {path}: {reason.splitlines()[0]}", file=sys.stderr)
             skipped += 1
             continue
         if args.save_predictions:

@@ -1143,7 +1143,7 @@ class Encoder(nn.Module):
             return self.backbone(image)
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, IndexError) as error:
             found = tuple(image.shape[2:])    # as padded by the model
             raise ValueError(f"the encoder {self.name!r}, built for images of {self.built_for}, cannot take {found}"
                              f"{_reason(error)}. Build the model with the images' img_size, or choose an encoder that "
@@ -1160,7 +1160,7 @@ def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
 
 
 def _reason(error: Exception) -> str:
-    return f": {str(error).splitlines()[0]}" if str(error) else ""
+    return f": {str(error).splitlines()[0].rstrip('.')}" if str(error) else ""
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
@@ -1240,7 +1240,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("model", checkpoint)
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{source} is neither a state_dict nor {{\"model\": state_dict}}; give a published checkpoint")
+        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
     own = model.state_dict()
     state = {}
     for key, value in checkpoint.items():
@@ -1270,8 +1270,8 @@ def read_tensors(path: str | Path):
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
                              "they are loaded; save its state_dict alone") from error
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or another "
-                         "kind of file") from error
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
+                         "another kind of file") from error
 
 
 def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
@@ -1334,7 +1334,8 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
         for ss2d in backends:
             ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
         with counter, torch.no_grad():
-            outputs = torch.func.functional_call(model, weights, torch.empty(1, 3, *img_size, device="meta"))
+            image = torch.empty(1, 3, *img_size, device="meta", dtype=next(model.parameters()).dtype)
+            outputs = torch.func.functional_call(model, weights, image)
     finally:
         model.train(training)
         for hook in hooks:

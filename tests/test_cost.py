@@ -58,4 +58,4 @@ def test_counting_changes_nothing(tiny_model):
     assert first == count_cost(model.eval(), (64, 96)) and not model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.device.type == "cpu" for p in model.parameters())
-    assert first == count_cost(tiny_model(), (64, 96))
+    assert first == count_cost(tiny_model(), (64, 96)) == count_cost(tiny_model().bfloat16(), (64, 96))

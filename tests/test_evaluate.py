@@ -421,6 +421,9 @@ def test_a_picture_too_large_for_the_memory_is_skipped(checkpoint, picture, tmp_
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "large.png", tmp_path / "good.png")
     assert code == 1 and "large.png: DefaultCPUAllocator" in capsys.readouterr().err
     assert {name.rsplit("_", 1)[0] for name in files} == {"good"}
+    errors.append(MemoryError())
+    assert draw(checkpoint, tmp_path / "out", tmp_path / "large.png")[1] == 1
+    assert "large.png: MemoryError" in capsys.readouterr().err
     errors.append(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         draw(checkpoint, tmp_path / "out", tmp_path / "large.png")

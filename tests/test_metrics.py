@@ -173,6 +173,20 @@ def test_meters_keep_no_graph():
     assert not meter.sums.requires_grad
 
 
+def test_thresholds_stay_on_the_device():
+    meter = make_meters({"boundary": 1})["boundary"]
+    moved = []
+    for _ in range(2):
+        meter.update(torch.empty(1, 1, 2, 2, device="meta"), torch.empty(1, 1, 2, 2, device="meta"))
+        moved.append(meter.thresholds)
+    assert moved[0] is moved[1] and moved[0].device.type == "meta"
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="the scores of depth are not finite"):
+        score("depth", 1, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+
+
 def test_delta_m_against_zero_is_an_error():
     with pytest.raises(ValueError, match="found a 0"):
         delta_m({"depth": 1.0}, {"depth": 0.0})
