@@ -655,8 +655,8 @@ class NYUDv2Files(ImageFiles):
         path = self.path("edge", ".png")
         edge = self.read(path, "L")
         if not np.isin(edge, (0, 255)).all():
-            raise ValueError(f"expected the values 0 and 255, found {edge[(edge > 0) & (edge < 255)][0]} in {path}; unpack "
-                             "the archive again")
+            found = edge[(edge > 0) & (edge < 255)][0]
+            raise ValueError(f"expected the values 0 and 255, found {found} in {path}; unpack the archive again")
         return np.uint8(edge > 0)[None]
 
 
@@ -964,7 +964,8 @@ def check_prepared(files: ImageFiles, originals: ImageFiles):
     """Raises ValueError where the prepared labels are not those of the originals."""
     if isinstance(files, PascalFiles) and files.packed is not None and (files.packed != originals.pack()).any():
         path = files.path(*files.PREPARED)
-        raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` again")
+        raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` "
+                         "again")
 
 
 def print_problems(kind: str, messages: list[str], shown: int = 3):

@@ -252,7 +252,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     improvement = compare(results, baseline)
     write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                                           boundary_images=len(scored or dataset), results=results, delta_m=improvement))
-    print(f"{name}: {len(dataset)} images, odsF on {len(scored)} of them" if scored else f"{name}: {len(dataset)} images")
+    print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
     if name == "synthetic":
         print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
     else:
@@ -678,7 +678,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     found = [file for path in paths for file in (
         sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
     if not found:
-        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with {' '.join(sorted(PICTURES))}")
+        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with "
+                         f"{' '.join(sorted(PICTURES))}")
     return found
 
 

@@ -233,7 +233,8 @@ class Run:
         with Interruption() as interruption:
             finished = self.train(interruption)
         if not finished:
-            print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and --resume")
+            print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and "
+                  "--resume")
             return {}
         results = {"trained": self.evaluate_and_keep_best(final=True), **others}
         if self.rank == 0:
@@ -268,7 +269,7 @@ class Run:
                     if self.evaluation_is_due():
                         self.evaluate_and_keep_best()
                     report = self.step(loader, interruption.noted)
-                    # The losses of an iteration are read during the next one, so that the device always has work queued.
+                    # An iteration's losses are read during the next one, so that the device always has work queued.
                     read_reports()
                     unread.append(report)
                     self.iteration += 1
@@ -360,7 +361,8 @@ class Run:
         if self.rank == 0:
             content = dict(model=self.model.state_dict(), config=self.model_config, training=self.config,
                            versions=self.versions, optimizer=self.optimizer.state_dict(),
-                           scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated, best=self.best)
+                           scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated,
+                           best=self.best)
             previous = self.args.out / "previous.pt" if name == "last.pt" else None
             save_checkpoint(self.args.out / name, content, previous)
 
@@ -370,8 +372,8 @@ class Run:
                      for key, value in self.config.items()
                      if key not in FREE and content["training"].get(key) != value]
         if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start anew "
-                             "in another folder with --out")
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
+                             "anew in another folder with --out")
         load_weights(self.model, content, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])

@@ -410,4 +410,5 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_datasets", lambda args: rooms)
     monkeypatch.setitem(train.PRESETS, "rooms", train.PRESETS["synthetic"])
     results = run(tmp_path / "run", "--variant", "stm1", "--dataset", "rooms", "--iterations", 2)
-    assert list(results) == ["trained", "untrained", "best constant"] and list(results["trained"]) == ["semseg", "depth"]
+    assert list(results) == ["trained", "untrained", "best constant"]
+    assert list(results["trained"]) == ["semseg", "depth"]
