@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
-from mtmamba import (ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, count_cost, default_backend,
-                     load_published_checkpoint, read_tensors)
+from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
+                     load_published_checkpoint, read_tensors, selective_scan_2d)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> Results:
         rank, _ = rank_and_world()
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
-            print(f"scan backend: {default_backend(device)}")
+            print("scan backend:", choose_backend(model, args.backend, device))
             if not args.image:
                 return score(args, model, config, device)
             # The sum is a barrier, too: torchrun ends the others when a process fails.
@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
     add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's)")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
@@ -162,6 +163,20 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     model = build_model(config)
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), config
+
+
+def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
+    """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
+    cannot run here."""
+    for module in model.modules():
+        if isinstance(module, SS2D):
+            module.backend = backend
+    one, each, matrix = (torch.zeros(shape, device=device) for shape in ((1, 1, 1, 1), (1, 1, 1, K, 1), (K, 1, 1)))
+    try:
+        selective_scan_2d(one, each, matrix, each, each, matrix[:, 0], matrix[:, 0], backend)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return backend or default_backend(device)
 
 
 def read_checkpoint(path: Path) -> dict:

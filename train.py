@@ -39,11 +39,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import DATASETS, IGNORE, Parser, Synthetic
-from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, compare, constant_baseline, evaluate, held_out,
-                      load_weights, open_dataset, print_paper_table, print_table, rank_and_world, read_checkpoint,
-                      save_contact_sheet, start, write_json)
+from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, choose_backend, compare, constant_baseline,
+                      evaluate, held_out, load_weights, open_dataset, print_paper_table, print_table, rank_and_world,
+                      read_checkpoint, save_contact_sheet, start, write_json)
 from metrics import PRIMARY, delta_m
-from mtmamba import ENCODERS, VARIANTS, MTMamba, default_backend
+from mtmamba import BACKENDS, ENCODERS, VARIANTS, MTMamba
 
 WEIGHT_DECAY = 1e-5
 LR_POWER = 0.9
@@ -63,7 +63,7 @@ PRESETS = {
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
 }
 # Flags that may change when a run is resumed. All others must be as they were: they decide what is computed.
-FREE = {"data_root", "device", "out", "resume", "workers", "save_every", "eval_every", "log_every", "compile",
+FREE = {"data_root", "device", "backend", "out", "resume", "workers", "save_every", "eval_every", "log_every", "compile",
         "checkpoint_activations", "tensorboard"}
 
 # Weights of --loss weighted, the usual ones of the multi-task literature.
@@ -129,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                        "of their logarithms, or " + ", ".join(f"{w:g} {t}" for t, w in TASK_WEIGHTS.items()))
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("speed and memory")
+    group.add_argument("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
     group.add_argument("--amp", choices=AMP, help="precision (default: bf16 on CUDA, off elsewhere); the scan, norms, "
                        "softmax and losses stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
@@ -193,6 +194,7 @@ class Run:
         if args.init_from and found is None:
             load_weights(self.model, read_checkpoint(args.init_from), args.init_from)
         self.model.to(device)
+        self.backend = choose_backend(self.model, args.backend, device)
         share_stochastic_depth(self.model)
         if args.checkpoint_activations:
             checkpoint_activations(self.model)
@@ -218,7 +220,7 @@ class Run:
         args = self.args
         parameters = sum(p.numel() for p in self.model.parameters())
         print(f"{args.variant} on {args.encoder}: {parameters / 1e6:.2f} M parameters; scan backend: "
-              f"{default_backend(self.device)}; {self.world} x {self.device.type}, {args.batch_size // self.world} "
+              f"{self.backend}; {self.world} x {self.device.type}, {args.batch_size // self.world} "
               "images per process and iteration")
         print("configuration:", json.dumps(self.config))
         self.log(dict(config=self.config, versions=self.versions, processes=self.world, iteration=self.iteration))

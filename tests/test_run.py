@@ -165,10 +165,22 @@ def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
     (["--lr", "nan"], "--lr above 0"),
     (["--encoder-kwargs", "3"], "--encoder-kwargs"),
     (["--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--backend", "mamba_ssm"], "MAMBA_FORCE_BUILD=TRUE pip install"),
 ])
 def test_bad_flags(arguments, message, tmp_path, capsys):
     assert message in fails(capsys, 2, tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_scan_runs_on_the_backend_asked_for(tmp_path, capsys):
+    """The equations step by step give the losses of the default, nearly."""
+    for backend in ("reference", "torch"):
+        run(tmp_path / backend, "--variant", "stm1", "--iterations", 2, "--backend", backend)
+        assert f"scan backend: {backend}" in capsys.readouterr().out
+    reference, ours = (log(tmp_path / backend, "losses")[-1]["losses"] for backend in ("reference", "torch"))
+    assert ours == pytest.approx(reference, rel=1e-3) and ours != reference
+    scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "reference"])
+    assert "scan backend: reference" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
 
 
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
