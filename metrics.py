@@ -11,7 +11,7 @@
     delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
 Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
-are two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
+is two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
 no update waits for the device. The boundary score odsF has its own functions, at the end of this file.
 """
 

@@ -66,6 +66,8 @@ PRESETS = {
 FREE = {"data_root", "device", "backend", "out", "resume", "workers", "save_every", "eval_every", "log_every", "compile",
         "checkpoint_activations", "tensorboard"}
 
+CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")    # of a run
+
 # Weights of --loss weighted, the usual ones of the multi-task literature.
 TASK_WEIGHTS = {"semseg": 1.0, "parsing": 2.0, "saliency": 5.0, "normal": 10.0, "boundary": 50.0, "depth": 1.0}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -183,7 +185,7 @@ class Run:
         self.rank, self.world = rank_and_world()
         resolve(args, device, self.world)
         found = find_checkpoint(args.out) if args.resume else None
-        if not args.resume and (args.out / "last.pt").exists():
+        if not args.resume and any((args.out / name).exists() for name in CHECKPOINTS):
             raise ValueError(f"{args.out} holds a run; go on with it with --resume, or give another folder with --out")
 
         torch.manual_seed(args.seed)
@@ -614,7 +616,7 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
 def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint of a run and its content, None where it has not saved any yet. Reports the
     unreadable ones; raises ValueError where all are."""
-    paths = [path for name in ("last.pt", "previous.pt", "best.pt") if (path := folder / name).exists()]
+    paths = [path for name in CHECKPOINTS if (path := folder / name).exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             content = read_checkpoint(path)

@@ -277,6 +277,8 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "cannot resume from" in captured.err and "truncated" in captured.err
     assert f"resuming {out / 'previous.pt'} after iteration 4" in captured.out
     assert load(out / "last.pt")["iteration"] == 6
+    (out / "last.pt").unlink()    # as if killed between the two renames of a save
+    assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
     for path in out.glob("*.pt"):
         path.write_bytes(b"")
     assert "none of the checkpoints" in fails(capsys, 2, out, "--variant", "stm1", "--resume")
