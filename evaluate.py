@@ -32,7 +32,7 @@ from tqdm import tqdm
 from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
-                     load_published_checkpoint, read_tensors, selective_scan_2d)
+                     load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -154,8 +154,8 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     """
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
-        tasks = published_tasks(checkpoint.get("model", checkpoint))
-        config = dict(tasks=tasks, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+        config = dict(published_config(checkpoint.get("model", checkpoint)), encoder=encoder or "swin-large",
+                      encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
     else:
@@ -224,12 +224,14 @@ def is_published(checkpoint: object) -> bool:
     return isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state)
 
 
-def published_tasks(state: dict[str, Tensor]) -> dict[str, int]:
-    """The tasks of a published checkpoint, in the order of the data set: the heads' channels tell which one it is."""
+def published_config(state: dict[str, Tensor]) -> dict:
+    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, whose
+    order of the tasks counts and whose recipe the scale is of; the other keys tell the variant."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    return dict(DATASETS[find_dataset(found, DATASETS)].TASKS)
+    dataset = DATASETS[find_dataset(found, DATASETS)]
+    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state), output_scale=getattr(dataset, "OUTPUT_SCALE", 1))
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
