@@ -225,13 +225,14 @@ def is_published(checkpoint: object) -> bool:
 
 
 def published_config(state: dict[str, Tensor]) -> dict:
-    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, whose
-    order of the tasks counts and whose recipe the scale is of; the other keys tell the variant."""
+    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, and
+    so the order of the tasks and the scale; the other keys tell the variant."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     dataset = DATASETS[find_dataset(found, DATASETS)]
-    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state), output_scale=getattr(dataset, "OUTPUT_SCALE", 1))
+    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state),
+                output_scale=getattr(dataset, "OUTPUT_SCALE", 1))
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
@@ -388,10 +389,9 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
                 outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
                 for task, meter in meters.items():
                     meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
-                maps = {task: prediction(task, output.float()) for task, output in outputs.items()
-                        if predictions or task == "boundary"}
                 for i, sample in enumerate(samples):
-                    own = {task: values[i][own_area(sample)] for task, values in maps.items()}
+                    own = {task: prediction(task, output[i:i + 1].float())[0][own_area(sample)]
+                           for task, output in outputs.items() if predictions or task == "boundary"}
                     if predictions:
                         save_raw(predictions, sample["name"], own)
                     if sample["boundary_truth"] is not None:

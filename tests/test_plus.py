@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
 from mtmamba import (SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, published_variant,
                      selective_scan_2d)
-from test_model import PUBLISHED_NAMES, published_shapes, published_state
+from test_model import published_shapes, published_state
 
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
