@@ -230,7 +230,7 @@ class DepthMeter(Meter):
         floored = output.clamp(min=1e-9)
         terms = (error ** 2, (floored - target).abs() / target, (floored - target) ** 2 / target,
                  (floored.log() - target.log()) ** 2, torch.ones_like(target))
-        bits = 14 if self.bounds else 20    # sums up to 2^33 square metres, or 2^39 square pixels of all Cityscapes
+        bits = 16 if self.bounds else 20    # sums up to 2^33 square metres, or 2^37 square pixels of all Cityscapes
         return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
