@@ -12,12 +12,13 @@ contact sheets, next to the checkpoint (elsewhere with --out).
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -257,19 +258,19 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     scored = read_boundary_list(args.boundary_list, dataset)
     baseline = read_baseline(args.baseline, name, model.tasks) or SINGLE_TASK.get(name)
     out = args.out or args.checkpoint.parent
-    for folder in filter(None, (out, args.save_predictions)):    # now, not after hours
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (out, args.save_predictions)):
+        check_writable(folder)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
         workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
     results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST[name], scored=scored,
                        predictions=args.save_predictions)
+    if not results:
+        raise ValueError(f"no pixel of {name}'s images has a label of {', '.join(model.tasks)}: there is nothing to score")
     if rank > 0:
         return results
     improvement = compare(results, baseline)
-    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
-                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
     if name == "synthetic":
         print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
@@ -280,6 +281,8 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
               + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
     elif name != "synthetic":
         print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
+    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
+                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
@@ -345,10 +348,37 @@ def primary(task: str, metrics: dict[str, float]) -> str:
 
 
 def write_json(path: Path, content: dict):
-    """An existing file is replaced only by a whole one."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
+    nothing is left where writing fails."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: Path):
+    """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(2 ** 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {folder} ({error.strerror}); make room or name another one") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 class WithTruth(Dataset):
@@ -365,11 +395,14 @@ class WithTruth(Dataset):
 
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description: str = "evaluating", workers: int = 0,
-             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None) -> Results:
-    """Every metric of every task over a data set. The model's mode (train or eval) is left as it was.
+             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None,
+             stop: Callable[[], bool] | None = None) -> Results | None:
+    """Every metric of every task over a data set, but those without a label in it, which are named. The model's mode
+    (train or eval) is left as it was.
 
     workers: processes that load, and as many that match boundaries (0: none). max_dist: of odsF, None for pixelF only.
-    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps.
+    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps. stop: asked
+    before every batch whether to give up; the result is None where it says so in any process.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     What is shared out are whole batches, as a model's outputs differ in the last digits with the batch: so the figures
     are exactly the same for any number of processes.
@@ -379,13 +412,15 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     batches = [range(i, min(i + EVALUATION_BATCH, len(dataset))) for i in starts]
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
-                        num_workers=workers, worker_init_fn=ignore_interrupt)
+                        num_workers=workers, worker_init_fn=ignore_signals)
     meters = make_meters(model.tasks)
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Feeds the meters, and yields what odsF compares."""
         with tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar:
-            for samples in loader:
+            for samples in of_one_size(loader):
+                if stop and stop():
+                    return
                 outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
                 for task, meter in meters.items():
                     meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
@@ -405,22 +440,34 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
         counts += image_counts
     model.train(training)
 
+    shared = device if device.type == "cuda" else "cpu"    # where processes add up
+    if stop and add_up(torch.tensor(int(stop()), device=shared)):
+        return None
     for meter in meters.values():
-        meter.sums, meter.not_finite = add_up(meter.sums.to(device)), add_up(meter.not_finite.to(device))
+        meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
     empty = [task for task, meter in meters.items() if meter.empty()]
-    if 0 < len(empty) < len(meters):    # one task without labels is no reason to lose the others' scores
+    if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")
-        meters = {task: meter for task, meter in meters.items() if task not in empty}
-    results = {task: meter.compute() for task, meter in meters.items()}
+    results = {task: meter.compute() for task, meter in meters.items() if task not in empty}
     if with_odsf and "boundary" in results:
-        counts = add_up(torch.from_numpy(counts).to(device)).cpu().numpy()
+        counts = add_up(torch.from_numpy(counts).to(shared)).cpu().numpy()
         results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 
 
-def ignore_interrupt(worker: int):
-    """Ctrl-C reaches a loader's processes, too: what it means is for the main process to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int):
+    """Ctrl-C and a cluster's signals reach a loader's processes, too: what they mean is for the main process to decide,
+    with whose end they end."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    """Batches of samples of equal size, in order: an image larger than the data set's size makes a batch of its own."""
+    for batch in batches:
+        for _, samples in itertools.groupby(batch, lambda sample: sample["image"].shape):
+            yield list(samples)
 
 
 def own_area(sample: dict) -> tuple:
@@ -455,43 +502,60 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
             Image.fromarray(pixels).save(f"{path}.png")
 
 
-def constant_baseline(dataset: Synthetic, max_dist: float | None = None) -> Results:
+def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Results:
     """The scores of the best prediction that is the same everywhere: what a model must beat to have learned anything.
+    Without the tasks that have no label.
 
     Fitted to the very labels that it is scored on: the most frequent class, everything salient or boundary, the mean
-    depth, and the direction with the least mean angle. max_dist: of odsF, None for pixelF only.
+    depth, and the direction with the least mean angle. Reads the data set twice, as it may not fit into memory.
+    max_dist: of odsF, None for pixelF only.
     """
-    samples = list(tqdm(dataset, desc="labels for the best constant", unit="img", leave=False))
+    def samples(purpose: str) -> Iterator[dict]:
+        return (dataset[i] for i in tqdm(range(len(dataset)), f"{purpose} the best constant", unit="img", leave=False))
+    statistics = {task: [] for task in dataset.tasks}
+    for sample in samples("labels for"):
+        for task, channels in dataset.tasks.items():
+            statistics[task].append(label_statistics(task, sample[task], channels))
+    constants = {task: torch.tensor(best_constant(task, found)) for task, found in statistics.items()}
     meters = make_meters(dataset.tasks)
-    for task in dataset.tasks:
-        label = torch.stack([sample[task] for sample in samples])
-        output = torch.tensor(best_constant(task, label, dataset.tasks[task])).view(1, -1, 1, 1)
-        meters[task].update(output.expand(len(label), -1, *label.shape[2:]), label)
-    results = {task: meter.compute() for task, meter in meters.items()}
+    for sample in samples("scoring"):
+        for task, meter in meters.items():
+            label = sample[task][None]
+            meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
+    results = {task: meter.compute() for task, meter in meters.items() if not meter.empty()}
     if max_dist is not None and "boundary" in results:
-        everything = np.full(dataset.size, 255, np.uint8)
-        pairs = ((everything, dataset.boundary_truth(i)) for i in range(len(dataset)))
+        pairs = ((np.full(truth.shape, 255, np.uint8), truth) for truth in map(dataset.boundary_truth, range(len(dataset))))
         results["boundary"] = {"odsF": 100 * ods_f(sum(boundary_counts_each(pairs, max_dist, 0))), **results["boundary"]}
     return results
 
 
-def best_constant(task: str, label: Tensor, channels: int) -> list[float]:
-    """The raw output (channels,) that scores best on the labels (B, 1 or 3, H, W) when given at every pixel."""
+def label_statistics(task: str, label: Tensor, channels: int) -> Tensor:
+    """What best_constant needs of a label (1 or 3, H, W)."""
+    valid = label[:, (label != IGNORE).all(0)]                                            # (1 or 3, pixels)
     if task in ("semseg", "parsing"):
-        frequency = label[label != IGNORE].bincount(minlength=channels)
-        return F.one_hot(frequency.argmax(), channels).tolist()
+        return valid[0].bincount(minlength=channels)[:channels]
+    if task == "depth":
+        return torch.stack([valid.double().sum(), torch.tensor(valid.numel())])
+    return valid[:, ::97] if task == "normal" else torch.empty(0)    # of normals a sample
+
+
+def best_constant(task: str, statistics: list[Tensor]) -> list[float]:
+    """The raw output (channels,) that scores best when given at every pixel; statistics: of the labels."""
+    if task in ("semseg", "parsing"):
+        frequency = sum(statistics)
+        return F.one_hot(frequency.argmax(), len(frequency)).tolist()
     if task == "saliency":
         return [0.0, 100.0]
     if task == "boundary":
         return [100.0]
     if task == "depth":
-        return [label[label != IGNORE].mean().item()]
-    normals = label.transpose(0, 1).flatten(1)
-    normals = normals[:, (normals != IGNORE).all(0)][:, ::97]                             # (3, M), a sample
+        total, pixels = sum(statistics).tolist()
+        return [total / max(pixels, 1)]
+    normals = torch.cat(statistics, dim=1)                                                # (3, M)
     directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
     candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
     angles = torch.stack([torch.acos((c @ normals).clamp(-1, 1)).mean() for c in candidates.T])
-    return candidates[:, angles.argmin()].tolist()
+    return candidates[:, angles.argmin()].nan_to_num(0).tolist()
 
 
 def print_table(columns: dict[str, Results]):
