@@ -114,6 +114,8 @@ def explain(error: Exception) -> str | None:
         return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
     if "Too many open files" in text or "ancdata" in text:    # the second is how a process learns of the first
         return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"
+    if "closed by peer" in text:
+        return "another process of the run ended"
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return f"--compile failed ({text.splitlines()[0]}); install a C++ compiler, or train with --no-compile"
     if isinstance(error, (RunError, ValueError, OSError)) or "DataLoader worker" in text:
@@ -461,9 +463,10 @@ class Log:
 
     def write_losses(self, iteration: int, lr: float, bar: tqdm, device: torch.device):
         """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
-        means = [total / images if images else None for total, images in self.sums.T]
+        losses = {task: total / images if images else None for task, (total, images) in zip(self.tasks, self.sums.T)}
         self.sums[:] = 0
-        losses = dict(zip(self.tasks, means))
+        if not self.active:
+            return
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
         bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)

@@ -1,6 +1,7 @@
 """A training run from launch to end: processes, precision, compilation, interruption, resuming, what it writes."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -29,10 +30,19 @@ SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--
 SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN), "--no-pretrained"]
 
 DRIVER = """
-import sys
+import os, shutil, sys, time
 import evaluate, train
 if __name__ == "__main__":
     evaluate.EVALUATION_IMAGES = 3
+    if "KEEP" in os.environ:    # the checkpoint of every iteration
+        save = train.save_checkpoint
+        def save_and_keep(path, content, previous):
+            save(path, content, previous)
+            shutil.copy(path, path.with_name(f"{content['iteration']}.pt"))
+        train.save_checkpoint = save_and_keep
+    if "SLOW" in os.environ:
+        next_batch = train.next_batch
+        train.next_batch = lambda loader: time.sleep(0.4) or next_batch(loader)
     train.main(sys.argv[1:])
 """
 
@@ -46,9 +56,9 @@ def few_images(monkeypatch):
 def script(tmp_path):
     """script(arguments, processes): starts a run with three images to evaluate on, in processes of its own."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def start(arguments, processes=1):
+    def start(arguments, processes=1, **environment):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), tmp_path / "driver.py", *SMALL,
                                  *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE,
@@ -114,21 +124,24 @@ class InterruptedAfter(train.Interruption):
 
 # ----------------------------------------------------------------------------------------------------------- launch
 
-def test_two_processes_compute_what_one_does(script, tmp_path):
-    """Losses over 6 steps with stochastic depth, saliency's weights and the logarithms all of the whole batch."""
-    runs = [script([*SWIN, "--lr", 1e-4, "--accumulate", 2, "--out", tmp_path / str(n)], n) for n in (1, 2)]
-    for process in runs:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-    one, two = (log(tmp_path / n, "losses") for n in "12")
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two):
-        assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
-    weights, expected = (load(tmp_path / n / "last.pt")["model"] for n in "21")
-    assert list(weights) == list(expected)    # without prefixes of the wrapper
-    for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)
-    assert json.loads((tmp_path / "2/log.jsonl").read_text().splitlines()[0])["processes"] == 2
+def test_processes_and_parts_change_nothing(script, tmp_path):
+    """Losses of 6 steps and the weights after them, with stochastic depth in the encoder and the decoder."""
+    arguments = [*SWIN, "--lr", "1e-4"]
+    two = script([*arguments, "--out", tmp_path / "two processes"], 2)
+    for parts in (1, 2, 4):
+        run(tmp_path / str(parts), *arguments, "--accumulate", parts)
+    _, error = two.communicate()
+    assert two.returncode == 0, error
+    assert "strides" not in error    # of gradients, of which DDP would warn
+    expected, weights = log(tmp_path / "1", "losses"), load(tmp_path / "1/last.pt")["model"]
+    for name in ("two processes", "2", "4"):
+        for ours, line in zip(log(tmp_path / name, "losses"), expected, strict=True):
+            assert ours["losses"] == pytest.approx(line["losses"], rel=1e-6)
+        content = load(tmp_path / name / "last.pt")["model"]
+        assert list(content) == list(weights)    # without prefixes of the wrapper
+        for key in weights:
+            torch.testing.assert_close(content[key], weights[key], rtol=1e-4, atol=2e-5)    # of 6e-4 that they moved
+    assert json.loads((tmp_path / "two processes/log.jsonl").read_text().splitlines()[0])["processes"] == 2
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -205,7 +218,7 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
 
 def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
     """SIGKILL anywhere: in a step, in a save, in an evaluation; with a worker, in the midst of accumulating."""
-    arguments = [*SWIN, "--iterations", 40, "--accumulate", 2, "--save-every", 3, "--eval-every", 10, "--workers", 1]
+    arguments = [*SWIN, "--iterations", 16, "--accumulate", 2, "--save-every", 2, "--eval-every", 5, "--workers", 1]
     straight = script([*arguments, "--out", tmp_path / "straight"])
     kills = 0
     while kills < 2:
@@ -230,24 +243,86 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_ends_cleanly(number, processes, script, tmp_path):
-    """In a run of two processes, a signal to one of them stops both after the same iteration."""
-    process = script(["--variant", "stm1", "--iterations", 10_000, "--out", tmp_path / "run", "--workers", 1],
-                     processes)
-    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run", "losses")) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    if processes == 1:
-        process.send_signal(number)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), number)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    iteration = load(tmp_path / "run/last.pt")["iteration"]
-    assert f"stopped after iteration {iteration} of 10000" in output and iteration < 10_000
-    assert "Traceback" not in error
+def test_terminated_by_launcher_and_cluster(script, tmp_path):
+    """SIGTERM to torchrun and its two processes, in every order and twice: the step that runs is the last one, its
+    weights are in last.pt, and --resume goes on from there, all bit for bit as without."""
+    arguments = ["--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 12, "--save-every", 1,
+                 "--workers", 1]    # without boundaries, for which evaluation would start processes of its own
+    straight = script([*arguments, "--out", tmp_path / "straight"], 2, KEEP="")
+    _, error = straight.communicate()
+    assert straight.returncode == 0, error
+    for case in ("all at once", "processes first", "launcher alone"):
+        out = tmp_path / case
+        run = script([*arguments, "--out", out, "--save-every", 100], 2, SLOW="")
+        while not (out / "log.jsonl").exists() or len(log(out, "losses")) < 2:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        before = len(log(out, "losses"))
+        for targets, pause in {"all at once": [([run.pid, *workers], 0.1)] * 2,
+                               "processes first": [(workers, 0.1), ([run.pid], 0.1)] * 2,
+                               "launcher alone": [([run.pid], 0.1)] * 2}[case]:
+            for pid in targets:
+                with contextlib.suppress(ProcessLookupError):    # it has ended by then
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(pause)
+        output, error = run.communicate(timeout=60)
+        assert run.returncode == 1    # torchrun's own, which ends with the signal
+        iteration = load(out / "last.pt")["iteration"]
+        assert f"stopped after iteration {iteration} of 12" in output, error
+        assert len(log(out, "losses")) == iteration <= before + 2    # one line waits for the next step
+        assert_same_training(load(out / "last.pt"), load(tmp_path / f"straight/{iteration}.pt"))
+    resumed = script([*arguments, "--out", out, "--resume"], 2)
+    _, error = resumed.communicate()
+    assert resumed.returncode == 0, error
+    assert_same_training(load(out / "last.pt"), load(tmp_path / "straight/last.pt"))
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """signals(iteration, *numbers): sends them to this process, once, in the midst of that iteration's step."""
+    handlers = {number: signal.getsignal(number) for number in train.Interruption.SIGNALS}
+
+    def send(iteration, *numbers, method="step"):
+        inner, unsent = getattr(train.Run, method), list(numbers)
+
+        def interrupted(self, *arguments, **options):
+            while self.iteration == iteration and unsent:
+                os.kill(os.getpid(), unsent.pop(0))
+            return inner(self, *arguments, **options)
+        monkeypatch.setattr(train.Run, method, interrupted)
+    yield send
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", train.Interruption.SIGNALS)
+def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
+    twice = () if number == signal.SIGINT else (number, signal.SIGTERM)
+    signals(3, number, *twice)
+    assert run(tmp_path, "--variant", "stm1") == {}
+    assert load(tmp_path / "last.pt")["iteration"] == 4
+    assert "stopped after iteration 4 of 6" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_at_once(signals, tmp_path, capsys):
+    signals(3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path, "--variant", "stm1")
+    assert exit.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_signal_during_an_evaluation(signals, tmp_path):
+    """The weights are on the disk then, so it is given up; resumed, the run evaluates anew."""
+    arguments = ["--variant", "stm1", "--eval-every", 3]
+    run(tmp_path / "straight", *arguments)
+    signals(3, signal.SIGTERM, method="evaluate")
+    assert run(tmp_path / "halves", *arguments) == {}
+    assert load(tmp_path / "halves/last.pt")["iteration"] == 3 and not (tmp_path / "halves/best.pt").exists()
+    run(tmp_path / "halves", *arguments, "--resume")
+    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
+    assert log(tmp_path / "halves", "delta_m") == log(tmp_path / "straight", "delta_m")
 
 
 def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
@@ -257,7 +332,7 @@ def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
         patch.setattr(train, "Interruption", InterruptedAfter)
         assert run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1") == {}
     half = load(tmp_path / "halves/last.pt")
-    assert half["scaler"]["_growth_tracker"] == half["iteration"] == 3    # the flag is read one step later
+    assert half["scaler"]["_growth_tracker"] == half["iteration"] == 1
     run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1", "--resume")
     whole = load(tmp_path / "halves/last.pt")
     assert whole["scaler"]["_growth_tracker"] == 6
@@ -288,9 +363,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     train.save_checkpoint(path, {"iteration": 1})
     monkeypatch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError):
+    with pytest.raises(train.RunError, match=r"cannot write .*last.pt \(no space left\)"):
         train.save_checkpoint(path, {"iteration": 2}, tmp_path / "previous.pt")
-    assert load(path) == {"iteration": 1}
+    assert load(path) == {"iteration": 1} and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
