@@ -1,4 +1,5 @@
-"""Data sets for multi-task dense prediction: PASCAL-Context, NYUDv2, and synthetic scenes that need no files.
+"""Data sets for multi-task dense prediction: PASCAL-Context, NYUDv2, Cityscapes, and synthetic scenes that need no
+files.
 
     python datasets.py check   --dataset pascal --root data/PASCALContext              # what is missing or wrong
     python datasets.py prepare --dataset pascal --root data/PASCALContext              # once, to load faster
@@ -16,7 +17,8 @@ Every data set yields one dictionary per image:
     "name"      str
     "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
-with only those labels that were asked for. IGNORE marks label pixels that count neither in losses nor in metrics.
+with only those labels that were asked for. Cityscapes' are twice as large as its images, (2H, 2W), and its depth is
+disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
 """
 
 import argparse
@@ -462,6 +464,8 @@ class FileDataset(torch.utils.data.Dataset):
     COUNTS = {}     # images by split, as published
     LIST = ""       # the file with a split's image IDs, one per line
     FILES = None    # the class that reads one image and its labels
+    OUTPUT_SCALE = 1    # size of the labels over that of the image, which is MTMamba's output_scale
+    DEPTH_RANGE = None    # of the depths that are scored, see make_meters
 
     def __init__(self, root, split, tasks, size, augment, seed):
         """root: folder; split: "train" or "val"; tasks: names from TASKS, None for all; size: (H, W) of the samples in
@@ -481,14 +485,18 @@ class FileDataset(torch.utils.data.Dataset):
         self.last = None, None
         self.augment = split == "train" if augment is None else augment
         for folder in ("", *dict.fromkeys(folder for key in ("image", *self.tasks) for folder in self.FOLDERS[key])):
-            if not (self.root / folder).is_dir():
-                raise FileNotFoundError(f"no folder {self.root / folder}; unpack the archive of {type(self).__name__}, "
+            folder = self.root / folder.format(split)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder {folder}; unpack the archive of {type(self).__name__}, "
                                         "or give the place where it is unpacked as the root")
         path = self.root / self.LIST.format(split)
-        with reading(path):
-            self.names = path.read_text().split()
+        self.names = self.read_names(path)
         if not self.names:
             raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+
+    def read_names(self, path):
+        with reading(path):
+            return path.read_text().split()
 
     def __len__(self):
         return len(self.names)
@@ -577,7 +585,49 @@ class NYUDv2(FileDataset):
         super().__init__(root, split, tasks, size, augment, seed)
 
 
-DATASETS = {"pascal": PascalContext, "nyud": NYUDv2}
+class Cityscapes(FileDataset):
+    """Cityscapes: 2,975 images to train on, 500 to validate, 1024x2048 each; a split is what lies in its folder.
+
+    The network gets the image at half its size (`size`; Pillow's bilinear filter). Labels keep theirs, and nothing is
+    cropped, flipped or recoloured. All as in the published runs.
+
+    semseg     19 classes; all other label IDs are IGNORE.
+    depth      disparity in pixels of the file's image: (p - 1) / 256 of its 16 bits p, -1 where p is 0 or 1, which is
+               not measured; then 0 on label ID 10, rail track. Only what lies inside DEPTH_RANGE is scored, but all
+               of it trains; mask_invalid makes the pixels at -1 IGNORE.
+    """
+
+    TASKS = {"semseg": 19, "depth": 1}
+    FOLDERS = {"image": ["leftImg8bit/{}"], "semseg": ["gtFine/{}"], "depth": ["disparity/{}", "gtFine/{}"]}
+    COUNTS = {"train": 2975, "val": 500}
+    LIST = "leftImg8bit/{}"
+    ROOT = "data/Cityscapes"
+    OUTPUT_SCALE = 2
+    DEPTH_RANGE = (0, 80)
+
+    def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 1024), seed=0, mask_invalid=False):
+        super().__init__(root, split, tasks, size, augment=False, seed=seed)
+        self.mask_invalid = mask_invalid
+        self.FILES = partial(CityscapesFiles, split, self.size)
+
+    def __getitem__(self, index):
+        files = self.files(index[1] if isinstance(index, tuple) else index)
+        image = Image.fromarray(files.image).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        sample = {"image": (to_tensor(np.array(image)) - mean) / std}
+        sample |= {task: torch.from_numpy(files.label(task)) for task in self.tasks}
+        if self.mask_invalid and "depth" in self.tasks:
+            sample["depth"][sample["depth"] < 0] = IGNORE
+        return sample | {"name": files.name, "size": self.size}
+
+    def read_names(self, path):
+        return sorted(image.name.removesuffix("_leftImg8bit.png") for image in path.glob("*/*_leftImg8bit.png"))
+
+    def check_fits(self, files):
+        files.image    # reading it checks its size
+
+
+DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
 
 
 def choose_tasks(table: dict[str, int], tasks: Iterable[str] | None) -> dict[str, int]:
@@ -723,7 +773,48 @@ class PascalFiles(ImageFiles):
         return self.parsing()[0] & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
 
 
+class CityscapesFiles(ImageFiles):
+    IMAGE = "leftImg8bit", "_leftImg8bit.png"
+
+    def __init__(self, split: str, size: tuple[int, int], root: Path, name: str, prepared: bool = True):
+        self.split, self.size = split, size    # half that of the files
+        super().__init__(root, name, prepared)
+
+    def path(self, folder, suffix):
+        return super().path(f"{folder}/{self.split}/{self.name.split('_')[0]}", suffix)
+
+    @cached_property
+    def image(self):
+        image = read_image(self.image_path, "RGB")
+        found, expected = ("x".join(map(str, size)) for size in (image.shape[:2], [2 * n for n in self.size]))
+        if found != expected:
+            raise ValueError(f"expected an image of {expected} (HxW), twice the size that the network gets, found "
+                             f"{found} in {self.image_path}; give --img-size or size half the images' size")
+        return image
+
+    def semseg(self):
+        return LABEL_IDS[self.label_ids].astype(np.int64)[None]
+
+    def depth(self):
+        path = self.path("disparity", "_disparity.png")
+        stored = self.read(path)
+        if stored.dtype == np.uint8:
+            raise ValueError(f"expected 16 bits per pixel, found 8 in {path}; unpack the archive again")
+        disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
+        disparity[self.label_ids == 10] = 0
+        return disparity[None]
+
+    @cached_property
+    def label_ids(self) -> np.ndarray:
+        """uint8 (h, w)."""
+        path = self.path("gtFine", "_gtFine_labelIds.png")
+        return in_range(self.read(path), 33, path)
+
+
 PascalContext.FILES, NYUDv2.FILES = PascalFiles, NYUDv2Files
+
+LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
+LABEL_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = range(19)
 
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
 PART_NAMES = {name: part for part, names in enumerate((
@@ -924,6 +1015,10 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
     for split, published in dataset.COUNTS.items():
         try:
             data = dataset(root, split)
+            exported = all(name.startswith(EXPORTED) for name in data.names)
+            if exported and dataset is Cityscapes:    # of any size, but all of the same
+                size = [length // 2 for length in read_image(data.files(0).image_path, "RGB").shape[:2]]
+                data = Cityscapes(root, split, size=size)
         except (FileNotFoundError, ValueError) as error:
             print(f"{split}: {error}")
             total += 1
@@ -932,7 +1027,7 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
         print(f"{split}: {len(data)} images; published: {published}")
         if len(data) != published:
             differing.append(f"{split} has {len(data)} of {published} images")
-            if not all(name.startswith(EXPORTED) for name in data.names):
+            if not exported:
                 print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
                 total += 1
         for kind in ("image", *data.tasks, "prepared"):
@@ -988,6 +1083,7 @@ def parallel(function: Callable, items: Iterable, workers: int, description: str
 # By class of Synthetic: those of LabelMap, PASCAL VOC and NYUDv2 that come closest. Sphere, box, cylinder: potted
 # plant, table, bottle; for NYUDv2 other prop, box, lamp.
 LABEL_MAP = np.array([158, 440, 68, 360, 308, 397, 34, 284])
+CITYSCAPES = np.array([7, 11, 12, 23, 21, 26, 17, 24])    # road, building, wall, sky, vegetation, car, pole, person
 VOC = np.array([0, 0, 0, 0, 16, 11, 5, PERSON_INDEX])
 VOC_NAMES = {16: "pottedplant", 11: "table", 5: "bottle", PERSON_INDEX: "person"}
 NYUD = np.array([2, 1, 22, 0, 40, 29, 35, 31])
@@ -997,23 +1093,27 @@ PART_FILES = ("", "head", "torso", "luarm", "llarm", "luleg", "llleg")    # one 
 
 def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = None):
     """Writes `count` synthetic scenes to train on and a quarter as many (at least 2) to validate, in the files of
-    "pascal" or "nyud" below root. size: (h, w) in pixels, None for 375x500 or 425x560; of PASCAL-Context's images
-    every fourth is upright.
+    a data set of DATASETS below root. size: (h, w) of the images in pixels, None for 375x500, 425x560 or 1024x2048; of
+    PASCAL-Context's images every fourth is upright.
 
     Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"expected an empty or a new folder, found {root}; name another one or remove it")
-    scene_files, usual = {"pascal": (pascal_files, (375, 500)), "nyud": (nyud_files, (425, 560))}[kind]
-    size = size or usual
+    size = size or {"pascal": (375, 500), "nyud": (425, 560), "cityscapes": (1024, 2048)}[kind]
+    if kind == "cityscapes" and any(length % 2 for length in size):
+        raise ValueError(f"expected an even height and width, as Cityscapes' images are halved, found {size}")
     for seed, (split, images) in enumerate({"train": count, "val": max(2, count // 4)}.items()):
         scenes, upright = Synthetic(images, size, seed), Synthetic(images, size[::-1], seed)
-        names = [f"{EXPORTED}{split}_{i:05d}" for i in range(images)]
+        scene_files = {"pascal": pascal_files, "nyud": nyud_files, "cityscapes": partial(cityscapes_files, split)}[kind]
+        names = [f"{EXPORTED}{seed}{i:05d}_000019" if kind == "cityscapes" else f"{EXPORTED}{split}_{i:05d}"
+                 for i in range(images)]
         for i, name in enumerate(tqdm(names, desc=f"exporting {split}", unit="img")):
             maps = (upright if kind == "pascal" and i % 4 == 3 else scenes).render(i)
             for path, content in scene_files(name, maps).items():
                 save_file(root / path, content)
-        save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
+        if kind != "cityscapes":
+            save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
 
 
 def nyud_files(name: str, maps: dict[str, np.ndarray]) -> dict:
@@ -1040,8 +1140,19 @@ def pascal_files(name: str, maps: dict[str, np.ndarray]) -> dict:
     }
 
 
+def cityscapes_files(split: str, name: str, maps: dict[str, np.ndarray]) -> dict:
+    """As nyud_files. The disparity is that of a camera with 100 pixels times metres (the real one has about 470); the
+    sky has none."""
+    depth = maps["depth"]
+    disparity = np.where(depth == IGNORE, 0, 1 + 256 * 100 / depth).clip(max=2**16 - 1)
+    return {f"{folder}/{split}/{name.split('_')[0]}/{name}_{suffix}.png": content for folder, suffix, content in (
+        ("leftImg8bit", "leftImg8bit", 255 * maps["image"]), ("gtFine", "gtFine_labelIds", CITYSCAPES[maps["semseg"]]),
+        ("disparity", "disparity", np.rint(disparity).astype(np.uint16)))}
+
+
 def save_file(path: Path, content):
-    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255."""
+    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255 or
+    of 16 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mat":
         scipy.io.savemat(path, content, do_compression=True)
@@ -1050,7 +1161,7 @@ def save_file(path: Path, content):
     elif path.suffix == ".txt":
         path.write_text(content)
     else:
-        pixels = np.rint(content).astype(np.uint8)
+        pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
         Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path, quality=95)
 
 
@@ -1099,7 +1210,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("export", help=purpose, description=purpose)
     command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
     command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
-    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500 or 425 560")
+    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500, 425 560 or 1024 2048")
     for command in commands.choices.values():
         command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     args = parser.parse_args(argv)
@@ -1115,8 +1226,8 @@ def main(argv: list[str] | None = None) -> int:
             raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
         if args.command == "check":
             return int(check(dataset, root, args.workers) > 0)
-        if dataset is NYUDv2:
-            print("nothing to prepare: NYUDv2's labels are read fast enough as they are")
+        if dataset is not PascalContext:
+            print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
             return 0
         messages = prepare(root, args.workers)
         print_problems("not prepared", messages)

@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
+from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
+                      to_tensor)
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
-                     load_published_checkpoint, read_tensors, selective_scan_2d)
+                     load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -41,10 +42,11 @@ EVALUATION_BATCH = 4
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 
-# Table 1, MTMamba's rows; Table 2's single-task row, against which the paper's delta_m is taken (it has none for
-# PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
+# Table 1, MTMamba's rows (it has none for Cityscapes); Table 2's single-task row, against which the paper's delta_m is
+# taken (it has none for PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
 PAPER = {"nyud": {"semseg": 55.82, "depth": 0.5066, "normal": 18.63, "boundary": 78.70},
-         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80}}
+         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80},
+         "cityscapes": {}}
 SINGLE_TASK = {"nyud": {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}}
 MAX_DIST = {"nyud": 0.011, "pascal": 0.0075, "synthetic": 0.02}    # the synthetic images are small: 2 pixels
 
@@ -155,8 +157,8 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     """
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
-        tasks = published_tasks(checkpoint.get("model", checkpoint))
-        config = dict(tasks=tasks, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+        config = dict(published_config(checkpoint.get("model", checkpoint)), encoder=encoder or "swin-large",
+                      encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
     else:
@@ -225,12 +227,15 @@ def is_published(checkpoint: object) -> bool:
     return isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state)
 
 
-def published_tasks(state: dict[str, Tensor]) -> dict[str, int]:
-    """The tasks of a published checkpoint, in the order of the data set: the heads' channels tell which one it is."""
+def published_config(state: dict[str, Tensor]) -> dict:
+    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, and
+    so the order of the tasks and the scale; the other keys tell the variant."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    return dict(DATASETS[find_dataset(found, DATASETS)].TASKS)
+    dataset = DATASETS[find_dataset(found, DATASETS)]
+    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state),
+                output_scale=dataset.OUTPUT_SCALE)
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
@@ -261,7 +266,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     workers = args.workers
     if workers is None:
         workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
-    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST[name], scored=scored,
+    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
                        predictions=args.save_predictions)
     if not results:
         raise ValueError(f"no pixel of {name}'s images has a label of {', '.join(model.tasks)}: there is nothing to score")
@@ -272,7 +277,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     if name == "synthetic":
         print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
     else:
-        print_paper_table(results, PAPER[name])
+        print_paper_table(results, PAPER[name], depth_name(model))
     if improvement is not None:
         print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
               + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
@@ -289,13 +294,19 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
 
 
 def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | None) -> Dataset:
-    """What the model is scored on. Raises ValueError where it has other tasks than the model."""
+    """What the model is scored on. Raises ValueError where it has other tasks than the model, or labels of another size
+    than its outputs."""
     if not tasks.items() <= task_table(name).items():
         raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose another "
                          "--dataset")
     if name == "synthetic":
         return held_out(config["img_size"], tasks)
-    return DATASETS[name](root or DATASETS[name].ROOT, "val", list(tasks))
+    dataset = DATASETS[name]
+    if config.get("output_scale", 1) != dataset.OUTPUT_SCALE:
+        raise ValueError(f"the model's outputs are {config.get('output_scale', 1)} times as large as its images, the "
+                         f"labels of {name} {dataset.OUTPUT_SCALE} times; build it with that output_scale")
+    sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
+    return dataset(root or dataset.ROOT, "val", list(tasks), **sizes)
 
 
 def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
@@ -410,7 +421,7 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
                         num_workers=workers, worker_init_fn=ignore_signals)
-    meters = make_meters(model.tasks)
+    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Feeds the meters, and yields what odsF compares."""
@@ -421,10 +432,9 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
                 outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
                 for task, meter in meters.items():
                     meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
-                maps = {task: prediction(task, output.float()) for task, output in outputs.items()
-                        if predictions or task == "boundary"}
                 for i, sample in enumerate(samples):
-                    own = {task: values[i][own_area(sample)] for task, values in maps.items()}
+                    own = {task: prediction(task, output[i:i + 1].float())[0][own_area(sample, model.output_scale)]
+                           for task, output in outputs.items() if predictions or task == "boundary"}
                     if predictions:
                         save_raw(predictions, sample["name"], own)
                     if sample["boundary_truth"] is not None:
@@ -468,9 +478,10 @@ def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
             yield list(samples)
 
 
-def own_area(sample: dict) -> tuple:
-    """Where the image itself lies in a sample's maps (C, H, W): the rest is padding."""
-    return (..., *centred(sample["image"].shape[1:], sample["size"]))
+def own_area(sample: dict, scale: int = 1) -> tuple:
+    """Where the image itself lies in a sample's maps (C, scale H, scale W): the rest is padding."""
+    return (..., *(slice(scale * part.start, scale * part.stop)
+                   for part in centred(sample["image"].shape[1:], sample["size"])))
 
 
 def add_up(sums: Tensor) -> Tensor:
@@ -486,7 +497,8 @@ def to_bytes(probability: Tensor) -> np.ndarray:
 
 
 def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
-    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres (h, w), unit vectors (3, h, w)).
+    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
+    (h, w), unit vectors (3, h, w)).
 
     maps: of `prediction`, (1 or 3, h, w).
     """
@@ -569,14 +581,15 @@ def print_table(columns: dict[str, Results]):
     print()
 
 
-def print_paper_table(results: Results, paper: dict[str, float]):
-    """One row per metric, the paper's beside the one that it tells, and the difference."""
+def print_paper_table(results: Results, paper: dict[str, float], depth: str = "depth"):
+    """One row per metric, the paper's beside the one that it tells, and the difference. depth: what it is called."""
     print(f"\n{'task':<10}{'metric':<16}{'model':>10}{'paper':>10}{'difference':>12}")
     for task, metrics in results.items():
         better, digits = "lower" if task in LOWER_IS_BETTER else "higher", 4 if task == "depth" else 2
         for metric, value in metrics.items():
-            row = f"{task:<10}{metric:<16}{value:>10.{digits}f}"
-            if metric in (primary(task, metrics), "maxF_published"):    # the paper's maxF is computed as the latter
+            row = f"{depth if task == 'depth' else task:<10}{metric:<16}{value:>10.{digits}f}"
+            # The paper's maxF is computed as maxF_published.
+            if task in paper and metric in (primary(task, metrics), "maxF_published"):
                 row += f"{paper[task]:>10.{digits}f}{value - paper[task]:>+12.{digits}f}   {better} is better"
             print(row)
     print()
@@ -594,7 +607,14 @@ NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bo
                 "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
                 "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
                 "bathtub, bag, other structure, other furniture, other prop").split(", ")
-CLASSES = {len(names): names for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS)}    # by channels
+CITYSCAPES_CLASSES = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
+CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
+                                                 CITYSCAPES_CLASSES)}    # by channels
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}    # what is looked for in folders
 CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
 
@@ -609,6 +629,19 @@ def voc_palette(classes: int = 256) -> np.ndarray:
     return palette
 
 
+def palette(channels: int) -> np.ndarray:
+    """The colours of classes, (256, 3): Cityscapes' own with black for what is ignored, or PASCAL VOC's."""
+    if channels != len(CITYSCAPES_CLASSES):
+        return voc_palette()
+    return np.array([*CITYSCAPES_CLASSES.values(), *[(0, 0, 0)] * (256 - channels)], np.uint8)
+
+
+def depth_name(model: MTMamba) -> str:
+    """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
+    on_cityscapes = model.output_scale == Cityscapes.OUTPUT_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
+    return "disparity" if on_cityscapes else "depth"
+
+
 def prediction(task: str, output: Tensor) -> Tensor:
     """Raw output (B, C_t, H, W) -> a map in the form of the task's labels (B, 1 or 3, H, W); probabilities for
     saliency and boundary."""
@@ -621,15 +654,15 @@ def prediction(task: str, output: Tensor) -> Tensor:
     return F.normalize(output, dim=1) if task == "normal" else output.clamp(min=0)
 
 
-def colorize(task: str, label: np.ndarray, depth_range: tuple[float, float]) -> np.ndarray:
-    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels are black, of classes
-    VOC's cream.
+def colorize(task: str, label: np.ndarray, channels: int, depth_range: tuple[float, float]) -> np.ndarray:
+    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels and those without a
+    disparity are black, of classes as in the palette.
 
-    depth_range: metres, (nearest, farthest).
+    channels: C_t. depth_range: metres or pixels of disparity, (lowest, highest).
     """
     if task in ("semseg", "parsing"):
-        return voc_palette()[label[0]]
-    valid = (label != IGNORE).all(0)[..., None]
+        return palette(channels)[label[0]]
+    valid = ((label != IGNORE) & ((label >= 0) | (task != "depth"))).all(0)[..., None]
     if task == "depth":
         picture = color_map(label[0], depth_range)
     elif task == "normal":
@@ -648,8 +681,8 @@ def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 def value_range(depth: np.ndarray) -> tuple[float, float]:
     """Of the valid pixels."""
-    metres = depth[depth != IGNORE]
-    return (float(metres.min()), float(metres.max())) if metres.size else (0.0, 1.0)
+    valid = depth[(depth != IGNORE) & (depth >= 0)]
+    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
 
 
 def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
@@ -676,15 +709,15 @@ def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
     return picture
 
 
-def explain(task: str, label: np.ndarray, channels: int) -> Image.Image:
-    """The legend of a map: the classes that occur in it, or the depth's range in metres."""
+def explain(task: str, label: np.ndarray, channels: int, unit: str = "m") -> Image.Image:
+    """The legend of a map: the classes that occur in it, or the depth's range in its unit."""
     if task in ("semseg", "parsing"):
         names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        return legend([(names[i], tuple(voc_palette()[i].tolist())) for i in np.unique(label)])
+        return legend([(names[i], tuple(palette(channels)[i].tolist())) for i in np.unique(label)])
     if task == "depth":
         steps = np.linspace(*value_range(label), 5)
         colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
-        return legend([(f"{metres:.2f} m", tuple(color)) for metres, color in zip(steps, colors)])
+        return legend([(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)])
     return legend([])
 
 
@@ -698,19 +731,20 @@ def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, p
     for i in (i for i in images if i < len(dataset)):
         sample = dataset[i]
         outputs = model(sample["image"][None].to(device))
-        inner = own_area(sample)
+        inner, scale = own_area(sample), model.output_scale
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
         upper = [Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8))]
         lower = [legend([("above: prediction", None), ("below: ground truth", None)])]
         for task, output in outputs.items():
-            truth = sample[task].numpy()[inner]
-            guess = prediction(task, output.float())[0].cpu().numpy()[inner]
+            truth = sample[task].numpy()[:, ::scale, ::scale][inner]    # at the image's size
+            guess = prediction(task, output.float())[0].cpu().numpy()[:, ::scale, ::scale][inner]
             for row, label in ((upper, guess), (lower, truth)):
-                row.append(Image.fromarray(colorize(task, label, value_range(truth))))
+                row.append(Image.fromarray(colorize(task, label, model.tasks[task], value_range(truth))))
         rows += [upper, lower]
     model.train(training)
-    contact_sheet(["image", *model.tasks], rows).save(path)
+    titles = ["image", *(depth_name(model) if task == "depth" else task for task in model.tasks)]
+    contact_sheet(titles, rows).save(path)
     return path
 
 
@@ -735,16 +769,19 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         if args.save_predictions:
             save_raw(args.save_predictions, stem, maps)
         labels = {task: values.cpu().numpy() for task, values in maps.items()}
-        drawn = {task: Image.fromarray(colorize(task, label, value_range(label))) for task, label in labels.items()}
+        drawn = {task: Image.fromarray(colorize(task, label, model.tasks[task], value_range(label)))
+                 for task, label in labels.items()}
         heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()} if args.features else {}
         for name, picture in (drawn | heat).items():
             picture.save(out / f"{stem}_{name}.png")
-        legends = [explain(task, label, model.tasks[task]) for task, label in labels.items()]
+        unit = "px" if depth_name(model) == "disparity" else "m"
+        legends = [explain(task, label, model.tasks[task], unit) for task, label in labels.items()]
         empty = legend([])
         rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
         for picture in (picture for row in rows for picture in row):
             picture.thumbnail((CELL, CELL))
-        contact_sheet([path.name, *drawn], [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
+        titles = [path.name, *(depth_name(model) if task == "depth" else task for task in drawn)]
+        contact_sheet(titles, [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
         print("pictures:", out / f"{stem}_sheet.png")
     return skipped
 
@@ -795,15 +832,18 @@ def read_picture(path: Path) -> Image.Image:
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device) -> tuple[dict[str, Tensor], ...]:
     """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})"""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    pixels = ((to_tensor(np.array(image)) - mean) / std)[None].to(device)
+    scale = model.output_scale    # its images are that much smaller than its labels, which are as large as the picture
+    small = image.resize([-(-length // scale) for length in image.size], Image.BILINEAR) if scale > 1 else image
+    pixels = ((to_tensor(np.array(small)) - mean) / std)[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
     heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        norm = F.interpolate(norm, scale_factor=4, mode="bilinear", align_corners=False)
+        norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
         heat[task] = norm[0, 0, :image.height, :image.width]
-    return {task: prediction(task, output.float())[0] for task, output in outputs.items()}, heat
+    return {task: prediction(task, output.float())[0, :, :image.height, :image.width]
+            for task, output in outputs.items()}, heat
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py --dataset pascal          # on eight: the same run, whatever the number
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py --dataset pascal                                  # on two nodes: this line on each
+    python train.py --dataset cityscapes --variant mtmamba++       # MTMamba++
     python train.py --dataset nyud --resume                        # goes on after an interruption
     python train.py --dataset nyud --init-from X --out runs/tuned  # fine-tunes a checkpoint, ours or a published one
 
@@ -33,7 +34,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, convert_sync_batchnorm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -42,11 +43,11 @@ from tqdm import tqdm
 
 from datasets import DATASETS, IGNORE, Parser, Synthetic
 from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, check_writable, choose_backend, compare,
-                      constant_baseline, evaluate, held_out, ignore_signals, is_published, load_checkpoint,
+                      constant_baseline, depth_name, evaluate, held_out, ignore_signals, is_published, load_checkpoint,
                       load_weights, open_dataset, print_paper_table, print_table, rank_and_world, read_checkpoint,
                       replacing, save_contact_sheet, start, write_json)
 from metrics import PRIMARY, delta_m
-from mtmamba import BACKENDS, ENCODERS, VARIANTS, MTMamba
+from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
 
 LR_POWER = 0.9
 
@@ -63,6 +64,11 @@ PRESETS = {
                       save_every=100, log_every=10, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
+    "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
+}
+VARIANT_PRESETS = {    # what a variant changes in these rows
+    ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
+    ("pascal", "mtmamba++"): dict(iterations=40_000, lr=8e-5, weight_decay=1e-6),
 }
 # Flags that may change when a run is resumed. All others must be as they were: they decide what is computed.
 FREE = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every", "eval_every",
@@ -127,7 +133,7 @@ def explain(error: Exception) -> str | None:
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--dataset", choices=PRESETS, default="synthetic")
-    add("--data-root", type=Path, help="default: data/NYUDv2 or data/PASCALContext")
+    add("--data-root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
     add("--out", type=Path, help="folder of everything that is written (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
@@ -146,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--iterations", type=int)
     group.add_argument("--batch-size", type=int, help="of all processes together")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts: less "
-                       "memory, the same result")
+                       "memory, the same result (but batch norm, as in mtmamba++, is of a part)")
     group.add_argument("--lr", type=float, help="at the start; falls to 0 as (1 - it / iterations)^0.9")
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--loss", choices=("log", "weighted"), help="an image's total of the tasks' losses: the sum of "
@@ -167,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def resolve(args: argparse.Namespace, device: torch.device, world: int):
     """Fills the flags that were not given from the data set's preset. Raises ValueError for values that cannot be."""
-    preset = dict(PRESETS[args.dataset])
+    preset = PRESETS[args.dataset] | VARIANT_PRESETS.get((args.dataset, args.variant), {})
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the preset's encoder
     args.d_state = preset.pop("d_state")
@@ -217,12 +223,15 @@ class Run:
         torch.manual_seed(args.seed)
         self.train_set, self.held_out = build_datasets(args)
         self.model_config = dict(tasks=self.train_set.tasks, img_size=args.img_size, encoder=args.encoder,
-                                 encoder_kwargs=args.encoder_kwargs, variant=args.variant, d_state=args.d_state)
+                                 encoder_kwargs=args.encoder_kwargs, variant=args.variant,
+                                 output_scale=getattr(self.train_set, "OUTPUT_SCALE", 1), d_state=args.d_state)
         self.model = MTMamba(**self.model_config, pretrained=args.pretrained and found is None)
         if args.init_from and found is None:
             load = load_fitting_weights if args.init_partial else load_all_weights
             load(self.model, args.init_from, args.encoder, args.encoder_kwargs)
         self.model.to(device)
+        if self.world > 1 and device.type == "cuda":    # elsewhere PyTorch has none
+            convert_sync_batchnorm(self.model)
         self.backend = choose_backend(self.model, args.backend, device)
         self.share = share_stochastic_depth(self.model, args.accumulate * self.world, device)
         if args.checkpoint_activations:
@@ -240,7 +249,9 @@ class Run:
         check_writable(args.out)
         self.log = Log(args.out, list(self.model.tasks), self.rank, args.tensorboard)
 
-        self.network = torch.compile(self.model, fullgraph=True) if args.compile else self.model
+        synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
+        # PyTorch cannot trace its synchronised batch norm, which leaves the rest in several graphs.
+        self.network = torch.compile(self.model, fullgraph=not synchronised) if args.compile else self.model
         if self.world > 1:
             self.between_cpus = dist.new_group(backend="gloo")    # the flag of interruption waits for no device
             align_gradients(self.model)
@@ -361,6 +372,10 @@ class Run:
 
     def evaluate(self, description: str = "evaluating", final: bool = False, stop=None) -> Results | None:
         """On all held-out images, in float32; with odsF only in the final one, as it takes longer than the rest."""
+        if self.world > 1:
+            for name, buffer in self.model.named_buffers():
+                if "running_" in name:    # of batch norm: where it is not synchronised, the first process's count
+                    dist.broadcast(buffer, 0)
         return evaluate(self.model, self.held_out, self.device, description, self.args.workers,
                         MAX_DIST.get(self.args.dataset) if final else None, stop=stop)
 
@@ -386,7 +401,7 @@ class Run:
     def print_results(self, results: dict[str, Results]):
         args, trained = self.args, results["trained"]
         if args.dataset in PAPER:
-            print_paper_table(trained, PAPER[args.dataset])
+            print_paper_table(trained, PAPER[args.dataset], depth_name(self.model))
         else:
             print_table(results)
         improvement = compare(trained, SINGLE_TASK.get(args.dataset))
@@ -525,7 +540,8 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     data_set = DATASETS[args.dataset]
     root = args.data_root or data_set.ROOT
     train_set = data_set(root, "train", args.tasks, args.img_size, seed=args.seed)
-    return train_set, open_dataset(args.dataset, train_set.tasks, {}, root)
+    config = dict(img_size=args.img_size, output_scale=data_set.OUTPUT_SCALE)
+    return train_set, open_dataset(args.dataset, train_set.tasks, config, root)
 
 
 def batch_shares(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list]:
@@ -645,10 +661,11 @@ def share_stochastic_depth(model: MTMamba, shares: int, device: torch.device) ->
 
 
 def checkpoint_activations(model: MTMamba):
-    """Encoder blocks, decoder stages and heads keep their inputs alone and run again in the backward pass."""
+    """Encoder blocks, decoder stages and heads keep their inputs alone and run again in the backward pass. Not so lite
+    heads: they are small, and run twice their batch norm would count every batch twice."""
     for encoder in [model.encoder] if model.shared_encoder else model.encoder.values():
         encoder.backbone.set_grad_checkpointing(True)
-    for module in (*model.stages, *model.heads.values()):
+    for module in (*model.stages, *(head for head in model.heads.values() if isinstance(head, DenseHead))):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
@@ -663,12 +680,14 @@ def align_gradients(model: MTMamba):
 def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
     """What the best checkpoint is chosen against by delta_m, by task.
 
-    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; any other
+    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
+    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
     data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
     training, boundaries are scored by pixelF in place of odsF.
     """
     if constant is None:
-        return {task: SINGLE_TASK.get(dataset, PAPER[dataset])[task] for task in tasks}
+        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
+        return {task: rows[dataset][task] for task in tasks}
     figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
     for task, figure in figures.items():
         if not figure:

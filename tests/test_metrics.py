@@ -66,6 +66,7 @@ def brute_force(task, channels, output, target):
     o, t = (np.array(column, dtype=np.float64)[:, 0] for column in zip(*cases))
     floored = np.maximum(o, 1e-9)
     return {"RMSE": np.sqrt(np.mean((np.maximum(o, 0) - t) ** 2)), "abs_rel": np.mean(abs(floored - t) / t),
+            "sq_rel": np.mean((floored - t) ** 2 / t),
             "log_rmse": np.sqrt(np.mean((np.log(floored) - np.log(t)) ** 2))}
 
 
@@ -112,6 +113,22 @@ def test_normal_error_of_known_angles():
     angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0]))
     output = 7 * torch.stack([angles.sin(), torch.zeros(3), angles.cos()]).view(1, 3, 1, 3)
     assert score("normal", 3, output, target)["mErr"] == pytest.approx((1e-3 + 90) / 3, rel=1e-6)
+
+
+def test_depth_counts_inside_an_open_range():
+    target = torch.tensor([-1.0, 0.0, 2.0, 80.0, 79.0, IGNORE]).view(1, 1, 1, 6)
+    meter = make_meters({"depth": 1}, depth_range=(0, 80))["depth"]
+    meter.update(torch.full((1, 1, 1, 6), 4.0), target)
+    scores = meter.compute()
+    assert scores["RMSE"] == pytest.approx(((2**2 + 75**2) / 2) ** 0.5)
+    assert scores["sq_rel"] == pytest.approx((2**2 / 2 + 75**2 / 79) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="low below high"):
+        make_meters({"depth": 1}, depth_range=(80, 0))
+
+
+def test_a_batch_of_another_size_than_its_labels_is_an_error():
+    with pytest.raises(ValueError):
+        make_meters({"depth": 1})["depth"].update(torch.ones(2, 1, 4, 4), torch.ones(1, 1, 4, 4))
 
 
 def test_negative_depth_is_clamped():
