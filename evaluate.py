@@ -10,11 +10,17 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
+import os
+
+# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
+# wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import argparse
 import contextlib
 import itertools
 import json
-import os
 import re
 import signal
 import sys
