@@ -624,7 +624,7 @@ class Cityscapes(FileDataset):
         return sorted(image.name.removesuffix("_leftImg8bit.png") for image in path.glob("*/*_leftImg8bit.png"))
 
     def check_fits(self, files):
-        files.image    # reading it checks its size
+        return files.image    # reading it checks its size
 
 
 DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
