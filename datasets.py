@@ -55,7 +55,7 @@ class Synthetic(torch.utils.data.Dataset):
     two seeds give two disjoint splits.
 
     semseg     CLASSES. "floor" is also the ground outdoors, "wall" also a building.
-    parsing    PARTS; 0 away from people. An image without people counts in full (PASCAL-Context ignores such images).
+    parsing    PARTS; 0 away from people. An image without people is ignored whole, as in PASCAL-Context.
     saliency   1 on spheres, boxes, cylinders and people.
     normal     IGNORE on the sky.
     boundary   1 where the instance differs from that of the right, lower or lower-right neighbour (the last row and
@@ -118,7 +118,7 @@ class Synthetic(torch.utils.data.Dataset):
         return {
             "image": image,
             "semseg": label[None],
-            "parsing": part[None],
+            "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
             "normal": np.where(sky, np.float32(IGNORE), rotate(camera.turn, normal)),
             "boundary": instance_boundary(instance)[None],
@@ -1172,7 +1172,8 @@ def part_objects(maps: dict[str, np.ndarray]) -> np.ndarray:
     objects = []
     for mask in (instance == number for number in np.unique(instance[semseg >= SPHERE])):
         index = VOC[semseg[mask][0]]
-        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask]) if part]
+        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask])
+                 if part not in (0, IGNORE)]
         objects.append((VOC_NAMES[index], index, np.uint8(mask), struct(parts, "part_name", "mask") if parts else []))
     return struct(objects, "class", "class_ind", "mask", "parts")
 

@@ -546,7 +546,9 @@ def label_statistics(task: str, label: Tensor, channels: int) -> Tensor:
         return valid[0].bincount(minlength=channels)[:channels]
     if task == "depth":
         return torch.stack([valid.double().sum(), torch.tensor(valid.numel())])
-    return valid[:, ::97] if task == "normal" else torch.empty(0)    # of normals a sample
+    if task == "normal":    # a sample is enough
+        return valid[:, torch.randperm(valid.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
+    return torch.empty(0)
 
 
 def best_constant(task: str, statistics: list[Tensor]) -> list[float]:

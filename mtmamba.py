@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. Reads top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost.
+published checkpoints, cost. Appendix: the scan as GPU kernels.
 """
 
 import functools
@@ -693,341 +693,6 @@ def _open_chunk(step, step_u, A, B, A_bar, H):
     torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
 
 
-# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the
-# pixels (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments,
-# which programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of
-# its start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their
-# start states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of
-# the states, against the walk, and computes the states again from the start states, which were saved. No sum depends
-# on the order in which programs run.
-#
-# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in a thread:
-# there the sum over states of Eq. 4 costs nothing. Programs are single warps, which exchange nothing but the sums over
-# channels in the gradients of B and C. The sizes below come from counting registers; they are untuned.
-SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
-SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
-STEPS = 8                             # whose decays and states are held in registers; divides SEGMENT_MIN
-BLOCK_D = 64                          # channels of a program, 2 per thread
-BLOCK_D_ADJOINT = 32                  # where four tiles are live
-# Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
-
-
-def _jit(kernel):
-    # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
-    # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
-    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
-
-
-@_jit
-def _triton_program(segments, D, BLOCK: constexpr):
-    """What the program works on: channels (BLOCK,), segment, and the rest of its number."""
-    program, blocks = tl.program_id(0), tl.cdiv(D, BLOCK)
-    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    program = program // blocks
-    return d, program % segments, program // segments
-
-
-@_jit
-def _triton_pixel(segment, step, k, H, W, SEGMENT: constexpr):
-    """The pixel of a step of direction k through a segment; and whether there is one, as the last segment may be cut
-    short."""
-    place = segment * SEGMENT + tl.where(k < 2, step, SEGMENT - 1 - step)
-    pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
-    return pixel, place < H * W
-
-
-@_jit
-def _triton_inputs(x, delta, bias, mask):
-    """u and Delta, Eq. 8. Outside the mask both are 0, which leaves any state as it is."""
-    u = tl.load(x, mask=mask, other=0).to(tl.float32)
-    z = tl.load(delta, mask=mask, other=0).to(tl.float32) + bias
-    # softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|), the logarithm by its series in s = e / (2 + e) <= 1/3: exact
-    # to rounding also for the small Delta that training starts from.
-    e = tl.exp(-tl.abs(z))
-    s = e / (2 + e)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
-    return u, tl.where(mask, tl.maximum(z, 0) + 2 * s * series, 0)
-
-
-@_jit
-def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
-                     ends, totals, gy, starts, chunk_states,
-                     N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
-                     ADJOINT: constexpr):
-    """Per segment (B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
-
-    ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
-    sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
-    """
-    d, segment, program = _triton_program(segments, D, BLOCK)
-    sample, k = (program // 2).to(tl.int64) * H * W, pair + program % 2 * 2
-    x, delta = x + sample * D, delta + sample * delta_pixel + k.to(tl.int64) * delta_k
-    B, C = B + sample * B_pixel + k * B_k, C + sample * C_pixel + k * C_k
-    n = tl.arange(0, TILE_N)
-    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
-    sequence = program.to(tl.int64) * segments + segment
-    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
-    bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    h = tl.zeros((TILE_N, BLOCK), tl.float32)
-    if ADJOINT:
-        gy += sample * D
-        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
-        decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
-        g = tl.zeros((TILE_N, BLOCK), tl.float32)
-    for chunk in range(SEGMENT // STEPS):
-        if ADJOINT:
-            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk) * N * D + tile, h, mask=in_tile)
-        for t in range(STEPS):
-            pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
-            mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + d, bias_k, mask)
-            B_t = tl.load(B + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
-            h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
-            total += step
-            if ADJOINT:
-                C_t = tl.load(C + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-                gy_t = tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32)
-                decay *= A_bar
-                g += decay * (C_t[:, None] * gy_t[None, :])
-    tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
-    tl.store(totals + sequence * D + d, total, mask=d < D)
-
-
-@_jit
-def _triton_combine(ends, totals, A, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
-                    ADJOINT: constexpr):
-    """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
-    state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
-    arithmetic."""
-    d, n, program = _triton_program(N, D, BLOCK)
-    k = pair + program % 2 * 2
-    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
-    h = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, segments, AHEAD):
-        places, masks, e, total = (), (), (), ()
-        for i in tl.static_range(AHEAD):
-            segment = tl.where((k < 2) != ADJOINT, first + i, segments - 1 - first - i)
-            sequence = program.to(tl.int64) * segments + segment
-            mask = (d < D) & (first + i < segments)
-            places += (ends + (sequence * N + n) * D + d,)
-            masks += (mask,)
-            e += (tl.load(places[i], mask=mask, other=0),)
-            total += (tl.load(totals + sequence * D + d, mask=mask, other=0),)
-        for i in tl.static_range(AHEAD):
-            tl.store(places[i], h, mask=masks[i])
-            h = tl.exp2(total[i] * A_k) * h + e[i]
-
-
-@_jit
-def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
-                    skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
-    """y (B, H, W, D) in float32 from the start states: both directions of the pair, added to the first pair's."""
-    d, segment, batch = _triton_program(segments, D, BLOCK)
-    sample = batch.to(tl.int64) * H * W
-    x, y, delta = x + sample * D, y + sample * D, delta + sample * delta_pixel
-    B, C = B + sample * B_pixel, C + sample * C_pixel
-    n = tl.arange(0, TILE_N)
-    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
-    for walk in range(2):
-        k = pair + walk * 2
-        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
-        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
-        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
-        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
-        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
-        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
-        for t in range(SEGMENT):
-            pixel, inside = _triton_pixel(segment, t, k, H, W, SEGMENT)
-            mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
-            B_t = tl.load(B_walk + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            C_t = tl.load(C_walk + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            y_others = tl.load(y + pixel * D + d, mask=mask & (k > 0), other=0)
-            h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
-            y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
-            tl.store(y + pixel * D + d, y_others + y_t, mask=mask)                             # Eq. 12
-
-
-@_jit
-def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k,
-                      pair, skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
-                      N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
-    """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
-
-    gx as y in _triton_outputs. g_delta: laid out as delta. gA (B, 2, segments, N, D) and g_skip, g_bias
-    (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
-    """
-    d, segment, batch = _triton_program(segments, D, BLOCK)
-    sample = batch.to(tl.int64) * H * W
-    x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
-    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
-    B, C = B + sample * B_pixel, C + sample * C_pixel
-    summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
-    gB, gC = gB + summed, gC + summed
-    for walk in range(2):
-        k = pair + walk * 2
-        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
-        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
-        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
-        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
-        g_skip_k, g_bias_k = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for i in range(SEGMENT // STEPS):
-            chunk = SEGMENT // STEPS - 1 - i
-            at, exists, u, step, gy_t, g_u, g_step = (), (), (), (), (), (), ()
-            for t in tl.static_range(STEPS):
-                pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
-                mask = (d < D) & inside
-                u_t, step_t = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
-                at, exists, u, step = at + (pixel,), exists + (inside,), u + (u_t,), step + (step_t,)
-                gy_t += (tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32),)
-                g_u += (tl.zeros((BLOCK,), tl.float32),)       # gradients of Delta u and Delta, summed over the states
-                g_step += (tl.zeros((BLOCK,), tl.float32),)
-            for n in range(N):
-                A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
-                start = ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d
-                h = tl.load(chunk_states + start, mask=d < D, other=0)
-                row = (sequence * N + n) * D + d
-                g = tl.load(g_ends + row, mask=d < D, other=0)
-                gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
-                A_bar, before, B_n = (), (), ()
-                for t in tl.static_range(STEPS):
-                    B_t = tl.load(B_walk + at[t] * B_pixel + n, mask=exists[t], other=0).to(tl.float32)
-                    a = tl.exp2(step[t] * A_n)                                                 # Eq. 5
-                    A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
-                    h = a * h + B_t * (step[t] * u[t])                                         # Eq. 3
-                    tl.store(gC + (at[t] * 4 + k) * N + n, tl.sum(gy_t[t] * h, 0), mask=exists[t])
-                g_u_n, g_step_n = (), ()
-                for t in tl.static_range(STEPS - 1, -1, -1):
-                    C_t = tl.load(C_walk + at[t] * C_pixel + n, mask=exists[t], other=0).to(tl.float32)
-                    g += C_t * gy_t[t]                         # gradient of the state after step t, Eq. 4 and 3
-                    tl.store(gB + (at[t] * 4 + k) * N + n, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
-                    g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
-                    g *= A_bar[t]                              # of the state before
-                    exponent = g * before[t]                   # of Delta A in Eq. 5
-                    g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
-                    gA_n += exponent * step[t]
-                g_u, g_step = g_u_n, g_step_n
-                tl.store(g_ends + row, g, mask=d < D)
-                tl.store(gA + row, gA_n, mask=d < D)
-            for t in tl.static_range(STEPS):
-                mask = (d < D) & exists[t]
-                z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
-                # A comes multiplied by log2(e), for exp2.
-                g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
-                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
-                gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
-                tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
-                g_skip_k += gy_t[t] * u[t]
-                g_bias_k += g_z
-        tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
-        tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
-
-
-def _triton_segment(batch: int, L: int, D: int) -> int:
-    """Steps per segment: long ones save memory, short ones give more programs to a small map."""
-    segment = SEGMENT_MAX
-    while segment > SEGMENT_MIN and batch * L * D < SEGMENT_CHANNELS * segment:
-        segment //= 2
-    return segment
-
-
-def _triton_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the start states of the segments: (pair, B, 2, segments, N, D)."""
-    batch, H, W, d = x.shape
-    segment = _triton_segment(batch, H * W, d)
-    return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
-
-
-def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
-    """(what the three kernels that walk begin with, their compile-time arguments)"""
-    if triton is None:
-        raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
-                           "for CUDA on Linux. Use the backend torch")
-    interpreted = not isinstance(_triton_outputs, triton.JITFunction)
-    if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
-        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
-                           "tensors only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
-                           f"{x.dtype} on {x.device}; use the backend torch")
-    batch, H, W, d = x.shape
-    n = A.shape[-1]
-    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
-        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
-                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
-    if dt_weight is not None:
-        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    delta, B, C = (_pixelwise(t) for t in (delta, B, C))
-    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
-    return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
-            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
-
-
-def _pixelwise(t: Tensor) -> Tensor:
-    """t (B, H, W, K, X) with its pixels evenly spaced and X contiguous in memory, as a slice of a projection is."""
-    _, H, W, _, _ = t.shape
-    even = t.stride(4) == 1 and t.stride(1) == W * t.stride(2) and t.stride(0) == H * t.stride(1)
-    return t if even else t.contiguous()
-
-
-def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
-    batch, _, _, d = x.shape
-    n = A.shape[-1]
-    states = _triton_states(x, n)
-    segments = states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D = D.float().contiguous()
-    y = torch.empty_like(walk[0], dtype=torch.float32)
-    totals = x.new_empty(batch, 2, segments, d, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        for pair, starts in enumerate(states):
-            _triton_segments[blocks * segments * 2 * batch,](
-                *walk, pair, starts, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS,
-                ADJOINT=False, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](starts, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
-                                                     AHEAD=8, ADJOINT=False, num_warps=1)
-            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D,
-                                                        **REGISTERS)
-    return y, states
-
-
-def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
-    batch, H, W, d = x.shape
-    n, segments = A.shape[-1], states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D, grad_y = D.float().contiguous(), grad_y.contiguous()
-
-    def empty(*shape):
-        return x.new_empty(shape, dtype=torch.float32)
-    gx, g_delta = empty(batch, H, W, d), torch.empty_like(walk[1])
-    gB, gC = (empty(blocks, batch, H, W, K, n) for _ in range(2))
-    gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
-    g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
-    chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
-    with torch.cuda.device_of(x):
-        for pair, starts in enumerate(states):
-            _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
-                *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-                STEPS=STEPS, ADJOINT=True, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
-                                                     AHEAD=8, ADJOINT=True, num_warps=1)
-            _triton_gradients[blocks * segments * batch,](
-                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gB, gC, g_skip[pair], g_bias[pair],
-                batch * H * W, **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
-    # (pair, B, 2, segments, ...) -> (K, ...)
-    gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
-    g_weight = None
-    if dt_weight is not None:
-        g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
-        g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
-    return gx, g_delta, gA.transpose(1, 2), gB.sum(0), gC.sum(0), g_skip, g_bias, g_weight
-
-
 # -------------------------------------------------------------------------------------------- patch expand and head
 
 class PatchExpand(nn.Module):
@@ -1464,3 +1129,340 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
             ss2d.backend = backend
     resize = 4 * sum(output.numel() for output in outputs.values())
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
+
+
+# ------------------------------------------------------------------------------------ appendix: the scan as GPU kernels
+
+# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the
+# pixels (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments,
+# which programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of
+# its start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their
+# start states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of
+# the states, against the walk, and computes the states again from the start states, which were saved. No sum depends
+# on the order in which programs run.
+#
+# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in a thread:
+# there the sum over states of Eq. 4 costs nothing. Programs are single warps, which exchange nothing but the sums over
+# channels in the gradients of B and C. The sizes below come from counting registers; they are untuned.
+SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
+SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
+STEPS = 8                             # whose decays and states are held in registers; divides SEGMENT_MIN
+BLOCK_D = 64                          # channels of a program, 2 per thread
+BLOCK_D_ADJOINT = 32                  # where four tiles are live
+# Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+
+
+def _jit(kernel):
+    # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
+    # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
+    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
+
+
+@_jit
+def _triton_program(segments, D, BLOCK: constexpr):
+    """What the program works on: channels (BLOCK,), segment, and the rest of its number."""
+    program, blocks = tl.program_id(0), tl.cdiv(D, BLOCK)
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = program // blocks
+    return d, program % segments, program // segments
+
+
+@_jit
+def _triton_pixel(segment, step, k, H, W, SEGMENT: constexpr):
+    """The pixel of a step of direction k through a segment; and whether there is one, as the last segment may be cut
+    short."""
+    place = segment * SEGMENT + tl.where(k < 2, step, SEGMENT - 1 - step)
+    pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
+    return pixel, place < H * W
+
+
+@_jit
+def _triton_inputs(x, delta, bias, mask):
+    """u and Delta, Eq. 8. Outside the mask both are 0, which leaves any state as it is."""
+    u = tl.load(x, mask=mask, other=0).to(tl.float32)
+    z = tl.load(delta, mask=mask, other=0).to(tl.float32) + bias
+    # softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|), the logarithm by its series in s = e / (2 + e) <= 1/3: exact
+    # to rounding also for the small Delta that training starts from.
+    e = tl.exp(-tl.abs(z))
+    s = e / (2 + e)
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+    return u, tl.where(mask, tl.maximum(z, 0) + 2 * s * series, 0)
+
+
+@_jit
+def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+                     ends, totals, gy, starts, chunk_states,
+                     N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
+                     ADJOINT: constexpr):
+    """Per segment (B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
+
+    ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
+    sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
+    """
+    d, segment, program = _triton_program(segments, D, BLOCK)
+    sample, k = (program // 2).to(tl.int64) * H * W, pair + program % 2 * 2
+    x, delta = x + sample * D, delta + sample * delta_pixel + k.to(tl.int64) * delta_k
+    B, C = B + sample * B_pixel + k * B_k, C + sample * C_pixel + k * C_k
+    n = tl.arange(0, TILE_N)
+    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    sequence = program.to(tl.int64) * segments + segment
+    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+    bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    h = tl.zeros((TILE_N, BLOCK), tl.float32)
+    if ADJOINT:
+        gy += sample * D
+        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+        decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
+        g = tl.zeros((TILE_N, BLOCK), tl.float32)
+    for chunk in range(SEGMENT // STEPS):
+        if ADJOINT:
+            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk) * N * D + tile, h, mask=in_tile)
+        for t in range(STEPS):
+            pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
+            mask = (d < D) & inside
+            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
+            h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
+            total += step
+            if ADJOINT:
+                C_t = tl.load(C + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+                gy_t = tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32)
+                decay *= A_bar
+                g += decay * (C_t[:, None] * gy_t[None, :])
+    tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
+    tl.store(totals + sequence * D + d, total, mask=d < D)
+
+
+@_jit
+def _triton_combine(ends, totals, A, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
+                    ADJOINT: constexpr):
+    """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
+    state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
+    arithmetic."""
+    d, n, program = _triton_program(N, D, BLOCK)
+    k = pair + program % 2 * 2
+    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+    h = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, segments, AHEAD):
+        places, masks, e, total = (), (), (), ()
+        for i in tl.static_range(AHEAD):
+            segment = tl.where((k < 2) != ADJOINT, first + i, segments - 1 - first - i)
+            sequence = program.to(tl.int64) * segments + segment
+            mask = (d < D) & (first + i < segments)
+            places += (ends + (sequence * N + n) * D + d,)
+            masks += (mask,)
+            e += (tl.load(places[i], mask=mask, other=0),)
+            total += (tl.load(totals + sequence * D + d, mask=mask, other=0),)
+        for i in tl.static_range(AHEAD):
+            tl.store(places[i], h, mask=masks[i])
+            h = tl.exp2(total[i] * A_k) * h + e[i]
+
+
+@_jit
+def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+                    skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
+    """y (B, H, W, D) in float32 from the start states: both directions of the pair, added to the first pair's."""
+    d, segment, batch = _triton_program(segments, D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, y, delta = x + sample * D, y + sample * D, delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
+    n = tl.arange(0, TILE_N)
+    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    for walk in range(2):
+        k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
+        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
+        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+        for t in range(SEGMENT):
+            pixel, inside = _triton_pixel(segment, t, k, H, W, SEGMENT)
+            mask = (d < D) & inside
+            u, step = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
+            B_t = tl.load(B_walk + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            C_t = tl.load(C_walk + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            y_others = tl.load(y + pixel * D + d, mask=mask & (k > 0), other=0)
+            h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
+            y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
+            tl.store(y + pixel * D + d, y_others + y_t, mask=mask)                             # Eq. 12
+
+
+@_jit
+def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k,
+                      pair, skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
+                      N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
+    """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
+
+    gx as y in _triton_outputs. g_delta: laid out as delta. gA (B, 2, segments, N, D) and g_skip, g_bias
+    (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
+    """
+    d, segment, batch = _triton_program(segments, D, BLOCK)
+    sample = batch.to(tl.int64) * H * W
+    x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
+    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
+    B, C = B + sample * B_pixel, C + sample * C_pixel
+    summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
+    gB, gC = gB + summed, gC + summed
+    for walk in range(2):
+        k = pair + walk * 2
+        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
+        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
+        g_skip_k, g_bias_k = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for i in range(SEGMENT // STEPS):
+            chunk = SEGMENT // STEPS - 1 - i
+            at, exists, u, step, gy_t, g_u, g_step = (), (), (), (), (), (), ()
+            for t in tl.static_range(STEPS):
+                pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
+                mask = (d < D) & inside
+                u_t, step_t = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
+                at, exists, u, step = at + (pixel,), exists + (inside,), u + (u_t,), step + (step_t,)
+                gy_t += (tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32),)
+                g_u += (tl.zeros((BLOCK,), tl.float32),)       # gradients of Delta u and Delta, summed over the states
+                g_step += (tl.zeros((BLOCK,), tl.float32),)
+            for n in range(N):
+                A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+                start = ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d
+                h = tl.load(chunk_states + start, mask=d < D, other=0)
+                row = (sequence * N + n) * D + d
+                g = tl.load(g_ends + row, mask=d < D, other=0)
+                gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
+                A_bar, before, B_n = (), (), ()
+                for t in tl.static_range(STEPS):
+                    B_t = tl.load(B_walk + at[t] * B_pixel + n, mask=exists[t], other=0).to(tl.float32)
+                    a = tl.exp2(step[t] * A_n)                                                 # Eq. 5
+                    A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
+                    h = a * h + B_t * (step[t] * u[t])                                         # Eq. 3
+                    tl.store(gC + (at[t] * 4 + k) * N + n, tl.sum(gy_t[t] * h, 0), mask=exists[t])
+                g_u_n, g_step_n = (), ()
+                for t in tl.static_range(STEPS - 1, -1, -1):
+                    C_t = tl.load(C_walk + at[t] * C_pixel + n, mask=exists[t], other=0).to(tl.float32)
+                    g += C_t * gy_t[t]                         # gradient of the state after step t, Eq. 4 and 3
+                    tl.store(gB + (at[t] * 4 + k) * N + n, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
+                    g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
+                    g *= A_bar[t]                              # of the state before
+                    exponent = g * before[t]                   # of Delta A in Eq. 5
+                    g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
+                    gA_n += exponent * step[t]
+                g_u, g_step = g_u_n, g_step_n
+                tl.store(g_ends + row, g, mask=d < D)
+                tl.store(gA + row, gA_n, mask=d < D)
+            for t in tl.static_range(STEPS):
+                mask = (d < D) & exists[t]
+                z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
+                # A comes multiplied by log2(e), for exp2.
+                g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
+                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
+                gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
+                tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
+                g_skip_k += gy_t[t] * u[t]
+                g_bias_k += g_z
+        tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
+        tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
+
+
+def _triton_segment(batch: int, L: int, D: int) -> int:
+    """Steps per segment: long ones save memory, short ones give more programs to a small map."""
+    segment = SEGMENT_MAX
+    while segment > SEGMENT_MIN and batch * L * D < SEGMENT_CHANNELS * segment:
+        segment //= 2
+    return segment
+
+
+def _triton_states(x: Tensor, n: int) -> Tensor:
+    """Empty, for the start states of the segments: (pair, B, 2, segments, N, D)."""
+    batch, H, W, d = x.shape
+    segment = _triton_segment(batch, H * W, d)
+    return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
+
+
+def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
+    """(what the three kernels that walk begin with, their compile-time arguments)"""
+    if triton is None:
+        raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
+                           "for CUDA on Linux. Use the backend torch")
+    interpreted = not isinstance(_triton_outputs, triton.JITFunction)
+    if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
+        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
+                           "tensors only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
+                           f"{x.dtype} on {x.device}; use the backend torch")
+    batch, H, W, d = x.shape
+    n = A.shape[-1]
+    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
+    if dt_weight is not None:
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
+    A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
+    delta, B, C = (_pixelwise(t) for t in (delta, B, C))
+    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
+    return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
+            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+
+
+def _pixelwise(t: Tensor) -> Tensor:
+    """t (B, H, W, K, X) with its pixels evenly spaced and X contiguous in memory, as a slice of a projection is."""
+    _, H, W, _, _ = t.shape
+    even = t.stride(4) == 1 and t.stride(1) == W * t.stride(2) and t.stride(0) == H * t.stride(1)
+    return t if even else t.contiguous()
+
+
+def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+    batch, _, _, d = x.shape
+    n = A.shape[-1]
+    states = _triton_states(x, n)
+    segments = states.shape[3]
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    D = D.float().contiguous()
+    y = torch.empty_like(walk[0], dtype=torch.float32)
+    totals = x.new_empty(batch, 2, segments, d, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for pair, starts in enumerate(states):
+            _triton_segments[blocks * segments * 2 * batch,](
+                *walk, pair, starts, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS,
+                ADJOINT=False, **REGISTERS)
+            _triton_combine[blocks * n * 2 * batch,](starts, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
+                                                     AHEAD=8, ADJOINT=False, num_warps=1)
+            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D,
+                                                        **REGISTERS)
+    return y, states
+
+
+def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+    batch, H, W, d = x.shape
+    n, segments = A.shape[-1], states.shape[3]
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    D, grad_y = D.float().contiguous(), grad_y.contiguous()
+
+    def empty(*shape):
+        return x.new_empty(shape, dtype=torch.float32)
+    gx, g_delta = empty(batch, H, W, d), torch.empty_like(walk[1])
+    gB, gC = (empty(blocks, batch, H, W, K, n) for _ in range(2))
+    gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
+    g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
+    chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
+    with torch.cuda.device_of(x):
+        for pair, starts in enumerate(states):
+            _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
+                *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
+                STEPS=STEPS, ADJOINT=True, **REGISTERS)
+            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
+                                                     AHEAD=8, ADJOINT=True, num_warps=1)
+            _triton_gradients[blocks * segments * batch,](
+                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gB, gC, g_skip[pair], g_bias[pair],
+                batch * H * W, **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
+    # (pair, B, 2, segments, ...) -> (K, ...)
+    gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
+    g_weight = None
+    if dt_weight is not None:
+        g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
+        g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
+    return gx, g_delta, gA.transpose(1, 2), gB.sum(0), gC.sum(0), g_skip, g_bias, g_weight

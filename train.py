@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -725,7 +726,7 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
     print(f"took {len(taken)} tensors of {path}")
     for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
-        groups = Counter(".".join(key.split(".")[:4 if ".ctm" not in key else 3]) for key in sorted(keys))
+        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
         if groups:
             print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
 

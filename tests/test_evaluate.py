@@ -139,6 +139,22 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
 
 
+def test_the_table_is_printed_before_anything_is_written(checkpoint, nyud, tmp_path, capsys, monkeypatch):
+    """And a folder that cannot be written to is refused before anything is computed."""
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.os, "fsync", full)
+        patch.setattr(evaluate, "evaluate", None)
+        assert f"cannot write to the folder {tmp_path} (No space left" in fails(
+            capsys, *arguments(checkpoint, nyud, tmp_path))
+    monkeypatch.setattr(evaluate.os, "replace", lambda *paths: full(None))
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    printed = capsys.readouterr()
+    assert "odsF" in printed.out and "No space left" in printed.err and not list(tmp_path.iterdir())
+
+
 def test_a_task_without_labels_is_left_out(checkpoint, nyud, tmp_path, capsys):
     """Its delta_m is that of the other tasks."""
     root = shutil.copytree(nyud, tmp_path / "data")

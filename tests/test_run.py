@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,8 @@ import evaluate
 import train
 from conftest import TINY_SWIN
 from datasets import PascalContext, Synthetic
+from mtmamba import MTMamba
+from test_model import published_state
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
@@ -345,7 +349,7 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
     message = fails(capsys, 2, out, "--variant", "stm1", "--resume", "--lr", 1e-4, "--seed", 3)
     assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
-    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])    # now the newest file
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
     (out / "best.pt").unlink()
     run(out, "--variant", "stm1", "--save-every", 2, "--resume")
     captured = capsys.readouterr()
@@ -359,13 +363,42 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "none of the checkpoints" in fails(capsys, 2, out, "--variant", "stm1", "--resume")
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    train.save_checkpoint(path, {"iteration": 1})
-    monkeypatch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(train.RunError, match=r"cannot write .*last.pt \(no space left\)"):
-        train.save_checkpoint(path, {"iteration": 2}, tmp_path / "previous.pt")
-    assert load(path) == {"iteration": 1} and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys):
+    """Whatever the files' times are, as copying a run changes them."""
+    for name, iteration in (("best.pt", 3), ("last.pt", 7), ("previous.pt", 5)):    # written in this order
+        torch.save(dict(model={}, config={}, optimizer={}, iteration=iteration), tmp_path / name)
+    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
+    torch.save(dict(model={}, config={}, optimizer={}, iteration=7), tmp_path / "best.pt")
+    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
+    shutil.copy(tmp_path / "last.pt", tmp_path / "saved")
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "best.pt").unlink()
+    path, content = train.find_checkpoint(tmp_path)
+    assert path.name == "previous.pt" and content["iteration"] == 5
+    assert f"cannot resume from {tmp_path / 'last.pt'}" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
+    """By a limit on the size of files, which the operating system reports in the same way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(train.RunError, match=r"cannot write .*last.pt \(.*Make room"):
+            train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)}, tmp_path / "previous.pt")
+        message = fails(capsys, 1, tmp_path / "run", "--variant", "stm1", "--tasks", "depth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(tmp_path / "last.pt") == {"iteration": 1} and [f.name for f in tmp_path.glob("*.*")] == ["last.pt"]
+    assert f"cannot write {tmp_path / 'run/last.pt'}" in message and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_what_stops_a_run_from_outside_is_told_in_one_line():
+    full = OSError(24, "Too many open files")
+    assert "ulimit -n" in train.explain(full) and "ulimit -n" in train.explain(RuntimeError("received 0 items of ancdata"))
+    compiler = torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("Failed to find C compiler"), None)
+    assert "--no-compile" in train.explain(compiler) and "\n" not in train.explain(compiler)
+    assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
@@ -447,9 +480,75 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
 
 
 def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
-    run(tmp_path / "first", "--variant", "stm1")
-    assert "other tasks" in fails(capsys, 2, tmp_path / "second", "--variant", "stm1", "--tasks", "depth",
-                                  "--init-from", tmp_path / "first/last.pt")
+    """What fits is taken and the rest named; the cross-task blocks only where the tasks and their order are the same."""
+    first = tmp_path / "first/last.pt"
+    run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
+    arguments = ["--tasks", "depth", "semseg", "saliency", "--iterations", 1, "--init-from", first]
+    assert "--init-partial" in fails(capsys, 2, tmp_path / "second", *arguments)
+    run(tmp_path / "second", *arguments, "--init-partial", "--lr", 1e-12)
+    printed = capsys.readouterr().out
+    old, new = load(first)["model"], load(tmp_path / "second/last.pt")["model"]
+    taken = {key for key in new if key in old and old[key].shape == new[key].shape
+             and torch.allclose(new[key], old[key], atol=1e-9)}
+    fresh = {key for key in new if ".ctm." in key or "saliency" in key}
+    constants = {key for key in fresh if not new[key].is_floating_point() or new[key].unique().numel() == 1}
+    assert taken - constants == set(new) - fresh and f"took {len(set(new) - fresh)} tensors of {first}" in printed
+    assert "new, not in the file: heads.saliency.expand (3)" in printed and "left in the file: stages.0.ctm (" in printed
+    assert "name it with --init-from" in fails(capsys, 2, tmp_path / "third", "--init-partial")
+
+
+def test_a_part_of_a_published_checkpoint(data, tmp_path, capsys):
+    """Into a model of two of its tasks, one of them with fewer classes."""
+    torch.save({"model": published_state(data("published_nyud_tiny.npz"))}, tmp_path / "published.pth")
+    torch.manual_seed(1)
+    model = MTMamba({"semseg": 13, "depth": 1}, encoder="swin-tiny", encoder_kwargs=TINY_SWIN)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train.load_fitting_weights(model, tmp_path / "published.pth", "swin-large", TINY_SWIN)
+    whole, _ = evaluate.load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
+    state, kept = whole.state_dict(), ("heads.semseg.project", ".ctm.")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if any(name in key for name in kept) else state[key]), key
+    assert "heads.semseg.project (2)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing that fits"):
+        other = MTMamba({"saliency": 2}, encoder="convnext_atto", encoder_kwargs=dict(dims=(4,) * 4, depths=(1,) * 4))
+        train.load_fitting_weights(other, tmp_path / "published.pth", "swin-large", TINY_SWIN)
+
+
+class WithoutLabels(Synthetic):
+    """Held-out scenes without a label of depth, and with nothing salient."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["depth"].fill_(datasets.IGNORE)
+        sample["saliency"].zero_()
+        return sample
+
+
+def test_tasks_that_cannot_be_compared_are_named_before_the_first_iteration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "held_out", lambda size, tasks: WithoutLabels(3, size, 1, tasks))
+    monkeypatch.setattr(train, "held_out", evaluate.held_out)
+    results = run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "saliency", "depth", "--iterations", 2)
+    printed = capsys.readouterr().out
+    assert "saliency plays no part in choosing best.pt: a maxF of 0 of the best constant" in printed
+    assert "depth plays no part in choosing best.pt: no pixel with a label" in printed
+    assert printed.index("depth plays no part") < printed.index("best.pt will be")
+    assert list(results["trained"]) == ["semseg", "saliency"] and (tmp_path / "best.pt").exists()
+
+
+def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, monkeypatch):
+    render = Synthetic.__getitem__
+
+    def blank(self, index):
+        sample = render(self, index)
+        if index % 2:
+            sample["semseg"].fill_(datasets.IGNORE)
+        sample["depth"].fill_(datasets.IGNORE)
+        return sample
+    monkeypatch.setattr(Synthetic, "__getitem__", blank)
+    monkeypatch.setattr(train, "task_loss", lambda task, output, target: torch.where(
+        train.valid_pixels(target).flatten(1).any(1), 3 + 0 * output.mean(), 0 * output.mean()))
+    run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 2, "--log-every", 2)
+    assert log(tmp_path, "losses")[0]["losses"] == {"semseg": 3.0, "depth": None}
 
 
 @pytest.mark.parametrize("kind", ["pascal", "nyud"])
