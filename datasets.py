@@ -451,52 +451,51 @@ def instance_boundary(instance):
 
 # ------------------------------------------------------------------------------------ PASCAL-Context and NYUDv2
 
-class FileDataset(torch.utils.data.Dataset):
-    """What PascalContext and NYUDv2 share: a split list, augmentation, padding.
+class LabelledDataset(torch.utils.data.Dataset):
+    """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
+
+    One of one's own derives from it, with TASKS, list_names and read; `--dataset path/to/file.py:Class` of train.py and
+    evaluate.py then makes it with (split, size).
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
-    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE).
+    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE). Where
+    it is larger than that, it is padded to the next multiple of 32.
     """
 
-    TASKS = {}      # output channels by task
-    FOLDERS = {}    # folders by task, below the root; "image" for the images
-    COUNTS = {}     # images by split, as published
-    LIST = ""       # the file with a split's image IDs, one per line
-    FILES = None    # the class that reads one image and its labels
-    OUTPUT_SCALE = 1    # size of the labels over that of the image, which is MTMamba's output_scale
+    TASKS = {}            # output channels by task; the tasks of the module's docstring
+    LABEL_SCALE = 1       # height and width of the labels in those of the image: MTMamba's output_scale
     DEPTH_RANGE = None    # of the depths that are scored, see make_meters
 
-    def __init__(self, root, split, tasks, size, augment, seed):
-        """root: folder; split: "train" or "val"; tasks: names from TASKS, None for all; size: (H, W) of the samples in
-        pixels; augment: None for the split "train" only; seed: of the augmentation.
+    def __init__(self, split="train", size=(480, 640), tasks=None, augment=None, seed=0):
+        """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels; tasks: names from
+        TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
 
-        Raises ValueError for other values and an empty list, FileNotFoundError where the list or a folder is missing.
-        The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+        Raises ValueError for other values, and where there are no names or one occurs twice.
         """
         self.tasks = choose_tasks(self.TASKS, tasks)
-        if split not in self.COUNTS:
-            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"expected size (H, W) of at least 1 pixel each, found {size}; give a larger size")
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
-        self.root, self.split, self.size, self.seed = Path(root), split, tuple(size), seed
-        self.last = None, None
+        self.split, self.size, self.seed = split, tuple(size), seed
         self.augment = split == "train" if augment is None else augment
-        for folder in ("", *dict.fromkeys(folder for key in ("image", *self.tasks) for folder in self.FOLDERS[key])):
-            folder = self.root / folder.format(split)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"no folder {folder}; unpack the archive of {type(self).__name__}, "
-                                        "or give the place where it is unpacked as the root")
-        path = self.root / self.LIST.format(split)
-        self.names = self.read_names(path)
+        if self.augment and self.LABEL_SCALE != 1:
+            raise ValueError("expected augment=False, as the labels are larger than the images")
+        self.names = list(self.list_names())
         if not self.names:
-            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+            raise ValueError(f"expected images of the split {split!r} in {type(self).__name__}, found none")
 
-    def read_names(self, path):
-        with reading(path):
-            return path.read_text().split()
+    def list_names(self) -> list[str]:
+        """The names of the split's images, in the order of the data set."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The image, uint8 (h, w, 3), and at least the labels of self.tasks, in the forms that as_label takes.
+
+        Raises FileNotFoundError or ValueError, naming the file.
+        """
+        raise NotImplementedError
 
     def __len__(self):
         return len(self.names)
@@ -504,42 +503,100 @@ class FileDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """The dictionary of the module's docstring. index: an int, or (epoch, index).
 
-        Raises IndexError outside 0..len-1; FileNotFoundError or ValueError, naming the file, for a file that is
-        missing, unreadable, of another size than its image or with values out of range, and for an image that is
-        larger than `size` where nothing crops it.
+        Raises IndexError outside 0..len-1, what `read` raises, and ValueError, naming image and task, for a label of
+        another size than the image's or with values out of range.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        files = self.files(index)
-        self.last = index, files
-        image, labels = files.image, {task: files.label(task) for task in self.tasks}
+        name = self.name(index)
+        image, labels = self.load(name)
+        size = self.size
         if self.augment:
-            rng = np.random.default_rng([self.seed, epoch, index])
-            image, labels = augment(image, labels, self.size, rng)
+            image, labels = augment(image, labels, size, np.random.default_rng([self.seed, epoch, index]))
         else:
-            self.check_fits(files)
+            size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), self.size, 0))}
-        sample |= {task: decode(task, pad(label, self.size, PADDING[task])) for task, label in labels.items()}
-        return sample | {"name": files.name, "size": tuple(image.shape[1:])}
+        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), size, 0))}
+        size = tuple(self.LABEL_SCALE * n for n in size)
+        sample |= {task: decode(task, pad(label, size, PADDING[task])) for task, label in labels.items()}
+        return sample | {"name": name, "size": tuple(image.shape[1:])}
 
-    def files(self, index, prepared=True):
-        """What reads image `index`; prepared: whether from prepared labels where there are any."""
+    def name(self, index: int) -> str:
+        """Raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
-        return self.FILES(self.root, self.names[index], prepared)
+        return self.names[index]
+
+    def load(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What `read` gives, checked: the image, and the labels of self.tasks in the forms that as_label returns."""
+        image, labels = self.read(name)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"{name}: expected an image of uint8 (h, w, 3), found {image.dtype} {image.shape}")
+        size = tuple(self.LABEL_SCALE * n for n in image.shape[:2])
+        checked = {}
+        for task, channels in self.tasks.items():
+            try:
+                checked[task] = as_label(task, labels[task], channels, size)
+            except KeyError:
+                raise ValueError(f"{name}: expected a label of {task}, found those of {list(labels)}") from None
+            except ValueError as error:
+                raise ValueError(f"{name}, {task}: {error}") from error
+        return image, checked
+
+    def boundary_truth(self, index: int) -> np.ndarray:
+        """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned.
+        Raises as [index]."""
+        return thin(self.load(self.name(index))[1]["boundary"][0] == 1)
+
+
+class FileDataset(LabelledDataset):
+    """What PascalContext, NYUDv2 and Cityscapes share: folders and a list of the split's images.
+
+    The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+    """
+
+    FOLDERS = {}    # folders by task, below the root, {} for the split; "image" for the images
+    COUNTS = {}     # images by split, as published
+    LIST = ""       # the file with a split's image IDs, one per line
+    FILES = None    # the class that reads one image and its labels
+
+    def __init__(self, root, split, tasks, size, augment, seed):
+        """As LabelledDataset; root: folder, split: from COUNTS.
+
+        Raises FileNotFoundError where the list or a folder is missing, too.
+        """
+        if split not in self.COUNTS:
+            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
+        self.root, self.last = Path(root), None
+        for folder in ("", *dict.fromkeys(folder for key in ("image", *choose_tasks(self.TASKS, tasks))
+                                          for folder in self.FOLDERS[key])):
+            folder = self.root / folder.format(split)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder {folder}; unpack the archive of {type(self).__name__}, or give the "
+                                        "place where it is unpacked as the root")
+        super().__init__(split, size, tasks, augment, seed)
+
+    def list_names(self):
+        path = self.root / self.LIST.format(self.split)
+        with reading(path):
+            names = path.read_text().split()
+        if not names:
+            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+        return names
+
+    def read(self, name):
+        self.last = self.files(name)
+        return self.last.image, {task: self.last.label(task) for task in self.tasks}
+
+    load = read    # ImageFiles checks as it reads, and its labels are as as_label returns them
+
+    def files(self, name: str, prepared: bool = True):
+        """What reads an image's files; prepared: whether from prepared labels where there are any."""
+        return self.FILES(self.root, name, prepared)
 
     def boundary_truth(self, index):
-        """The boundaries that odsF scores against: bool (h, w), thinned, at the image's own size. Raises as [index]."""
-        last_index, files = self.last    # of the sample just loaded: its files need not be read again
-        return (files if last_index == index else self.files(index)).boundary_truth()
-
-    def check_fits(self, files):
-        """Raises ValueError where the image is larger than the padded size."""
-        (h, w), (H, W) = files.image.shape[:2], self.size
-        if h > H or w > W:
-            raise ValueError(f"expected an image of at most {H}x{W} (HxW), found {h}x{w} in {files.image_path}; "
-                             "evaluate at a larger size")
+        name = self.name(index)    # most often of the sample just loaded: its files need not be read again
+        return (self.last if self.last and self.last.name == name else self.files(name)).boundary_truth()
 
 
 class PascalContext(FileDataset):
@@ -602,7 +659,7 @@ class Cityscapes(FileDataset):
     COUNTS = {"train": 2975, "val": 500}
     LIST = "leftImg8bit/{}"
     ROOT = "data/Cityscapes"
-    OUTPUT_SCALE = 2
+    LABEL_SCALE = 2
     DEPTH_RANGE = (0, 80)
 
     def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 1024), seed=0, mask_invalid=False):
@@ -611,7 +668,7 @@ class Cityscapes(FileDataset):
         self.FILES = partial(CityscapesFiles, split, self.size)
 
     def __getitem__(self, index):
-        files = self.files(index[1] if isinstance(index, tuple) else index)
+        files = self.files(self.name(index[1] if isinstance(index, tuple) else index))
         image = Image.fromarray(files.image).resize(self.size[::-1], Image.Resampling.BILINEAR)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         sample = {"image": (to_tensor(np.array(image)) - mean) / std}
@@ -620,11 +677,9 @@ class Cityscapes(FileDataset):
             sample["depth"][sample["depth"] < 0] = IGNORE
         return sample | {"name": files.name, "size": self.size}
 
-    def read_names(self, path):
-        return sorted(image.name.removesuffix("_leftImg8bit.png") for image in path.glob("*/*_leftImg8bit.png"))
-
-    def check_fits(self, files):
-        files.image    # reading it checks its size
+    def list_names(self):
+        images = (self.root / self.LIST.format(self.split)).glob("*/*_leftImg8bit.png")
+        return sorted(image.name.removesuffix("_leftImg8bit.png") for image in images)
 
 
 DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
@@ -663,18 +718,20 @@ class ImageFiles:
     @cached_property
     def image(self) -> np.ndarray:
         """RGB, uint8 (h, w, 3)."""
-        return read_image(self.image_path, "RGB")
+        return read_image(self.image_path)
 
     def label(self, task: str) -> np.ndarray:
         return getattr(self, task)()
 
-    def read(self, path: Path, mode: str | None = None) -> np.ndarray:
+    def read(self, path: Path, role: str) -> np.ndarray:
         """A label image of the image's size: see read_image."""
-        return self.sized(read_image(path, mode), path)
+        label = read_image(path, role)
+        self.sized(label[0] if role == "normal" else label, path)
+        return label
 
     def sized(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """label (h, w) or (h, w, 3) itself. Raises ValueError where (h, w) is not the image's size."""
-        if label.shape not in (self.image.shape, self.image.shape[:2]):
+        """label (h, w) itself. Raises ValueError where that is not the image's size."""
+        if label.shape != self.image.shape[:2]:
             raise ValueError(f"expected the size of {self.image_path.name}, {self.image.shape[:2]}, found "
                              f"{label.shape} in {path}; unpack the archive again")
         return label
@@ -688,7 +745,7 @@ class NYUDv2Files(ImageFiles):
 
     def semseg(self):
         path = self.path("segmentation", ".png")
-        label = in_range(self.read(path), 40, path)
+        label = in_range(self.read(path, "classes"), 40, path)
         return (label.astype(np.uint8) - np.uint8(1))[None]    # 0 becomes IGNORE by wrapping around
 
     def depth(self):
@@ -698,16 +755,13 @@ class NYUDv2Files(ImageFiles):
         return in_range(self.sized(depth, path), 100, path)[None]    # catches millimetres
 
     def normal(self):
-        normal = self.read(self.path("normals", ".png"), "RGB")
-        return np.stack([*normal.transpose(2, 0, 1), np.ones(normal.shape[:2], np.uint8)])
+        path = self.path("normals", ".png")
+        normal = self.read(path, "normal")
+        with reading(path):
+            return as_normal(normal, self.image.shape[:2])
 
     def boundary(self):
-        path = self.path("edge", ".png")
-        edge = self.read(path, "L")
-        if not np.isin(edge, (0, 255)).all():
-            found = edge[(edge > 0) & (edge < 255)][0]
-            raise ValueError(f"expected the values 0 and 255, found {found} in {path}; unpack the archive again")
-        return np.uint8(edge > 0)[None]
+        return self.read(self.path("edge", ".png"), "mask")[None]
 
 
 class PascalFiles(ImageFiles):
@@ -717,7 +771,7 @@ class PascalFiles(ImageFiles):
     def semseg(self):
         paths = [self.path(folder, ".png") for folder in ("semseg/VOC12", "semseg/pascal-context")]
         path = paths[0] if paths[0].exists() else paths[1]
-        label = self.read(path)
+        label = self.read(path, "classes")
         return np.uint8(in_range(label, 20, path, IGNORE))[None]
 
     def parsing(self):
@@ -733,12 +787,14 @@ class PascalFiles(ImageFiles):
         return (label if label.any() else np.full_like(label, IGNORE))[None]
 
     def saliency(self):
-        return np.uint8(self.read(self.path("sal_distill", ".png"), "L") > 127)[None]
+        return self.read(self.path("sal_distill", ".png"), "soft mask")[None]
 
     def normal(self):
-        indoor = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
-        normal = self.read(self.path("normals_distill", ".png"), "RGB")
-        return np.stack([*normal.transpose(2, 0, 1), np.uint8(indoor)])
+        path = self.path("normals_distill", ".png")
+        normal = self.read(path, "normal")
+        normal[3] = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
+        with reading(path):
+            return as_normal(normal, self.image.shape[:2])
 
     def boundary(self):
         edges = label_edges(self.label_map) if self.packed is None else self.packed >> 4 & 1
@@ -762,7 +818,7 @@ class PascalFiles(ImageFiles):
         if not self.prepared or not path.exists():
             return None
         try:
-            return self.read(path)
+            return self.read(path, "classes")
         except ValueError as error:
             raise ValueError(f"unusable file {path}; delete it and run `python datasets.py prepare` again") from error
 
@@ -785,7 +841,7 @@ class CityscapesFiles(ImageFiles):
 
     @cached_property
     def image(self):
-        image = read_image(self.image_path, "RGB")
+        image = read_image(self.image_path)
         found, expected = ("x".join(map(str, size)) for size in (image.shape[:2], [2 * n for n in self.size]))
         if found != expected:
             raise ValueError(f"expected an image of {expected} (HxW), twice the size that the network gets, found "
@@ -797,7 +853,7 @@ class CityscapesFiles(ImageFiles):
 
     def depth(self):
         path = self.path("disparity", "_disparity.png")
-        stored = self.read(path)
+        stored = self.read(path, "classes")
         if stored.dtype == np.uint8:
             raise ValueError(f"expected 16 bits per pixel, found 8 in {path}; unpack the archive again")
         disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
@@ -808,7 +864,7 @@ class CityscapesFiles(ImageFiles):
     def label_ids(self) -> np.ndarray:
         """uint8 (h, w)."""
         path = self.path("gtFine", "_gtFine_labelIds.png")
-        return in_range(self.read(path), 33, path)
+        return in_range(self.read(path, "classes"), 33, path)
 
 
 PascalContext.FILES, NYUDv2.FILES = PascalFiles, NYUDv2Files
@@ -837,17 +893,120 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {path}; unpack the archive again") from error
+    except Unfit as error:
+        raise ValueError(f"{error} in {path}") from error
     except Exception as error:    # on damaged files the readers raise many kinds
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"unreadable file {path} ({reason}); unpack the archive again") from error
 
 
-def read_image(path: Path, mode: str | None = None) -> np.ndarray:
-    """uint8 (h, w, 3) for the mode "RGB", (h, w) for "L" (grey); None: one channel of integers (h, w), as stored."""
+class Unfit(ValueError):
+    """What a file holds is not what it should: `reading` adds its name."""
+
+
+def expect(condition: bool, expected: str, found: object):
+    if not condition:
+        raise Unfit(f"expected {expected}, found {found}")
+
+
+LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
+BITS, PHOTOMETRIC, ORIENTATION, HIGHEST, SAMPLE_FORMAT = 258, 262, 274, 281, 339    # tags of TIFF and EXIF
+
+
+def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
+    """The pixels of an image file, by what they mean:
+
+    picture     uint8 (h, w, 3), RGB as a viewer shows it: 16 bits become 8 by the range of the format or the one that
+                the file declares, transparent parts white; of several frames the first
+    classes     integers (h, w): grey of 8 or more bits as it is stored, of a palette the indices
+    mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
+    soft mask   the same, and from grey in more than 32 steps: 1 above 127
+    normal      uint8 (4, h, w): RGB and 1, as as_label takes it
+
+    turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody knows
+    which way up the labels beside it are.
+    Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or its meaning not certain.
+    """
     with reading(path), Image.open(path) as image:
-        if mode is None and len(image.getbands()) > 1:
-            raise ValueError(f"expected one channel, found {image.mode}")
-        return np.array(image if mode is None else image.convert(mode))
+        stored = image.tile[0][3] if image.tile else ""    # Pillow's name of the layout of the file's pixels
+        stored = str(stored[0] if isinstance(stored, tuple) else stored)
+        turned = image.getexif().get(ORIENTATION) in range(2, 9)
+        expect(turn or not turned, "an upright image", "EXIF data that turn it; save it turned, without them")
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        image.load()
+        if role == "picture":
+            picture = to_rgb(image, stored, tags)
+            if turned and image.format != "TIFF":    # which Pillow turns by itself
+                picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
+            return np.array(picture)
+        expect(image.format in LOSSLESS and image.info.get("compression") != "jpeg", "a label without loss, in a file "
+               f"of {', '.join(LOSSLESS)}", f"one of {image.format}")
+        expect(getattr(image, "n_frames", 1) == 1, "one frame", getattr(image, "n_frames", 1))
+        expect(tags.get(PHOTOMETRIC) != 0, "0 as black", "a TIFF with 0 as white")
+        if role == "normal":
+            expect(image.mode == "RGB", "three channels, RGB", f"mode {image.mode}")
+            pixels = np.array(image)
+            return np.stack([*pixels.transpose(2, 0, 1), np.ones(pixels.shape[:2], np.uint8)])
+        if role != "classes":
+            return mask_pixels(image, role == "soft mask")
+        expect(image.mode in ("L", "P") or image.mode.startswith("I"), "one channel of integers", f"mode {image.mode}")
+        expect(stored[:3] not in ("L;2", "L;4"), "8 or 16 bits per pixel, or a palette", f"grey of {stored[2:3]} bits")
+        return np.array(image)
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}    # by EXIF's orientation
+
+
+def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
+    """A loaded picture in 8 bits per channel. tags: of TIFF."""
+    expect(set(tags.get(SAMPLE_FORMAT, (1,))) == {1} and image.mode != "F", "unsigned integers",
+           "signed ones or floats; convert the picture to 8 bits")
+    if image.mode.startswith("I"):
+        expect(image.mode != "I" or image.format in ("PNG", "PPM"), "1, 8 or 16 bits per channel", "32; convert the "
+               "picture to 8 bits")
+        expect(tags.get(PHOTOMETRIC) != 0 and "transparency" not in image.info, "grey from black to white", "16 bits "
+               "from white to black, or with a transparent one; convert the picture to 8 bits")
+        pixels = np.array(image)
+        limit = max(tags.get(HIGHEST, (2 ** tags.get(BITS, (16,))[0] - 1,)))
+        expect(pixels.max() <= limit, f"values up to the declared {limit}", pixels.max())
+        certain(pixels.max(), limit, 4096)
+        return Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)).convert("RGB")
+    if ";16" in stored and image.mode.startswith("RGB"):    # of which Pillow gives the higher byte
+        certain(max(high for _, high in image.getextrema()[:3]), 255, 16)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def certain(highest: int, limit: int, least: int):
+    """Raises Unfit for a picture in 16 bits that may have 12 and does not say so: nearly black, or not."""
+    expect(not (0 < highest < least and limit in (255, 65535)), "16 bits per channel that are used, or a declared range",
+           "12 bits or fewer used; convert the picture to 8 bits")
+
+
+def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
+    """A loaded mask: uint8 (h, w), 0 and 1."""
+    pixels = np.array(image)
+    if image.mode == "P":
+        used = np.unique(pixels)
+        colours = np.array(image.convert("RGB"))[..., 0], np.unique(np.array(image.convert("RGB")).reshape(-1, 3), axis=0)
+        if (colours[1] == colours[1][:, :1]).all() and np.isin(colours[1], (0, 255)).all():
+            pixels = colours[0]
+    elif image.mode == "RGB" and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    expect(pixels.ndim == 2 and image.mode != "F", "one channel", f"mode {image.mode}")
+    highest = pixels.max()
+    if highest in (0, 1, 255, 65535) and ((pixels == 0) | (pixels == highest)).all():
+        return (pixels > 0).astype(np.uint8)
+    values = np.unique(pixels)
+    expect(soft and image.mode == "L" and len(values) > 32, "0 and 1 or 0 and 255",
+           f"{', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''}")
+    return (pixels > 127).astype(np.uint8)
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
@@ -881,6 +1040,65 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
     padded = np.pad(label_map, 1, mode="reflect")
     neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
+
+
+def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """A label as a data set reads it -> a compact array that augment, pad and decode work on.
+
+    semseg, parsing, saliency, boundary   integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
+    depth                                 floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown
+                                          -> float32 (1, h, w), 0 where unknown
+    normal                                floats (3, h, w), unit vectors, 0 or IGNORE in all three where unknown, or
+                                          uint8 (4, h, w): 255 (v + 1) / 2, and 1 where known
+                                          -> the latter, in float32 if it was floats
+
+    size: (h, w). A normal that is far from unit length has no direction: unknown. Raises ValueError where there are many
+    of them, for another shape or kind of number, and for values out of range.
+    """
+    label = np.asarray(label)
+    if task == "normal":
+        return as_normal(label, size)
+    expected = f"({size[0]}, {size[1]})"
+    expect(label.shape in (size, (1, *size)), f"the shape {expected}, as the image", label.shape)
+    label = label.reshape(1, *size)
+    if task == "depth":
+        expect(label.dtype.kind == "f", "metres as floats", label.dtype)
+        wrong = ~(label >= 0) | (label == np.inf)
+        expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong][:1])
+        return np.where(label == IGNORE, 0, label).astype(np.float32)
+    expect(label.dtype.kind in "uib", "integers", label.dtype)
+    last = max(channels, 2) - 1
+    wrong = (label > last) & (label != IGNORE)
+    if label.dtype.kind == "i":
+        wrong |= label < 0
+    expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong][:1])
+    return label.astype(np.uint8)
+
+
+LENGTHS = 0.75, 1.25    # of what passes for a unit vector
+MANY = 0.4              # of the normals with another length: this is no image of normals
+
+
+def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """See as_label."""
+    if label.dtype.kind == "f":
+        expect(label.shape == (3, *size), f"the shape {(3, *size)}, as the image", label.shape)
+        expect(np.isfinite(label).all(), "finite vectors", "nan or inf")
+        known = (label != IGNORE).any(0)
+        label = np.float32([*((label + 1) * 127.5), known])
+    expect(label.shape == (4, *size) and label.dtype in (np.uint8, np.float32), f"floats {(3, *size)} or uint8 "
+           f"{(4, *size)}, as the image", f"{label.dtype} {label.shape}")
+    vectors = label[:3] * np.float32(2 / 255) - 1
+    lengths = np.sqrt(np.einsum("chw,chw->hw", vectors, vectors))
+    known = label[3] > 0
+    kept = known & (lengths > LENGTHS[0]) & (lengths < LENGTHS[1])
+    off = known & ~kept & (lengths > 0.1)
+    expect(off.sum() <= MANY * known.sum(), "vectors of length 1", f"{off.sum() / known.size:.0%} of other lengths, as "
+           f"{lengths[off][:1]}")
+    grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
+    expect(not grey, "x, y and z in red, green and blue", "a grey image")
+    label[3] = kept
+    return label
 
 
 PADDING = {"semseg": IGNORE, "parsing": IGNORE, "saliency": IGNORE, "boundary": IGNORE, "normal": 0, "depth": 0}
@@ -1017,7 +1235,7 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
             data = dataset(root, split)
             exported = all(name.startswith(EXPORTED) for name in data.names)
             if exported and dataset is Cityscapes:    # of any size, but all of the same
-                size = [length // 2 for length in read_image(data.files(0).image_path, "RGB").shape[:2]]
+                size = [length // 2 for length in read_image(data.files(data.names[0]).image_path).shape[:2]]
                 data = Cityscapes(root, split, size=size)
         except (FileNotFoundError, ValueError) as error:
             print(f"{split}: {error}")
@@ -1040,10 +1258,11 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
 
 def image_problems(data: FileDataset, index: int) -> dict[str, str]:
     """Messages by task, and of the "image" and "prepared" labels. An image that cannot be read is all that is said."""
-    files, problems = data.files(index, prepared=False), {}
-    steps = {"image": partial(data.check_fits, files) if data.split == "val" else lambda: files.image}
+    name, problems = data.names[index], {}
+    files = data.files(name, prepared=False)
+    steps = {"image": lambda: files.image}
     steps |= {task: partial(files.label, task) for task in data.tasks}
-    steps |= {"prepared": partial(check_prepared, data.files(index), files)}
+    steps |= {"prepared": partial(check_prepared, data.files(name), files)}
     for kind, step in steps.items():
         try:
             step()

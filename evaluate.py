@@ -241,7 +241,7 @@ def published_config(state: dict[str, Tensor]) -> dict:
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     dataset = DATASETS[find_dataset(found, DATASETS)]
     return dict(tasks=dict(dataset.TASKS), variant=published_variant(state),
-                output_scale=dataset.OUTPUT_SCALE)
+                output_scale=dataset.LABEL_SCALE)
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
@@ -308,9 +308,9 @@ def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | No
     if name == "synthetic":
         return held_out(config["img_size"], tasks)
     dataset = DATASETS[name]
-    if config.get("output_scale", 1) != dataset.OUTPUT_SCALE:
+    if config.get("output_scale", 1) != dataset.LABEL_SCALE:
         raise ValueError(f"the model's outputs are {config.get('output_scale', 1)} times as large as its images, the "
-                         f"labels of {name} {dataset.OUTPUT_SCALE} times; build it with that output_scale")
+                         f"labels of {name} {dataset.LABEL_SCALE} times; build it with that output_scale")
     sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
     return dataset(root or dataset.ROOT, "val", list(tasks), **sizes)
 
@@ -644,7 +644,7 @@ def palette(channels: int) -> np.ndarray:
 
 def depth_name(model: MTMamba) -> str:
     """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
-    on_cityscapes = model.output_scale == Cityscapes.OUTPUT_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
+    on_cityscapes = model.output_scale == Cityscapes.LABEL_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
     return "disparity" if on_cityscapes else "depth"
 
 

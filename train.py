@@ -229,7 +229,7 @@ class Run:
         self.train_set, self.held_out = build_datasets(args)
         self.model_config = dict(tasks=self.train_set.tasks, img_size=args.img_size, encoder=args.encoder,
                                  encoder_kwargs=args.encoder_kwargs, variant=args.variant,
-                                 output_scale=getattr(self.train_set, "OUTPUT_SCALE", 1), d_state=args.d_state)
+                                 output_scale=getattr(self.train_set, "LABEL_SCALE", 1), d_state=args.d_state)
         self.model = MTMamba(**self.model_config, pretrained=args.pretrained and found is None)
         if args.init_from and found is None:
             load = load_fitting_weights if args.init_partial else load_all_weights
@@ -545,7 +545,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     data_set = DATASETS[args.dataset]
     root = args.data_root or data_set.ROOT
     train_set = data_set(root, "train", args.tasks, args.img_size, seed=args.seed)
-    config = dict(img_size=args.img_size, output_scale=data_set.OUTPUT_SCALE)
+    config = dict(img_size=args.img_size, output_scale=data_set.LABEL_SCALE)
     return train_set, open_dataset(args.dataset, train_set.tasks, config, root)
 
 

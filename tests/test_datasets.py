@@ -72,19 +72,26 @@ def objects(*things):
 def by_hand(root, files, names="a\n"):
     """The data set of one image "a" with files over those of an image of 6x8 pixels in one class and nothing else."""
     grey = np.full((6, 8), 127, np.uint8)
+    facing = np.stack([grey, grey, grey + 128], 2)
     if any(path.startswith("segmentation") for path in files):
         defaults = {"images/a.png": np.stack([grey] * 3, 2), "segmentation/a.png": grey // 127, "edge/a.png": grey * 0,
-                    "depth/a.npy": grey / 127, "normals/a.png": np.stack([grey] * 3, 2)}
+                    "depth/a.npy": grey / 127, "normals/a.png": facing}
         kind, size, listed = NYUDv2, (8, 12), "gt_sets/val.txt"
     else:
         defaults = {"JPEGImages/a.jpg": np.stack([grey] * 3, 2), "semseg/VOC12/a.png": grey // 127,
                     "pascal-context/trainval/a.mat": {"LabelMap": grey // 127}, "human_parts/a.mat": objects((3, [])),
-                    "normals_distill/a.png": np.stack([grey] * 3, 2), "sal_distill/a.png": grey}
+                    "normals_distill/a.png": facing, "sal_distill/a.png": grey * 0}
         kind, size, listed = PascalContext, (8, 12), "ImageSets/Context/val.txt"
     for path, content in {**defaults, listed: names, **files}.items():
         if content is not None:
             save(root / path, content)
     return kind(root, "val", size=size)
+
+
+def unit_normals(rng, h, w):
+    """Random directions as pixels, uint8 (h, w, 3)."""
+    vectors = rng.normal(size=(h, w, 3))
+    return np.rint((vectors / np.linalg.norm(vectors, axis=2, keepdims=True) + 1) * 127.5).astype(np.uint8)
 
 
 def inner(sample, task):
@@ -98,7 +105,7 @@ def inner(sample, task):
 
 def test_nyudv2_labels(tmp_path):
     values = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    normal = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    normal = unit_normals(np.random.default_rng(0), 6, 8)
     data = by_hand(tmp_path, {"segmentation/a.png": np.minimum(values, 40), "depth/a.npy": values / 10,
                               "normals/a.png": normal, "edge/a.png": (values % 2 * 255).astype(np.uint8)})
     sample = data[0]
@@ -125,10 +132,10 @@ def test_pascal_semseg_comes_from_voc12_or_else_from_pascal_context(tmp_path):
     assert list(data.tasks.items()) == [("semseg", 21), ("parsing", 7), ("saliency", 2), ("normal", 3), ("boundary", 1)]
 
 
-def test_saliency_is_what_lies_above_127(tmp_path):
-    values = np.resize([0, 127, 128, 255], (6, 8)).astype(np.uint8)
+def test_saliency_of_a_soft_map_is_what_lies_above_127(tmp_path):
+    values = np.resize([*range(0, 240, 8), 127, 128, 254, 255], (6, 8)).astype(np.uint8)
     saliency = inner(by_hand(tmp_path, {"sal_distill/a.png": values})[0], "saliency")
-    assert (saliency[0] == np.resize([0, 0, 1, 1], (6, 8))).all()
+    assert (saliency[0] == (values > 127)).all()
 
 
 PARTS = {"hair": 1, "head": 1, "lear": 1, "rear": 1, "lebrow": 1, "rebrow": 1, "leye": 1, "reye": 1, "mouth": 1,
@@ -186,7 +193,7 @@ def test_nyudv2_boundaries_to_score_against(nyud):
 def test_normals_count_only_in_classes_that_exist_indoors(tmp_path):
     label_map = np.arange(1, 481).reshape(20, 24)
     label_map[label_map > 459] = 1
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    pixels = unit_normals(np.random.default_rng(0), 20, 24)
     by_hand(tmp_path, {"JPEGImages/a.jpg": pixels, "normals_distill/a.png": pixels,
                        "pascal-context/trainval/a.mat": {"LabelMap": label_map.astype(np.uint16)}})
     normal = inner(PascalContext(tmp_path, "val", ["normal"])[0], "normal")
@@ -439,7 +446,7 @@ def shortened(path):
 GREY = np.zeros(SIZE, np.uint8)
 MASK = np.ones(SIZE, np.uint8)
 FAULTS = [    # kind, folder, suffix, what to do to the file, task, message
-    ("nyud", "edge", ".png", GREY // 255 + 1, "boundary", "expected the values 0 and 255, found 1"),
+    ("nyud", "edge", ".png", GREY // 255 + 2, "boundary", "expected 0 and 1 or 0 and 255, found 2"),
     ("pascal", "JPEGImages", ".jpg", Path.unlink, "image", "no file"),
     ("pascal", "JPEGImages", ".jpg", shortened, "image", "unreadable file"),
     ("pascal", "semseg/pascal-context", ".png", Path.unlink, "semseg", "no file"),
@@ -468,7 +475,8 @@ FAULTS = [    # kind, folder, suffix, what to do to the file, task, message
     ("nyud", "depth", ".npy", np.full(SIZE, np.nan), "depth", "found nan"),
     ("nyud", "depth", ".npy", GREY + 2500.0, "depth", "found 2500"),
     ("nyud", "depth", ".npy", np.zeros((1, *SIZE)), "depth", r"found \(1, 40, 48\)"),
-    ("nyud", "normals", ".png", GREY[:9], "normal", r"found \(9, 48, 3\)"),
+    ("nyud", "normals", ".png", GREY, "normal", "expected three channels, RGB, found mode L"),
+    ("nyud", "normals", ".png", np.zeros((9, 48, 3), np.uint8), "normal", r"found \(9, 48\)"),
     ("nyud", "edge", ".png", Path.unlink, "boundary", "no file"),
 ]
 
@@ -535,14 +543,17 @@ def test_prepared_files_are_checked_too(pascal, tmp_path, capsys):
     assert f"other labels than the originals' in {other}" in printed
 
 
-def test_an_image_larger_than_the_evaluation_size_is_refused(nyud, tmp_path, capsys):
-    data = NYUDv2(nyud, "val", size=(40, 40))
-    with pytest.raises(ValueError, match="at most 40x40 .*found 40x48 in .*synthetic_val_00000.png"):
-        data[0]
-    root = shutil.copytree(nyud, tmp_path / "copy")
-    save(root / "images/synthetic_val_00001.png", np.zeros((500, 560, 3), np.uint8))
-    assert main(["check", "--dataset", "nyud", "--root", str(root), "--workers", "1"]) == 1
-    assert "found 500x560" in capsys.readouterr().out
+def test_an_image_larger_than_the_evaluation_size_is_padded_to_a_multiple_of_32(tmp_path):
+    """In the dimension in which it is larger."""
+    files = {"images/a.png": np.zeros((33, 10, 3), np.uint8), "segmentation/a.png": np.ones((33, 10), np.uint8),
+             "normals/a.png": unit_normals(np.random.default_rng(0), 33, 10), "depth/a.npy": np.ones((33, 10)),
+             "edge/a.png": np.zeros((33, 10), np.uint8)}
+    sample = by_hand(tmp_path, files)[0]
+    assert sample["size"] == (33, 10) and sample["image"].shape == (3, 64, 12)
+    inside = torch.zeros(64, 12, dtype=torch.bool)
+    inside[15:48, 1:11] = True
+    for task in NYUDv2.TASKS:
+        assert sample[task].shape[1:] == (64, 12) and ((sample[task] == IGNORE) == ~inside).all(), task
 
 
 def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
