@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
                       to_tensor)
-from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
+from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
                      load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
 
@@ -534,14 +534,17 @@ def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Result
             statistics[task].append(label_statistics(task, sample[task], channels))
     constants = {task: torch.tensor(best_constant(task, found)) for task, found in statistics.items()}
     meters = make_meters(dataset.tasks)
-    for sample in samples("scoring"):
+    with_odsf, counts = max_dist is not None and "boundary" in meters, 0
+    for i, sample in enumerate(samples("scoring")):
         for task, meter in meters.items():
             label = sample[task][None]
             meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
+        if with_odsf:
+            truth = dataset.boundary_truth(i)
+            counts += boundary_counts(np.full(truth.shape, 255, np.uint8), truth, max_dist)
     results = {task: meter.compute() for task, meter in meters.items() if not meter.empty()}
-    if max_dist is not None and "boundary" in results:
-        pairs = ((np.full(truth.shape, 255, np.uint8), truth) for truth in map(dataset.boundary_truth, range(len(dataset))))
-        results["boundary"] = {"odsF": 100 * ods_f(sum(boundary_counts_each(pairs, max_dist, 0))), **results["boundary"]}
+    if with_odsf and "boundary" in results:
+        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 
 
