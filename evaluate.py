@@ -234,7 +234,8 @@ def published_config(state: dict[str, Tensor]) -> dict:
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     dataset = DATASETS[find_dataset(found, DATASETS)]
-    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state),
+    tasks = {task: channels for task, channels in dataset.TASKS.items() if task in found}
+    return dict(tasks=tasks, variant=published_variant(state),
                 output_scale=dataset.LABEL_SCALE)
 
 
