@@ -22,8 +22,13 @@ disparity, in pixels. IGNORE marks label pixels that count neither in losses nor
 """
 
 import argparse
+import importlib
+import inspect
 import os
+import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -471,8 +476,9 @@ class LabelledDataset(torch.utils.data.Dataset):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels; tasks: names from
         TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
 
-        Raises ValueError for other values, and where there are no names or one occurs twice.
+        Raises ValueError for other values, and where there are no names.
         """
+        check_task_table(type(self))
         self.tasks = choose_tasks(self.TASKS, tasks)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"expected size (H, W) of at least 1 pixel each, found {size}; give a larger size")
@@ -535,12 +541,9 @@ class LabelledDataset(torch.utils.data.Dataset):
         size = tuple(self.LABEL_SCALE * n for n in image.shape[:2])
         checked = {}
         for task, channels in self.tasks.items():
-            try:
+            with naming(f"{name}, {task}"):
+                expect(task in labels, "a label", f"those of {list(labels)}")
                 checked[task] = as_label(task, labels[task], channels, size)
-            except KeyError:
-                raise ValueError(f"{name}: expected a label of {task}, found those of {list(labels)}") from None
-            except ValueError as error:
-                raise ValueError(f"{name}, {task}: {error}") from error
         return image, checked
 
     def boundary_truth(self, index: int) -> np.ndarray:
@@ -578,8 +581,7 @@ class FileDataset(LabelledDataset):
 
     def list_names(self):
         path = self.root / self.LIST.format(self.split)
-        with reading(path):
-            names = path.read_text().split()
+        names = read_names(path, lambda name: self.files(name).image_path.exists())
         if not names:
             raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
         return names
@@ -620,6 +622,9 @@ class PascalContext(FileDataset):
 
     def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 512), augment=None, seed=0):
         super().__init__(root, split, tasks, size, augment, seed)
+        if {"parsing", "normal", "boundary"} & set(self.tasks) and any(self.files(n).outdated() for n in self.names):
+            warnings.warn(f"{self.root / 'prepared'} holds labels that are older than their originals and so are not "
+                          "used; run `python datasets.py prepare` again", stacklevel=2)
 
 
 class NYUDv2(FileDataset):
@@ -683,6 +688,52 @@ class Cityscapes(FileDataset):
 
 
 DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
+
+
+def find_dataset_class(name: str) -> type:
+    """A class of DATASETS by its name; one of one's own by "path/to/file.py:Class", with TASKS and a constructor that
+    takes (split, size). Raises FileNotFoundError, or ValueError where there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).resolve()
+    if path.suffix != ".py":
+        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, found {name!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}, in which {class_name} was expected")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))    # where the processes of a loader find the class, too
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:
+        raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    if not getattr(module, "__file__", None) or Path(module.__file__).resolve() != path:
+        raise ValueError(f"another module is named as {path}; rename the file")
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"expected a class {class_name!r} in {path}, found {found}; its classes: "
+                         f"{[key for key, value in vars(module).items() if isinstance(value, type)]}")
+    check_task_table(found)
+    try:
+        inspect.signature(found).bind("train", (32, 32))
+    except TypeError as error:
+        raise ValueError(f"expected a constructor {class_name}(split, size) in {path}, found {class_name}"
+                         f"{inspect.signature(found)}") from error
+    return found
+
+
+CHANNELS = {"saliency": 2, "normal": 3, "boundary": 1, "depth": 1}    # the other tasks have one per class
+
+
+def check_task_table(dataset: type):
+    """Raises ValueError where a data set's class has no table of tasks, or an impossible one."""
+    table = getattr(dataset, "TASKS", None)
+    known = isinstance(table, dict) and table and set(table) <= set(PADDING) and all(
+        isinstance(n, int) and (n == CHANNELS[task] if task in CHANNELS else 2 <= n <= IGNORE)
+        for task, n in table.items())
+    if not known:
+        raise ValueError(f"expected {dataset.__name__}.TASKS with output channels by task, {list(PADDING)}: as many as "
+                         f"classes (2 to {IGNORE}), {CHANNELS}; found {table}")
 
 
 def choose_tasks(table: dict[str, int], tasks: Iterable[str] | None) -> dict[str, int]:
@@ -766,6 +817,7 @@ class NYUDv2Files(ImageFiles):
 
 class PascalFiles(ImageFiles):
     IMAGE = "JPEGImages", ".jpg"
+    ORIGINALS = ("human_parts", ".mat"), ("pascal-context/trainval", ".mat")    # of what is prepared
     PREPARED = "prepared", ".png"    # rename the folder when the packing changes, or old files will be misread
 
     def semseg(self):
@@ -813,14 +865,19 @@ class PascalFiles(ImageFiles):
 
     @cached_property
     def packed(self) -> np.ndarray | None:
-        """The prepared labels, uint8 (h, w), or None where there are none; see pack."""
+        """The prepared labels, uint8 (h, w), or None where there are none of these originals; see pack."""
         path = self.path(*self.PREPARED)
-        if not self.prepared or not path.exists():
+        if not self.prepared or not path.exists() or self.outdated():
             return None
         try:
             return self.read(path, "classes")
         except ValueError as error:
             raise ValueError(f"unusable file {path}; delete it and run `python datasets.py prepare` again") from error
+
+    def outdated(self) -> bool:
+        """Whether there are prepared labels, but of other originals than those that are there now."""
+        path, *originals = (self.path(*place) for place in (self.PREPARED, *self.ORIGINALS))
+        return path.exists() and any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
 
     def pack(self) -> np.ndarray:
         """The labels that are slow to make from the originals, in the bits of one image, uint8 (h, w):
@@ -900,13 +957,53 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(f"unreadable file {path} ({reason}); unpack the archive again") from error
 
 
+def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The image IDs in a list: UTF-8, one per line.
+
+    exists: whether there is an image of an ID, which tells an ID with a space in it from a pair. Raises
+    FileNotFoundError, or ValueError, with its number, for a line that is no ID.
+    """
+    names = []
+    with reading(path):
+        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
+            if name := line.strip():
+                kind = other_than_name(name, exists)
+                expect(kind is None, "one image ID per line", f"{kind}, {name!r}, in line {number}")
+                names.append(name)
+    return names
+
+
+def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
+    """What a line of a list is if it is no image ID."""
+    if re.search(r"^[#%]|\s#", line):
+        return "a comment"
+    if "/" in line or "\\" in line:
+        return "a path"
+    if re.search(r"\.(jpe?g|png|bmp|gif|webp|tiff?|mat|npy|txt)$", line, re.IGNORECASE):
+        return "a name with an ending"
+    parts = re.split(r"[\s,;]+", line)
+    if "\t" in line or len(parts) > 1 and not exists(line) and any(map(exists, parts)):
+        return "a pair"
+    return None if line.isprintable() else "control characters"
+
+
 class Unfit(ValueError):
     """What a file holds is not what it should: `reading` adds its name."""
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Begins the message with what it is about."""
+    try:
+        yield
+    except Unfit as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
 def expect(condition: bool, expected: str, found: object):
+    """found: an array for its first value."""
     if not condition:
-        raise Unfit(f"expected {expected}, found {found}")
+        raise Unfit(f"expected {expected}, found {found.flat[0] if isinstance(found, np.ndarray) else found}")
 
 
 LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
@@ -923,8 +1020,8 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
     normal      uint8 (4, h, w): RGB and 1, as as_label takes it
 
-    turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody knows
-    which way up the labels beside it are.
+    turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody
+    knows which way up the labels beside it are.
     Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or its meaning not certain.
     """
     with reading(path), Image.open(path) as image:
@@ -985,18 +1082,17 @@ def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
 
 def certain(highest: int, limit: int, least: int):
     """Raises Unfit for a picture in 16 bits that may have 12 and does not say so: nearly black, or not."""
-    expect(not (0 < highest < least and limit in (255, 65535)), "16 bits per channel that are used, or a declared range",
-           "12 bits or fewer used; convert the picture to 8 bits")
+    expect(highest == 0 or highest >= least or limit not in (255, 65535), "a range that is declared, or all 16 bits",
+           "12 bits or fewer in use; convert the picture to 8 bits")
 
 
 def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
     """A loaded mask: uint8 (h, w), 0 and 1."""
     pixels = np.array(image)
     if image.mode == "P":
-        used = np.unique(pixels)
-        colours = np.array(image.convert("RGB"))[..., 0], np.unique(np.array(image.convert("RGB")).reshape(-1, 3), axis=0)
-        if (colours[1] == colours[1][:, :1]).all() and np.isin(colours[1], (0, 255)).all():
-            pixels = colours[0]
+        colours = np.array(image.convert("RGB"))
+        if (np.isin(colours, (0, 255)) & (colours == colours[..., :1])).all():    # black and white
+            pixels = colours[..., 0]
     elif image.mode == "RGB" and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     expect(pixels.ndim == 2 and image.mode != "F", "one channel", f"mode {image.mode}")
@@ -1052,8 +1148,8 @@ def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int])
                                           uint8 (4, h, w): 255 (v + 1) / 2, and 1 where known
                                           -> the latter, in float32 if it was floats
 
-    size: (h, w). A normal that is far from unit length has no direction: unknown. Raises ValueError where there are many
-    of them, for another shape or kind of number, and for values out of range.
+    size: (h, w). A normal that is far from unit length has no direction: unknown. Raises ValueError where there are
+    many of them, for another shape or kind of number, and for values out of range.
     """
     label = np.asarray(label)
     if task == "normal":
@@ -1064,15 +1160,60 @@ def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int])
     if task == "depth":
         expect(label.dtype.kind == "f", "metres as floats", label.dtype)
         wrong = ~(label >= 0) | (label == np.inf)
-        expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong][:1])
+        expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
         return np.where(label == IGNORE, 0, label).astype(np.float32)
-    expect(label.dtype.kind in "uib", "integers", label.dtype)
     last = max(channels, 2) - 1
+    if task == "boundary" and label.dtype.kind == "f":
+        wrong = ~np.isin(label, (0, 1, IGNORE))
+        expect(not wrong.any(), f"0, 1 or {IGNORE}", label[wrong])
+        return label.astype(np.uint8)
+    expect(label.dtype.kind in "uib", "integers", label.dtype)
     wrong = (label > last) & (label != IGNORE)
     if label.dtype.kind == "i":
         wrong |= label < 0
-    expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong][:1])
+    expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
     return label.astype(np.uint8)
+
+
+def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
+    """Raises ValueError, naming the sample and the task, where a sample is not as the module's docstring has it.
+
+    tasks: output channels by task; label_scale: height and width of the labels in those of the image.
+    LabelledDataset checks what it reads, so this is for data sets that do not derive from it.
+    """
+    name, image = sample.get("name"), sample["image"]
+    if image.ndim != 3 or len(image) != 3 or image.dtype != torch.float32 or not image.isfinite().all():
+        raise ValueError(f"{name}: expected an image of finite float32 (3, H, W), found {image.dtype} "
+                         f"{tuple(image.shape)}")
+    size = tuple(label_scale * n for n in image.shape[1:])
+    for task, channels in tasks.items():
+        with naming(f"{name}, {task}"):
+            expect(task in sample, "a label", f"those of {sorted(set(sample) & set(PADDING))}")
+            label = sample[task].numpy()
+            expect(label.ndim == 3, f"the shape (C, {size[0]}, {size[1]})", label.shape)
+            known = as_label(task, label, channels, size)
+            if task == "normal":
+                wrong = label[:, (known[3] == 0) & (label != IGNORE).any(0)]
+                expect(wrong.size == 0, f"vectors of length 1, or {IGNORE} in all channels", wrong.T[:1].tolist())
+            if task == "depth":
+                expect((label > 0).all(), f"depths above 0, or {IGNORE} where unknown", label[label <= 0])
+
+
+def check_samples(dataset: torch.utils.data.Dataset, count: int = 16) -> list[str]:
+    """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each of
+    saliency and boundary without a positive pixel. Raises ValueError as check_sample, and what the data set raises."""
+    tasks = dict(getattr(dataset, "tasks", dataset.TASKS))
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    messages = []
+    for sample in samples:
+        check_sample(sample, tasks, getattr(dataset, "LABEL_SCALE", 1))
+    for task in tasks:
+        labels, positive = [sample[task] for sample in samples], task in ("saliency", "boundary")
+        if not any(((label == 1) if positive else (label != IGNORE)).any() for label in labels):
+            values = torch.cat([label.unique() for label in labels]).unique().tolist()
+            messages.append(f"{task}: no {'positive ' * positive}pixel counts in the first {len(samples)} samples, "
+                            f"{samples[0]['name']} to {samples[-1]['name']}: their values are {values[:6]}")
+    return messages
 
 
 LENGTHS = 0.75, 1.25    # of what passes for a unit vector
@@ -1088,13 +1229,15 @@ def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         label = np.float32([*((label + 1) * 127.5), known])
     expect(label.shape == (4, *size) and label.dtype in (np.uint8, np.float32), f"floats {(3, *size)} or uint8 "
            f"{(4, *size)}, as the image", f"{label.dtype} {label.shape}")
-    vectors = label[:3] * np.float32(2 / 255) - 1
-    lengths = np.sqrt(np.einsum("chw,chw->hw", vectors, vectors))
+    vectors = label[:3].astype(np.float32)
+    vectors -= 127.5
+    vectors *= vectors
+    square = (vectors[0] + vectors[1] + vectors[2]) / 127.5 ** 2    # of the length
     known = label[3] > 0
-    kept = known & (lengths > LENGTHS[0]) & (lengths < LENGTHS[1])
-    off = known & ~kept & (lengths > 0.1)
-    expect(off.sum() <= MANY * known.sum(), "vectors of length 1", f"{off.sum() / known.size:.0%} of other lengths, as "
-           f"{lengths[off][:1]}")
+    kept = known & (square > LENGTHS[0] ** 2) & (square < LENGTHS[1] ** 2)
+    off = known & ~kept & (square > 0.01)
+    expect(np.count_nonzero(off) <= MANY * np.count_nonzero(known), "vectors of length 1",
+           f"{np.mean(off):.0%} of other lengths")
     grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
     expect(not grey, "x, y and z in red, green and blue", "a grey image")
     label[3] = kept
@@ -1129,7 +1272,9 @@ def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slic
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
-    """(C, h, w) -> (C, H, W), in the middle."""
+    """(C, h, w) -> (C, H, W), in the middle. Raises ValueError where it is larger."""
+    if array.ndim != 3 or array.shape[1] > size[0] or array.shape[2] > size[1]:
+        raise ValueError(f"expected (C, h, w) of at most {size[0]}x{size[1]}, found {array.shape}")
     padded = np.full((len(array), *size), value, array.dtype)
     rows, columns = centred(size, array.shape[1:])
     padded[:, rows, columns] = array
@@ -1156,6 +1301,7 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
     where the scaled image is smaller. Up to 10 crops are tried until no class of semseg covers more than 75 % of the
     labelled pixels; without semseg the first one is taken. What is drawn does not depend on the image or the tasks.
     """
+    check_shapes(image, labels)
     scale = rng.uniform(*SCALE)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5
@@ -1183,6 +1329,14 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
     if "normal" in labels and flipped:
         labels["normal"][0] = 255 - labels["normal"][0]    # x points the other way
     return image, labels
+
+
+def check_shapes(image: np.ndarray, labels: dict[str, np.ndarray]):
+    """Raises ValueError where a label is not of the image's size."""
+    for task, label in labels.items():
+        if label.shape != (4 if task == "normal" else 1, *image.shape[:2]):
+            raise ValueError(f"{task}: expected {4 if task == 'normal' else 1} channels of the image's size "
+                             f"{image.shape[:2]}, found {label.shape}")
 
 
 def window(position: float, length: int, size: int) -> slice:
@@ -1215,8 +1369,7 @@ def prepare_image(root: Path, name: str) -> str | None:
     """Returns a message where the image's files are missing or wrong. Raises OSError where writing fails."""
     files = PascalFiles(root, name, prepared=False)
     target = files.path(*files.PREPARED)
-    originals = files.path("human_parts", ".mat"), files.path("pascal-context/trainval", ".mat")
-    if target.exists() and all(p.exists() and p.stat().st_mtime <= target.stat().st_mtime for p in originals):
+    if target.exists() and all(files.path(*place).exists() for place in files.ORIGINALS) and not files.outdated():
         return None
     try:
         packed = files.pack()
@@ -1229,7 +1382,7 @@ def prepare_image(root: Path, name: str) -> str | None:
 
 def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, differing = 0, []
+    total, differing, listed = 0, [], {}
     for split, published in dataset.COUNTS.items():
         try:
             data = dataset(root, split)
@@ -1248,12 +1401,24 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
             if not exported:
                 print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
                 total += 1
-        for kind in ("image", *data.tasks, "prepared"):
-            messages = [problems[kind] for problems in found if kind in problems]
+        problems_by_kind = {"list": list_problems(data, listed)}
+        problems_by_kind |= {kind: [problems[kind] for problems in found if kind in problems]
+                             for kind in ("image", *data.tasks, "prepared")}
+        for kind, messages in problems_by_kind.items():
             total += len(messages)
             print_problems(kind, messages)
     print(f"{total} problems" if total else "no problems" + (f", but {' and '.join(differing)}" if differing else ""))
     return total
+
+
+def list_problems(data: FileDataset, listed: dict[str, Path]) -> list[str]:
+    """Messages about IDs that occur twice, in the split's list or in that of another one. listed: the lists by ID, to
+    which this one's are added."""
+    path, counts = data.root / data.LIST.format(data.split), Counter(data.names)
+    messages = [f"{name} occurs {count} times in {path}" for name, count in counts.items() if count > 1]
+    messages += [f"{name} occurs in {listed[name]} and in {path}" for name in counts if name in listed]
+    listed |= dict.fromkeys(counts, path)
+    return messages
 
 
 def image_problems(data: FileDataset, index: int) -> dict[str, str]:
@@ -1276,6 +1441,9 @@ def image_problems(data: FileDataset, index: int) -> dict[str, str]:
 
 def check_prepared(files: ImageFiles, originals: ImageFiles):
     """Raises ValueError where the prepared labels are not those of the originals."""
+    if isinstance(files, PascalFiles) and files.outdated():
+        raise ValueError(f"older than its originals: {files.path(*files.PREPARED)}; run `python datasets.py prepare` "
+                         "again")
     if isinstance(files, PascalFiles) and files.packed is not None and (files.packed != originals.pack()).any():
         path = files.path(*files.PREPARED)
         raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` "
@@ -1378,7 +1546,7 @@ def save_file(path: Path, content):
     elif path.suffix == ".npy":
         np.save(path, content)
     elif path.suffix == ".txt":
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     else:
         pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
         Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path, quality=95)
@@ -1443,6 +1611,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected --workers of at least 1, found {args.workers}")
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
+        warnings.simplefilter("ignore")    # to prepare again, which these commands do or say themselves
         if args.command == "check":
             return int(check(dataset, root, args.workers) > 0)
         if dataset is not PascalContext:
