@@ -10,11 +10,17 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
+import os
+
+# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
+# wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import argparse
 import contextlib
 import itertools
 import json
-import os
 import re
 import signal
 import sys
@@ -32,7 +38,7 @@ from tqdm import tqdm
 
 from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
                       to_tensor)
-from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
+from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
                      load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
 
@@ -529,14 +535,17 @@ def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Result
             statistics[task].append(label_statistics(task, sample[task], channels))
     constants = {task: torch.tensor(best_constant(task, found)) for task, found in statistics.items()}
     meters = make_meters(dataset.tasks)
-    for sample in samples("scoring"):
+    with_odsf, counts = max_dist is not None and "boundary" in meters, 0
+    for i, sample in enumerate(samples("scoring")):
         for task, meter in meters.items():
             label = sample[task][None]
             meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
+        if with_odsf:
+            truth = dataset.boundary_truth(i)
+            counts += boundary_counts(np.full(truth.shape, 255, np.uint8), truth, max_dist)
     results = {task: meter.compute() for task, meter in meters.items() if not meter.empty()}
-    if max_dist is not None and "boundary" in results:
-        pairs = ((np.full(truth.shape, 255, np.uint8), truth) for truth in map(dataset.boundary_truth, range(len(dataset))))
-        results["boundary"] = {"odsF": 100 * ods_f(sum(boundary_counts_each(pairs, max_dist, 0))), **results["boundary"]}
+    if with_odsf and "boundary" in results:
+        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 
 
@@ -618,6 +627,7 @@ CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES,
                                                  CITYSCAPES_CLASSES)}    # by channels
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}    # what is looked for in folders
 CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
+SMALL_CELL = 240    # pictures of a data set are enlarged as far as they stay within it
 
 
 def voc_palette(classes: int = 256) -> np.ndarray:
@@ -710,42 +720,67 @@ def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
     return picture
 
 
-def explain(task: str, label: np.ndarray, channels: int, unit: str = "m") -> Image.Image:
-    """The legend of a map: the classes that occur in it, or the depth's range in its unit."""
+def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: str = "") -> Image.Image:
+    """The legend of a map (1 or 3, H, W): the classes that occur in it, the depth's range in its unit, directions, or
+    probabilities; and one more line."""
     if task in ("semseg", "parsing"):
         names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        return legend([(names[i], tuple(palette(channels)[i].tolist())) for i in np.unique(label)])
-    if task == "depth":
+        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist())) for i in np.unique(label)]
+    elif task == "depth":
         steps = np.linspace(*value_range(label), 5)
         colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
-        return legend([(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)])
-    return legend([])
+        lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
+    elif task == "normal":
+        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0), "to the viewer": (0, 0, 1)}
+        lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
+    else:
+        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+    return legend(lines + [(more, None)] * bool(more))
 
 
 @torch.inference_mode()
 def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, path: Path,
                        images: Iterable[int] = range(4)) -> Path:
-    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour."""
+    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour, small ones
+    enlarged; below them a legend per task with its score on these images."""
     training = model.training
     model.eval()
-    rows = []
+    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
+    pictures, maps, scale = [], [], model.output_scale
     for i in (i for i in images if i < len(dataset)):
         sample = dataset[i]
         outputs = model(sample["image"][None].to(device))
-        inner, scale = own_area(sample), model.output_scale
+        inner = own_area(sample)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
-        upper = [Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8))]
-        lower = [legend([("above: prediction", None), ("below: ground truth", None)])]
+        pictures.append(Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)))
+        maps.append({})
         for task, output in outputs.items():
-            truth = sample[task].numpy()[:, ::scale, ::scale][inner]    # at the image's size
-            guess = prediction(task, output.float())[0].cpu().numpy()[:, ::scale, ::scale][inner]
-            for row, label in ((upper, guess), (lower, truth)):
-                row.append(Image.fromarray(colorize(task, label, model.tasks[task], value_range(truth))))
-        rows += [upper, lower]
+            meters[task].update(output, sample[task][None].to(device))
+            guess = prediction(task, output.float())[0].cpu()
+            # (prediction, truth), at the image's size
+            maps[-1][task] = [values.numpy()[:, ::scale, ::scale][inner] for values in (guess, sample[task])]
     model.train(training)
-    titles = ["image", *(depth_name(model) if task == "depth" else task for task in model.tasks)]
-    contact_sheet(titles, rows).save(path)
+    titles = {task: depth_name(model) if task == "depth" else task for task in model.tasks}
+    unit = "px" if "disparity" in titles.values() else "m"
+    truths = {task: np.concatenate([one[task][1].reshape(len(one[task][1]), 1, -1) for one in maps], axis=2)
+              for task in titles}    # of all images, (1 or 3, 1, pixels)
+    rows = []
+    for image, one in zip(pictures, maps):
+        upper, lower = [image], [legend([("above: prediction", None), ("below: ground truth", None)])]
+        for task, labels in one.items():
+            for row, label in zip((upper, lower), labels):
+                bounds = value_range(truths[task]) if task == "depth" else (0, 1)
+                row.append(Image.fromarray(colorize(task, label, model.tasks[task], bounds)))
+        factor = max(1, SMALL_CELL // max(image.size))
+        rows += [[ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if picture is not lower[0] else picture
+                  for picture in row] for row in (upper, lower)]
+    legends = []
+    for task, channels in model.tasks.items():
+        metric, score = PRIMARY[task], "" if meters[task].empty() else meters[task].compute()[PRIMARY[task]]
+        suffix = {"RMSE": f" {unit}", "mErr": "\N{DEGREE SIGN}"}.get(metric, " %")
+        legends.append(explain(task, truths[task], channels, unit, score and f"{metric} here: {score:.2f}{suffix}"))
+    contact_sheet(["image", *titles.values()], [*rows, [legend([]), *legends]]).save(path)
     return path
 
 

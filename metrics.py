@@ -68,6 +68,8 @@ class Meter:
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
+        if output.device.type == "mps":    # which has no float64
+            output, target = output.cpu(), target.cpu()
         for one, label in zip(output.split(1), target.split(1), strict=True):    # of a batch, the steps would be large
             one = one.float()
             self.sums = self.sums.to(one.device) + self.count(one, label)

@@ -13,12 +13,17 @@ Losses, optimiser and schedule are the paper's and, where it is silent, the publ
 runs/DATASET (elsewhere with --out): last.pt, previous.pt, best.pt, log.jsonl, pictures/, and at its end results.json.
 """
 
+import os
+
+# Bounds the spinning of PyTorch's threads on a CPU, for the reason told in evaluate.py; before torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import argparse
 import contextlib
 import functools
 import json
 import math
-import os
 import platform
 import re
 import signal
