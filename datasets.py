@@ -686,8 +686,12 @@ class Cityscapes(FileDataset):
         return sample | {"name": files.name, "size": self.size}
 
     def list_names(self):
-        images = (self.root / self.LIST.format(self.split)).glob("*/*_leftImg8bit.png")
-        return sorted(image.name.removesuffix("_leftImg8bit.png") for image in images)
+        folder = self.root / self.LIST.format(self.split)
+        names = sorted(path.name.removesuffix("_leftImg8bit.png") for path in folder.glob("*/[!.]*_leftImg8bit.png"))
+        if not names:
+            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the archive "
+                             "again")
+        return names
 
 
 DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}

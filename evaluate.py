@@ -241,8 +241,7 @@ def published_config(state: dict[str, Tensor]) -> dict:
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     dataset = DATASETS[find_dataset(found, DATASETS)]
     tasks = {task: channels for task, channels in dataset.TASKS.items() if task in found}
-    return dict(tasks=tasks, variant=published_variant(state),
-                output_scale=dataset.LABEL_SCALE)
+    return dict(tasks=tasks, variant=published_variant(state), output_scale=dataset.LABEL_SCALE)
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
