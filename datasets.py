@@ -686,8 +686,12 @@ class Cityscapes(FileDataset):
         return sample | {"name": files.name, "size": self.size}
 
     def list_names(self):
-        images = (self.root / self.LIST.format(self.split)).glob("*/*_leftImg8bit.png")
-        return sorted(image.name.removesuffix("_leftImg8bit.png") for image in images)
+        folder = self.root / self.LIST.format(self.split)
+        names = sorted(path.name.removesuffix("_leftImg8bit.png") for path in folder.glob("*/[!.]*_leftImg8bit.png"))
+        if not names:
+            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the archive "
+                             "again")
+        return names
 
 
 DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
@@ -952,12 +956,12 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file {path}; unpack the archive again") from error
+        raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
     except Unfit as error:
-        raise ValueError(f"{error} in {path}") from error
+        raise ValueError(f"{error} in {path}{error.advice}") from error
     except Exception as error:    # on damaged files the readers raise many kinds
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"unreadable file {path} ({reason}); unpack the archive again") from error
+        raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
 
 
 def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -1000,13 +1004,15 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except Unfit as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {error}{error.advice}") from error
 
 
-def expect(condition: bool, expected: str, found: object):
+def expect(condition: bool, expected: str, found: object, advice: str = ""):
     """found: an array for its first value."""
     if not condition:
-        raise Unfit(f"expected {expected}, found {found.flat[0] if isinstance(found, np.ndarray) else found}")
+        error = Unfit(f"expected {expected}, found {found.flat[0] if isinstance(found, np.ndarray) else found}")
+        error.advice = f"; {advice}" if advice else ""
+        raise error
 
 
 LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
@@ -1031,7 +1037,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         stored = image.tile[0][3] if image.tile else ""    # Pillow's name of the layout of the file's pixels
         stored = str(stored[0] if isinstance(stored, tuple) else stored)
         turned = image.getexif().get(ORIENTATION) in range(2, 9)
-        expect(turn or not turned, "an upright image", "EXIF data that turn it; save it turned, without them")
+        expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         tags = image.tag_v2 if image.format == "TIFF" else {}
         image.load()
         if role == "picture":
@@ -1062,12 +1068,11 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
     """A loaded picture in 8 bits per channel. tags: of TIFF."""
     expect(set(tags.get(SAMPLE_FORMAT, (1,))) == {1} and image.mode != "F", "unsigned integers",
-           "signed ones or floats; convert the picture to 8 bits")
+           "signed ones or floats", TO_8_BITS)
     if image.mode.startswith("I"):
-        expect(image.mode != "I" or image.format in ("PNG", "PPM"), "1, 8 or 16 bits per channel", "32; convert the "
-               "picture to 8 bits")
-        expect(tags.get(PHOTOMETRIC) != 0 and "transparency" not in image.info, "grey from black to white", "16 bits "
-               "from white to black, or with a transparent one; convert the picture to 8 bits")
+        expect(image.mode != "I" or image.format in ("PNG", "PPM"), "1, 8 or 16 bits per channel", "32", TO_8_BITS)
+        expect(tags.get(PHOTOMETRIC) != 0 and "transparency" not in image.info, "16 bits from black to "
+               "white", "a transparent value, or white as 0", TO_8_BITS)
         pixels = np.array(image)
         limit = max(tags.get(HIGHEST, (2 ** tags.get(BITS, (16,))[0] - 1,)))
         expect(pixels.max() <= limit, f"values up to the declared {limit}", pixels.max())
@@ -1083,10 +1088,13 @@ def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
     return image.convert("RGB")
 
 
+TO_8_BITS = "convert it to 8 bits per channel"
+
+
 def certain(highest: int, limit: int, least: int):
     """Raises Unfit for a picture in 16 bits that may have 12 and does not say so: nearly black, or not."""
     expect(highest == 0 or highest >= least or limit not in (255, 65535), "a range that is declared, or all 16 bits",
-           "12 bits or fewer in use; convert the picture to 8 bits")
+           "12 bits or fewer in use", TO_8_BITS)
 
 
 def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
@@ -1614,7 +1622,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected --workers of at least 1, found {args.workers}")
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
-        warnings.simplefilter("ignore")    # to prepare again, which these commands do or say themselves
         if args.command == "check":
             return int(check(dataset, root, args.workers) > 0)
         if dataset is not PascalContext:
@@ -1628,4 +1635,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", ".*older than their originals")    # `check` says it, and `prepare` ends it
     sys.exit(main())

@@ -19,11 +19,13 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -31,13 +33,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
-                      choose_tasks, find_dataset_class, to_tensor)
+                      choose_tasks, find_dataset_class, read_image, to_tensor)
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
                      load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
@@ -96,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's)")
+    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's; with --image, "
+        "predictions/ in it)")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
     group = parser.add_argument_group("scores")
@@ -109,6 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
     group = parser.add_argument_group("one's own pictures")
     group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
+                       "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
+                       "%(default)s)")
     group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
     group = parser.add_argument_group("cost, and the encoder of a published checkpoint")
     group.add_argument("--cost", action="store_true", help="parameters and FLOPs; needs no checkpoint")
@@ -125,6 +131,8 @@ def check_arguments(args: argparse.Namespace):
                "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image}
     for flag in (flag for flag, given in ignored.items() if given):
         raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+    if args.max_side < 32:
+        raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
     if min(args.workers or 0, args.save_images) < 0:
         raise ValueError("expected --workers and --save-images of at least 0")
     if not isinstance(args.encoder_kwargs or {}, dict):
@@ -241,8 +249,8 @@ def published_config(state: dict[str, Tensor]) -> dict:
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     dataset = DATASETS[find_dataset(found, DATASETS)]
-    return dict(tasks=dict(dataset.TASKS), variant=published_variant(state),
-                output_scale=dataset.LABEL_SCALE)
+    tasks = {task: channels for task, channels in dataset.TASKS.items() if task in found}
+    return dict(tasks=tasks, variant=published_variant(state), output_scale=dataset.LABEL_SCALE)
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
@@ -638,7 +646,9 @@ CITYSCAPES_CLASSES = {
     "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
 CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
                                                  CITYSCAPES_CLASSES)}    # by channels
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}    # what is looked for in folders
+PICTURES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif tiff "
+            "webp").split()    # what is taken for a picture in folders; those that Pillow cannot read are skipped
+MAX_SIDE = 1024    # pixels
 CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
 SMALL_CELL = 240    # pictures of a data set are enlarged as far as they stay within it
 
@@ -800,39 +810,101 @@ def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, p
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
     """Writes the predictions for one's own pictures and a contact sheet of each; returns how many it skipped."""
     paths = find_pictures(args.image)
-    out = args.out or args.checkpoint.parent
-    out.mkdir(parents=True, exist_ok=True)
+    out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
+    stems = distinct_stems(paths)
+    drawn = [*model.tasks, *(f"{task}_feature" for task in model.tasks if args.features), "sheet"]
+    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], args.image)
+    raw = [f"{task}/{{}}.{'npy' if task in ('depth', 'normal') else 'png'}" for task in model.tasks]
+    if args.save_predictions:
+        claim(args.save_predictions, [name.format(stem) for stem in stems for name in raw], args.image)
     skipped = 0
-    for path, stem in list(zip(paths, distinct_stems(paths)))[rank::world]:
+    for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat = predict_picture(model, image, device)
-        except (ValueError, MemoryError, RuntimeError) as error:
+            maps, heat = predict_picture(model, image, device, args.max_side)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            reason = str(error) or type(error).__name__    # a MemoryError may say nothing
-            print(f"skipped {path}: {reason.splitlines()[0]}", file=sys.stderr)
+            reason, *_ = (str(error) or type(error).__name__).splitlines()    # a MemoryError may say nothing
+            print("skipped", reason if str(path) in reason else f"{path}: {reason}", file=sys.stderr)
             skipped += 1
             continue
         if args.save_predictions:
-            save_raw(args.save_predictions, stem, maps)
-        labels = {task: values.cpu().numpy() for task, values in maps.items()}
-        drawn = {task: Image.fromarray(colorize(task, label, model.tasks[task], value_range(label)))
-                 for task, label in labels.items()}
-        heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()} if args.features else {}
-        for name, picture in (drawn | heat).items():
-            picture.save(out / f"{stem}_{name}.png")
-        unit = "px" if depth_name(model) == "disparity" else "m"
-        legends = [explain(task, label, model.tasks[task], unit) for task, label in labels.items()]
-        empty = legend([])
-        rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
-        for picture in (picture for row in rows for picture in row):
-            picture.thumbnail((CELL, CELL))
-        titles = [path.name, *(depth_name(model) if task == "depth" else task for task in drawn)]
-        contact_sheet(titles, [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
+            with placing(args.save_predictions) as folder:
+                save_raw(folder, stem, maps)
+        with placing(out) as folder:
+            draw_picture(folder, stem, path.name, image, maps, heat if args.features else {}, model)
         print("pictures:", out / f"{stem}_sheet.png")
     return skipped
+
+
+def draw_picture(folder: Path, stem: str, title: str, image: Image.Image, maps: dict[str, Tensor],
+                 heat: dict[str, Tensor], model: MTMamba):
+    """Writes STEM_TASK.png, STEM_TASK_feature.png and the contact sheet STEM_sheet.png. maps, heat: of
+    predict_picture."""
+    labels = {task: values.cpu().numpy() for task, values in maps.items()}
+    drawn = {task: Image.fromarray(colorize(task, label, model.tasks[task], value_range(label)))
+             for task, label in labels.items()}
+    heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()}
+    for name, picture in (drawn | heat).items():
+        picture.save(folder / f"{stem}_{name}.png")
+    unit = "px" if depth_name(model) == "disparity" else "m"
+    legends = [explain(task, label, model.tasks[task], unit) for task, label in labels.items()]
+    empty = legend([])
+    rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
+    for picture in (picture for row in rows for picture in row):
+        picture.thumbnail((CELL, CELL))
+    titles = [title, *(depth_name(model) if task == "depth" else task for task in drawn)]
+    contact_sheet(titles, [*rows, [empty, *legends]]).save(folder / f"{stem}_sheet.png")
+
+
+MANIFEST = "written_by_evaluate.txt"    # SHA-256 and name of the files that --image has written to a folder
+
+
+def claim(folder: Path, names: list[str], inputs: list[Path]):
+    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie in it,
+    or one of the files is there and no earlier run wrote it."""
+    if folder.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in inputs}:
+        raise ValueError(f"{folder} holds the pictures themselves; give a folder of its own with --out (or "
+                         "--save-predictions)")
+    found = [name for name in names if os.path.lexists(folder / name)]
+    written = read_manifest(folder / MANIFEST)    # after that, as another process may be writing: first a name here
+    others = [name for name in found if (digest(folder / name), name) not in written]
+    if others:
+        raise ValueError(f"{folder / others[0]}{f' and {len(others) - 1} others' if others[1:] else ''} would be "
+                         "overwritten, but no earlier run wrote that; give another folder with --out (or "
+                         "--save-predictions)")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, whose files are then moved to the same places in `folder`: whole, and first entered in
+    its list."""
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        yield Path(new)
+        for path in sorted(path for path in Path(new).rglob("*") if path.is_file()):
+            name = path.relative_to(new)
+            with open(folder / MANIFEST, "a", encoding="utf-8") as file:
+                file.write(f"{digest(path)}  {name.as_posix()}\n")
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(path, folder / name)
+
+
+def read_manifest(path: Path) -> set[tuple[str, str]]:
+    """{(SHA-256, name)} Raises ValueError where the file is something else."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
+    if not all(found):
+        raise ValueError(f"expected the files that an earlier run wrote, found something else in {path}; give another "
+                         "folder with --out")
+    return {match.groups() for match in found}
+
+
+def digest(path: Path) -> str | None:
+    """None where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -843,10 +915,10 @@ def out_of_memory(error: RuntimeError) -> bool:
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURES) if path.is_dir() else [path])]
     if not found:
-        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with "
-                         f"{' '.join(sorted(PICTURES))}")
+        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
+                         f"{' '.join(PICTURES)}")
     return found
 
 
@@ -862,27 +934,25 @@ def distinct_stems(paths: list[Path]) -> list[str]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB, upright as its EXIF data say; 16 bits per pixel become 8, transparent parts white. Raises ValueError where
-    it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:    # Pillow's decoders raise many kinds
-        raise ValueError(f"not a readable picture ({error})") from error
+    """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
+    return Image.fromarray(read_image(path, turn=True))
 
 
 @torch.inference_mode()
-def predict_picture(model: MTMamba, image: Image.Image, device: torch.device) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})"""
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
+                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], ...]:
+    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
+
+    max_side: the model sees the image reduced to that, if it is larger, and the maps are enlarged to its size again.
+    Where the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    """
+    size, scale = (image.height, image.width), model.output_scale
+    shrink = min(1, scale * max_side / max(size))
+    if shrink < 1:    # the model takes no side below 32
+        image = image.resize([max(32 * scale, round(n * shrink)) for n in image.size], Image.Resampling.BICUBIC)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    scale = model.output_scale    # its images are that much smaller than its labels, which are as large as the picture
-    small = image.resize([-(-length // scale) for length in image.size], Image.BILINEAR) if scale > 1 else image
+    seen = [-(-n // scale) for n in image.size]
+    small = image.resize(seen, Image.Resampling.BILINEAR) if scale > 1 else image
     pixels = ((to_tensor(np.array(small)) - mean) / std)[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
@@ -890,9 +960,19 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device) ->
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
         norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
-        heat[task] = norm[0, 0, :image.height, :image.width]
-    return {task: prediction(task, output.float())[0, :, :image.height, :image.width]
+        heat[task] = enlarge("feature", norm[0, :, :image.height, :image.width], size)[0]
+    return {task: enlarge(task, prediction(task, output.float())[0, :, :image.height, :image.width], size)
             for task, output in outputs.items()}, heat
+
+
+def enlarge(task: str, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (1 or 3, h, w) at the size (h', w'): of classes the nearest, others bilinear, normals of unit length."""
+    if values.shape[1:] == size:
+        return values
+    if not values.is_floating_point():
+        return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
+    values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
+    return F.normalize(values, dim=0) if task == "normal" else values
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:

@@ -1073,8 +1073,8 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
         return {name: -value}
     if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
         return {name: value.unflatten(0, (K, -1))}
-    if name.endswith("num_batches_tracked") and value.shape == (1,):    # so PyTorch before 0.4 and NumPy's archives
-        return {name: value[0]}
+    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
+        return {name: value.reshape(()) if value.numel() == 1 else value}
     if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
         return {name: value.flatten(1)}
     return {name: value}
@@ -1086,7 +1086,7 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
     """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
-    9 B L (K D) N + B L (K D); the bilinear resize to the input's size 4 per output element; all else 0.
+    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
     The paper's counter takes SS2D's two projections from a report that prints their operations (2 per multiply-add)
     with four significant digits. Table 2's 435.47 would be 435.48 without that rounding, so it is done here, too.
     Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.

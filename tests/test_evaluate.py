@@ -297,13 +297,13 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert "does not fit the model" in message and "--encoder" in message
     assert "other --dataset" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
     assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"nonsense": 1}'))
-    torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(19, 12, 1, 1)}}, path)
-    assert "{'semseg': 19}" in fails(capsys, *arguments(path, nyud, tmp_path))
+    torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
+    assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--dataset", "synthetic"], "choose another --dataset"),
-    (["--dataset", "cityscapes"], "cityscapes"),
+    (["--dataset", "kitti"], "kitti"),
     (["--data-root", "nowhere"], "no folder nowhere"),
     (["--device", "tpu9"], "tpu9"),
     (["--boundary-list", "nowhere.txt"], "nowhere.txt"),

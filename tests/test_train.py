@@ -138,7 +138,7 @@ def test_best_constant_beats_other_constants():
 
 
 @pytest.mark.parametrize("main, arguments, message", [
-    (train.main, ["--dataset", "cityscapes"], "cityscapes"),
+    (train.main, ["--dataset", "kitti"], "kitti"),
     (train.main, ["--variant", "stm9"], "stm9"),
     (train.main, ["--encoder", "swan"], "unknown encoder 'swan'"),
     (train.main, ["--encoder", "vit_tiny_patch16_224"], "hierarchical"),
