@@ -236,12 +236,12 @@ def boundary(size: tuple[int, int] = (321, 481)):
             print(f"{protocol:<7} image {i}, {size[0]}x{size[1]}: {seconds:.2f} s")
 
 
-def busy(starts: int = 3, iterations: int = 12, images: int = 40):
+def busy(starts: int = 3, iterations: int = 8, images: int = 12, patience: int = 240):
     """Images per second of the main job, training and evaluation, alone and beside one busy process per core, with
     libgomp's waiting threads as they are, bounded as the scripts bound them, and with one thread.
 
     Every figure is the median of several starts, taken in turns: threads that spin make a process's speed differ from
-    start to start.
+    start to start. A start that takes longer than `patience` seconds counts as 0.
     """
     job = f"""
 import time
@@ -273,9 +273,12 @@ print("RATES", 8 * (len(times) - 2) / (times[-1] - times[1]), {images} / (time.p
                     environment = {key: value for key, value in os.environ.items() if key not in given} | changes
                     with tempfile.TemporaryDirectory() as folder:
                         code = job.replace("OUT", repr(str(Path(folder) / "run")))
-                        run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, text=True,
-                                             capture_output=True, check=True)
-                    rates[name].append([float(rate) for rate in run.stdout.split("RATES")[1].split()])
+                        try:
+                            run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, text=True,
+                                                 capture_output=True, check=True, timeout=patience)
+                            rates[name].append([float(rate) for rate in run.stdout.split("RATES")[1].split()])
+                        except subprocess.TimeoutExpired:
+                            rates[name].append([0.0, 0.0])
         finally:
             for process in others:
                 process.kill()
