@@ -890,6 +890,8 @@ def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) ->
 
 def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
     """What a line of a list is if it is no image ID."""
+    if not line.replace("\t", " ").isprintable():
+        return "control characters"
     if re.search(r"^[#%]|\s#", line):
         return "a comment"
     if "/" in line or "\\" in line:
@@ -899,7 +901,7 @@ def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
     parts = re.split(r"[\s,;]+", line)
     if "\t" in line or len(parts) > 1 and not exists(line) and any(map(exists, parts)):
         return "a pair"
-    return None if line.isprintable() else "control characters"
+    return None
 
 
 class Unfit(ValueError):
