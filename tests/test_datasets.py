@@ -629,6 +629,8 @@ FAULTS = [    # kind, folder, suffix, what to do to the file, task, message
     ("pascal", "pascal-context/trainval", ".mat", shortened, "normal", "unreadable file"),
     ("pascal", "pascal-context/trainval", ".mat", {"Labels": GREY}, "boundary", "unreadable file .*LabelMap"),
     ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY + 500.0}, "boundary", "0..459, found 500"),
+    ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY + 3.5}, "normal", "whole numbers .*found 3.5"),
+    ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": np.dstack([GREY] * 3)}, "normal", r"\(40, 48, 3\)"),
     ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY[:, 2:]}, "normal", r"found \(40, 46\)"),
     ("pascal", "human_parts", ".mat", Path.unlink, "parsing", "no file"),
     ("pascal", "human_parts", ".mat", shortened, "parsing", "unreadable file"),
