@@ -1,5 +1,5 @@
-"""Data sets for multi-task dense prediction: PASCAL-Context, NYUDv2, Cityscapes, and synthetic scenes that need no
-files.
+"""Data sets for multi-task dense prediction: synthetic scenes that need no files, one's own (LabelledDataset),
+PASCAL-Context, NYUDv2 and Cityscapes.
 
     python datasets.py check   --dataset pascal --root data/PASCALContext              # what is missing or wrong
     python datasets.py prepare --dataset pascal --root data/PASCALContext              # once, to load faster
@@ -457,7 +457,7 @@ def instance_boundary(instance):
     return np.float32((instance != padded[:-1, 1:]) | (instance != padded[1:, :-1]) | (instance != padded[1:, 1:]))
 
 
-# ------------------------------------------------------------------------------------ PASCAL-Context and NYUDv2
+# -------------------------------------------------------------------------- one's own, PASCAL-Context and NYUDv2
 
 class LabelledDataset(torch.utils.data.Dataset):
     """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
@@ -610,8 +610,9 @@ class PascalContext(FileDataset):
     semseg     PASCAL VOC's 20 classes and background 0.
     parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
                that is listed later stands.
-    saliency   1 where the distilled map is above 127.
-    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR).
+    saliency   1 where the distilled map is above 127, or of a mask (0 and 1, or as the role "mask" of read_image).
+    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR), and where
+               the vector is of about unit length. Differs: the published implementation does not look at the length.
     boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
                scores against another map, boundary_truth.
     """
@@ -635,7 +636,7 @@ class NYUDv2(FileDataset):
 
     semseg     40 classes: 1..40 in the file are 0..39 here, 0 there is IGNORE here.
     depth      metres; 0 in the file is IGNORE here.
-    normal     valid everywhere.
+    normal     valid where the vector is of about unit length. Differs: the published implementation counts all.
     boundary   the edge image, as it is.
     """
 
@@ -868,7 +869,10 @@ class PascalFiles(ImageFiles):
     def label_map(self) -> np.ndarray:
         """459 classes from 1, int32 (h, w)."""
         path = self.path("pascal-context/trainval", ".mat")
-        return in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path).astype(np.int32)
+        label = in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path)
+        with reading(path):
+            expect((label == label.astype(np.int32)).all(), "whole numbers as classes", label[label % 1 > 0])
+        return label.astype(np.int32)
 
     @cached_property
     def packed(self) -> np.ndarray | None:
@@ -982,6 +986,8 @@ def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) ->
 
 def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
     """What a line of a list is if it is no image ID."""
+    if not line.replace("\t", " ").isprintable():
+        return "control characters"
     if re.search(r"^[#%]|\s#", line):
         return "a comment"
     if "/" in line or "\\" in line:
@@ -991,7 +997,7 @@ def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
     parts = re.split(r"[\s,;]+", line)
     if "\t" in line or len(parts) > 1 and not exists(line) and any(map(exists, parts)):
         return "a pair"
-    return None if line.isprintable() else "control characters"
+    return None
 
 
 class Unfit(ValueError):
@@ -1251,8 +1257,7 @@ def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
            f"{np.mean(off):.0%} of other lengths")
     grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
     expect(not grey, "x, y and z in red, green and blue", "a grey image")
-    label[3] = kept
-    return label
+    return np.concatenate([label[:3], kept[None].astype(label.dtype)])
 
 
 PADDING = {"semseg": IGNORE, "parsing": IGNORE, "saliency": IGNORE, "boundary": IGNORE, "normal": 0, "depth": 0}

@@ -866,8 +866,8 @@ MANIFEST = "written_by_evaluate.txt"    # SHA-256 and name of the files that --i
 
 
 def claim(folder: Path, names: list[str], inputs: list[Path]):
-    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie there,
-    or one of the files is there and no earlier run wrote it."""
+    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie in
+    it, or one of the files is there and no earlier run wrote it."""
     if folder.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in inputs}:
         raise ValueError(f"{folder} holds the pictures themselves; give a folder of its own with --out (or "
                          "--save-predictions)")

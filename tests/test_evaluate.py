@@ -312,6 +312,7 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     (["--encoder-kwargs", "[1]"], "--encoder-kwargs"),
     (["--encoder-kwargs", "{"], "--encoder-kwargs"),
     (["--features"], "--features"),
+    (["--max-side", "31"], "--max-side"),
     (["--variant", "stm1"], "--variant"),
 ])
 def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):
@@ -382,26 +383,6 @@ def test_legend_names_what_occurs(checkpoint):
     assert (depth[8, 6] == evaluate.COLOR_MAP[0]).all() and (depth[8 + 4 * 16, 6] == evaluate.COLOR_MAP[-1]).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "I;16"])
-def test_modes(mode, picture, tmp_path):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    grey = np.asarray(picture.convert("L"))
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
-    image.save(path)
-    read = np.asarray(evaluate.read_picture(path)).astype(int)
-    expected = np.repeat(grey[..., None], 3, axis=2) if mode in ("L", "LA", "I;16") else np.asarray(
-        picture.convert(mode).convert("RGB"))
-    assert abs(read - expected).max() <= 1
-
-
-def test_transparent_parts_become_white(picture, tmp_path):
-    alpha = Image.fromarray(np.where(np.arange(70) < 30, 255, 0).astype(np.uint8)[None].repeat(45, axis=0))
-    picture.putalpha(alpha)
-    picture.save(tmp_path / "a.png")
-    read = np.asarray(evaluate.read_picture(tmp_path / "a.png"))
-    assert (read[:, 30:] == 255).all() and (read[:, :30] == np.asarray(picture)[:, :30, :3]).all()
-
-
 def test_exif_rotation(checkpoint, picture, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6    # to be turned clockwise
@@ -410,6 +391,71 @@ def test_exif_rotation(checkpoint, picture, tmp_path):
     np.testing.assert_array_equal(upright, np.rot90(np.asarray(picture), k=-1))
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "a.png")
     assert code == 0 and files["a_semseg.png"].shape == (70, 45, 3)
+
+
+def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(checkpoint, picture, tmp_path):
+    """Against the model's own maps of the reduced picture: classes by index arithmetic, depth by their order."""
+    large = picture.resize((210, 135))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    maps, heat = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=70)
+    small, _ = evaluate.predict_picture(model, large.resize((70, 45), Image.Resampling.BICUBIC), torch.device("cpu"))
+    y, x = (np.arange(n) // 3 for n in (135, 210))
+    assert (maps["semseg"][0].numpy() == small["semseg"][0].numpy()[y][:, x]).all()
+    assert all(values.shape[1:] == (135, 210) for values in maps.values()) and heat["depth"].shape == (135, 210)
+    np.testing.assert_allclose(maps["depth"][0, 1::3, 1::3], small["depth"][0], atol=1e-5)    # the centres
+    assert (maps["normal"].norm(dim=0) - 1).abs().max() < 1e-5
+    whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
+    assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
+    thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
+    assert thin["semseg"].shape == (1, 40, 640)
+
+
+def test_nothing_is_overwritten_that_an_earlier_run_did_not_write(checkpoint, picture, tmp_path, capsys):
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir(), out.mkdir()
+    picture.save(own / "a.png")
+    picture.save(out / "a_depth.png")
+    before = (out / "a_depth.png").read_bytes()
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image", own, "--out"]
+    assert "a_depth.png would be overwritten" in fails(capsys, *arguments, out)
+    assert [path.name for path in out.iterdir()] == ["a_depth.png"] and (out / "a_depth.png").read_bytes() == before
+    for folder in (own, tmp_path / "own/../own"):
+        assert "holds the pictures themselves" in fails(capsys, *arguments, folder)
+    assert "holds the pictures" in fails(capsys, *arguments[:-2], own / "a.png", "--out", own)
+    assert "--save-predictions" in fails(capsys, *arguments, tmp_path / "other", "--save-predictions", own)
+    (out / "a_depth.png").rename(out / "mine.png")
+    for i in range(2):    # a second run writes over what the first one wrote
+        files, code = draw(checkpoint, out, own, "--save-predictions", tmp_path / "raw")
+        assert code == 0 and set(files) == {"mine.png", "a_sheet.png", *(f"a_{task}.png" for task in NYUD_TASKS)}
+        picture = picture.rotate(180)
+        picture.save(own / "a.png")
+    assert {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("a.*")} == {
+        "semseg/a.png", "depth/a.npy", "normal/a.npy", "boundary/a.png"}
+    picture.save(out / "a_sheet.png")    # a file of one's own in the place of one that was written
+    assert "a_sheet.png would be overwritten" in fails(capsys, *arguments, out)
+    (tmp_path / "other" / evaluate.MANIFEST).write_text("a letter")
+    assert "something else in" in fails(capsys, *arguments, tmp_path / "other")
+
+
+def test_pictures_go_beside_the_checkpoint_without_out(checkpoint, picture, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "last.pt")
+    picture.save(tmp_path / "a.png")
+    evaluate.main(["--checkpoint", str(tmp_path / "last.pt"), "--device", "cpu", "--image", str(tmp_path / "a.png")])
+    assert (tmp_path / "predictions/a_sheet.png").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_endings_of_phones_and_scanners(checkpoint, picture, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jfif", "b.ppm"):
+        picture.save(folder / name, {"a.jfif": "JPEG", "b.ppm": "PPM"}[name])
+    (folder / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.fromarray(np.float32(picture.convert("L"))).save(folder / "d.tif")
+    files, code = draw(checkpoint, tmp_path / "out", folder)
+    assert code == 1 and {name.split("_")[0] for name in files} == {"a", "b"}
+    errors = capsys.readouterr().err
+    assert "2 of the pictures skipped" in errors and "c.heic" in errors
+    assert f"expected unsigned integers, found signed ones or floats in {folder / 'd.tif'}" in errors
 
 
 def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path, capsys):
