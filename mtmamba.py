@@ -1170,6 +1170,7 @@ def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, del
             h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
             y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
             tl.store(y + pixel * D + d, y_others + y_t, mask=mask)                             # Eq. 12
+        tl.debug_barrier()    # the next walk reads y back
 
 
 @_jit
@@ -1178,13 +1179,13 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
                       N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
     """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
 
-    gx as y in _triton_outputs. g_delta: laid out as delta. gA (B, 2, segments, N, D) and g_skip, g_bias
+    gx as y in _triton_outputs. g_delta (B, H, W, K, D). gA (B, 2, segments, N, D) and g_skip, g_bias
     (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
     """
     d, segment, batch = _triton_program(segments, D, BLOCK)
     sample = batch.to(tl.int64) * H * W
     x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
-    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
+    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * 4 * D
     B, C = B + sample * B_pixel, C + sample * C_pixel
     summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
     gB, gC = gB + summed, gC + summed
@@ -1238,11 +1239,12 @@ def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, d
                 z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
                 # A comes multiplied by log2(e), for exp2.
                 g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
-                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
+                tl.store(g_delta + (at[t] * 4 + k) * D + d, g_z, mask=mask)
                 gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
                 tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u[t]
                 g_bias_k += g_z
+            tl.debug_barrier()    # the next chunk reads g_ends and gA back, the next walk gx
         tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
         tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
 
@@ -1274,23 +1276,22 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
-        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
-                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
     A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
     delta, B, C = (_pixelwise(t) for t in (delta, B, C))
-    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
+    strides = [stride for t in (delta, B, C) for stride in t.stride()[:2]]                     # of pixels and of K
+    if H * W * max(K * d, K * n, *strides[::2]) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
 
 def _pixelwise(t: Tensor) -> Tensor:
-    """t (B, H, W, K, X) with its pixels evenly spaced and X contiguous in memory, as a slice of a projection is."""
-    _, H, W, _, _ = t.shape
-    even = t.stride(4) == 1 and t.stride(1) == W * t.stride(2) and t.stride(0) == H * t.stride(1)
-    return t if even else t.contiguous()
+    """t (B, H, W, K, X) as (B H W, K, X), X contiguous in memory: a copy only where the strides ask for one."""
+    t = t.flatten(0, 2)
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
@@ -1324,7 +1325,7 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
-    gx, g_delta = empty(batch, H, W, d), torch.empty_like(walk[1])
+    gx, g_delta = empty(batch, H, W, d), x.new_empty(batch, H, W, K, d, dtype=delta.dtype)
     gB, gC = (empty(blocks, batch, H, W, K, n) for _ in range(2))
     gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
     g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
