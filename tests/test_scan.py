@@ -19,7 +19,7 @@ from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
 SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), (1, 40, 1, 1, 2), (2, 11, 6, 4, 16)]
 
-# The same for the kernels, in segments of 4 steps by 2 and blocks of 4 channels.
+# The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 TRITON_SHAPES = [(2, 3, 5, 3, 5), (1, 1, 1, 2, 1), (1, 2, 4, 9, 2), (3, 1, 7, 2, 3), (1, 10, 1, 1, 2), (1, 2, 2, 2, 16)]
 needs_triton = pytest.mark.skipif(mtmamba.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the
 def small_blocks(monkeypatch):
     """The interpreter takes milliseconds per step. A GPU's warps need the real sizes."""
     if DEVICE == "cpu":
-        for name, value in dict(SEGMENT_MIN=4, STEPS=2, BLOCK_D=4, BLOCK_D_ADJOINT=2).items():
+        for name, value in dict(SEGMENT_MIN=4, STEPS=2).items():
             monkeypatch.setattr(mtmamba, name, value)
 
 
