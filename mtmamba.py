@@ -1132,25 +1132,32 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------ appendix: the scan as GPU kernels
-
-# The backend "triton", GPU kernels. The map stays in place: directions k and k + 2, a pair, share an order of the
-# pixels (row-major or column-major), which one walks upwards, the other downwards. That order is cut into segments,
-# which programs work on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of
-# its start state h, where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their
-# start states (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of
-# the states, against the walk, and computes the states again from the start states, which were saved. No sum depends
-# on the order in which programs run.
 #
-# Tiles are (state, channel), with neighbouring channels in neighbouring lanes and all states of a channel in a thread:
-# there the sum over states of Eq. 4 costs nothing. Programs are single warps, which exchange nothing but the sums over
-# channels in the gradients of B and C. The sizes below come from counting registers; they are untuned.
+# The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
+# or column-major), which one walks upwards, the other downwards. That order is cut into segments, which programs work
+# on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of its start state h,
+# where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their start states
+# (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of the states,
+# against the walk (_triton_gradients), and computes the states again from the start states, which were saved.
+#
+# What a reader needs to trust them:
+# - All arithmetic and all sums are in float32. No sum depends on the order in which programs run, none is atomic: equal
+#   inputs give equal bits.
+# - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and all
+#   states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. The lanes exchange nothing but
+#   the sums over channels in the gradients of B and C, and there one state's B and C.
+# - What a program writes and reads back (y, gx, g_ends, gA) is its own; a barrier stands between the two.
+# - Lanes beyond the last channel work on zeros or on the last channel again, and write nothing.
+# - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
+#   how channels lie in threads, and counts what they cost.
 SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
-STEPS = 8                             # whose decays and states are held in registers; divides SEGMENT_MIN
+STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENT_MIN
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
 # Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+LOG2_E = constexpr and constexpr(math.log2(math.e))
 
 
 def _jit(kernel):
@@ -1169,42 +1176,47 @@ def _triton_program(segments, D, BLOCK: constexpr):
 
 
 @_jit
-def _triton_pixel(segment, step, k, H, W, SEGMENT: constexpr):
-    """The pixel of a step of direction k through a segment; and whether there is one, as the last segment may be cut
-    short."""
-    place = segment * SEGMENT + tl.where(k < 2, step, SEGMENT - 1 - step)
+def _triton_walk(segment, k, H, W, SEGMENT: constexpr):
+    """Direction k through a segment: its first pixel, how far on the next one is, and the number of its steps, fewer in
+    the last segment."""
+    start = segment * SEGMENT
+    steps = tl.minimum(SEGMENT, H * W - start)
+    place = start + tl.where(k < 2, 0, steps - 1)
     pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
-    return pixel, place < H * W
+    return pixel, tl.where(k < 2, 1, -1) * tl.where(k % 2 == 0, 1, W), steps
 
 
 @_jit
-def _triton_inputs(x, delta, bias, mask):
-    """u and Delta, Eq. 8. Outside the mask both are 0, which leaves any state as it is."""
-    u = tl.load(x, mask=mask, other=0).to(tl.float32)
-    z = tl.load(delta, mask=mask, other=0).to(tl.float32) + bias
-    # softplus(z) = max(z, 0) + log(1 + e), e = exp(-|z|), the logarithm by its series in s = e / (2 + e) <= 1/3: exact
-    # to rounding also for the small Delta that training starts from.
-    e = tl.exp(-tl.abs(z))
-    s = e / (2 + e)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
-    return u, tl.where(mask, tl.maximum(z, 0) + 2 * s * series, 0)
+def _triton_next(pixel, ahead, pixels, more):
+    """The pixel after this one, with the turn at the end of a column; the same one where there is no more."""
+    next_one = pixel + ahead
+    next_one += tl.where(next_one < 0, pixels - 1, 0) - tl.where(next_one >= pixels, pixels - 1, 0)
+    return tl.where(more, next_one, pixel)
 
 
 @_jit
-def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+def _triton_softplus(z):
+    """Delta, Eq. 8: max(z, 0) + log(1 + e) with e = exp(-|z|), and log(1 + e) / e as a polynomial that is best in
+    relative error on [0, 1], 2e-7: the small Delta that training starts from keep their digits, too."""
+    e = tl.exp2(tl.abs(z) * -LOG2_E)
+    series = -0.107681731 + e * (0.0440896391 + e * -0.0085392092)
+    series = 0.999999806 + e * (-0.499974054 + e * (0.3327548 + e * (-0.244954639 + e * (0.177452434 + e * series))))
+    return tl.maximum(z, 0) + e * series
+
+
+@_jit
+def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
                      ends, totals, gy, starts, chunk_states,
                      N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
                      ADJOINT: constexpr):
-    """Per segment (B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
+    """Per segment (B, 2, segments) of the pair, or of both pairs in turn: the end state from 0 (N, D) and the sum of
+    Delta (D,).
 
     ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
-    sample, k = (program // 2).to(tl.int64) * H * W, pair + program % 2 * 2
-    x, delta = x + sample * D, delta + sample * delta_pixel + k.to(tl.int64) * delta_k
-    B, C = B + sample * B_pixel + k * B_k, C + sample * C_pixel + k * C_k
+    k, sample = pair + program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
     n = tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     sequence = program.to(tl.int64) * segments + segment
@@ -1212,25 +1224,34 @@ def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, de
     bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
     h = tl.zeros((TILE_N, BLOCK), tl.float32)
+    pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+    x, delta = x + sample * D + d, delta + sample * delta_pixel + k.to(tl.int64) * delta_k + d
+    BC += (sample * 4 + k) * 2 * N + n
+    u_next = tl.load(x + pixel * D, mask=d < D, other=0)
+    z_next = tl.load(delta + pixel * delta_pixel, mask=d < D, other=0)
     if ADJOINT:
-        gy += sample * D
+        gy += sample * D + d
+        gy_next = tl.load(gy + pixel * D, mask=d < D, other=0)
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
         decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
         g = tl.zeros((TILE_N, BLOCK), tl.float32)
-    for chunk in range(SEGMENT // STEPS):
+    for chunk in range(0, steps, STEPS if ADJOINT else SEGMENT):
         if ADJOINT:
-            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk) * N * D + tile, h, mask=in_tile)
-        for t in range(STEPS):
-            pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
-            mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta + pixel * delta_pixel + d, bias_k, mask)
-            B_t = tl.load(B + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
+            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk // STEPS) * N * D + tile, h, mask=in_tile)
+        for t in range(chunk, tl.minimum(chunk + STEPS, steps) if ADJOINT else steps):
+            B_t = tl.load(BC + pixel * 8 * N, mask=n < N, other=0)
+            if ADJOINT:
+                C_t = tl.load(BC + pixel * 8 * N + N, mask=n < N, other=0)
+                gy_t = gy_next.to(tl.float32)
+            u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
+            pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
+            u_next = tl.load(x + pixel * D, mask=d < D, other=0)    # a step ahead, as reading takes its time
+            z_next = tl.load(delta + pixel * delta_pixel, mask=d < D, other=0)
             A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
             h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
             total += step
             if ADJOINT:
-                C_t = tl.load(C + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-                gy_t = tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32)
+                gy_next = tl.load(gy + pixel * D, mask=d < D, other=0)
                 decay *= A_bar
                 g += decay * (C_t[:, None] * gy_t[None, :])
     tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
@@ -1238,13 +1259,13 @@ def _triton_segments(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, de
 
 
 @_jit
-def _triton_combine(ends, totals, A, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
+def _triton_combine(ends, totals, A, batch, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
                     ADJOINT: constexpr):
     """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
     state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
     arithmetic."""
     d, n, program = _triton_program(N, D, BLOCK)
-    k = pair + program % 2 * 2
+    k = pair + program // (2 * batch) + program % 2 * 2
     A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
     h = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, segments, AHEAD):
@@ -1263,106 +1284,152 @@ def _triton_combine(ends, totals, A, pair, segments, D, N: constexpr, BLOCK: con
 
 
 @_jit
-def _triton_outputs(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k, pair,
+def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
                     skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
-    """y (B, H, W, D) in float32 from the start states: both directions of the pair, added to the first pair's."""
-    d, segment, batch = _triton_program(segments, D, BLOCK)
-    sample = batch.to(tl.int64) * H * W
-    x, y, delta = x + sample * D, y + sample * D, delta + sample * delta_pixel
-    B, C = B + sample * B_pixel, C + sample * C_pixel
+    """y (2, B, H, W, D) in float32 from the start states: per pair the sum of its two directions."""
+    d, segment, program = _triton_program(segments, D, BLOCK)
+    sample = (program % batch).to(tl.int64) * H * W
+    x, y, delta = x + sample * D, y + program.to(tl.int64) * H * W * D, delta + sample * delta_pixel
     n = tl.arange(0, TILE_N)
+    BC += sample * 8 * N
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     for walk in range(2):
-        k = pair + walk * 2
-        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
-        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        k = pair + program // batch + walk * 2
+        delta_walk, BC_walk = delta + k.to(tl.int64) * delta_k, BC + k * 2 * N
+        sequence = (program * 2 + walk).to(tl.int64) * segments + segment
         A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
-        for t in range(SEGMENT):
-            pixel, inside = _triton_pixel(segment, t, k, H, W, SEGMENT)
-            mask = (d < D) & inside
-            u, step = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
-            B_t = tl.load(B_walk + pixel * B_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            C_t = tl.load(C_walk + pixel * C_pixel + n, mask=(n < N) & inside, other=0).to(tl.float32)
-            y_others = tl.load(y + pixel * D + d, mask=mask & (k > 0), other=0)
+        pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+        u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)
+        z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
+        for t in range(steps):
+            B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
+            C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
+            y_place = y + pixel * D + d
+            y_other = tl.load(y_place, mask=(d < D) & (walk > 0), other=0)
+            u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
+            pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
+            u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
+            z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
             h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
             y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
-            tl.store(y + pixel * D + d, y_others + y_t, mask=mask)                             # Eq. 12
+            tl.store(y_place, y_other + y_t, mask=d < D)                                       # Eq. 12
+        tl.debug_barrier()    # the next walk reads y back
 
 
 @_jit
-def _triton_gradients(x, delta, A, B, C, bias, H, W, D, segments, delta_pixel, delta_k, B_pixel, B_k, C_pixel, C_k,
-                      pair, skip, gy, chunk_states, g_ends, gx, g_delta, gA, gB, gC, g_skip, g_bias, pixels,
+def _triton_scatter_sums(values, lane, COUNT: constexpr):
+    """COUNT values (32,), a power of 2, summed over the lanes: lane l gets the sum of value l % COUNT. In each round a
+    lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges than a sum of
+    every value on its own."""
+    for bit in tl.static_range(5):
+        upper, partner, summed = (lane >> bit) % 2 == 1, lane ^ (1 << bit), ()
+        for i in tl.static_range(0, max(COUNT >> bit, 1), 2):
+            first, second = values[i], values[min(i + 1, max(COUNT >> bit, 1) - 1)]
+            summed += (tl.where(upper, second, first) + tl.gather(tl.where(upper, first, second), partner, 0),)
+        values = summed
+    return values[0]
+
+
+@_jit
+def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
+                      skip, gy, chunk_states, g_ends, gx, g_delta, gA, gBC, g_skip, g_bias,
                       N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
     """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
 
-    gx as y in _triton_outputs. g_delta: laid out as delta. gA (B, 2, segments, N, D) and g_skip, g_bias
-    (B, 2, segments, D): to be summed over batch and segments. gB, gC (blocks, B, H, W, K, N): over blocks of channels.
+    gx (B, H, W, D), added to the first pair's. g_delta (B, H, W, K, D). gA (B, 2, segments, N, D) and g_skip, g_bias
+    (B, 2, segments, D): to be summed over batch and segments. gBC (blocks, B, H, W, K, 2, N): over blocks of channels.
+    Channels are (BLOCK / 32, 32) here. Lane 16 b + i holds state i of B (b = 0) or C (b = 1), of 16 states at a time;
+    lane 2 t + b (and that plus 2 STEPS and so on) writes their gradient at step t of STEPS.
     """
-    d, segment, batch = _triton_program(segments, D, BLOCK)
-    sample = batch.to(tl.int64) * H * W
-    x, gx, gy = x + sample * D, gx + sample * D, gy + sample * D
-    delta, g_delta = delta + sample * delta_pixel, g_delta + sample * delta_pixel
-    B, C = B + sample * B_pixel, C + sample * C_pixel
-    summed = (tl.program_id(0) % tl.cdiv(D, BLOCK) * pixels + sample) * 4 * N
-    gB, gC = gB + summed, gC + summed
+    _, segment, sample = _triton_program(segments, D, BLOCK)
+    block, lane = tl.program_id(0) % tl.cdiv(D, BLOCK), tl.arange(0, 32)
+    d = block * BLOCK + tl.arange(0, BLOCK // 32)[:, None] * 32 + lane[None, :]
+    gBC += ((block * batch + sample).to(tl.int64) * H * W * 8 + lane % 2) * N
+    first = sample.to(tl.int64) * H * W
+    x, gx, gy, g_delta = x + first * D, gx + first * D, gy + first * D, g_delta + first * 4 * D
+    delta, BC = delta + first * delta_pixel, BC + first * 8 * N
+    zeros = tl.zeros((BLOCK // 32, 32), tl.float32)
     for walk in range(2):
         k = pair + walk * 2
-        delta_walk, B_walk, C_walk = delta + k.to(tl.int64) * delta_k, B + k * B_k, C + k * C_k
-        sequence = (batch * 2 + walk).to(tl.int64) * segments + segment
+        delta_walk = delta + k.to(tl.int64) * delta_k
+        sequence = (sample * 2 + walk).to(tl.int64) * segments + segment
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
-        g_skip_k, g_bias_k = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for i in range(SEGMENT // STEPS):
-            chunk = SEGMENT // STEPS - 1 - i
-            at, exists, u, step, gy_t, g_u, g_step = (), (), (), (), (), (), ()
+        g_skip_k, g_bias_k = zeros, zeros
+        start, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+        chunks = tl.cdiv(steps, STEPS)
+        for i in range(chunks):
+            chunk = chunks - 1 - i
+            done = chunk * STEPS
+            place = segment * SEGMENT + tl.where(k < 2, done, steps - 1 - done)
+            pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
+            at, step, step_u, gy_t, g_u, g_step = (), (), (), (), (), ()
+            summed_at = tl.zeros((32,), tl.int32)
             for t in tl.static_range(STEPS):
-                pixel, inside = _triton_pixel(segment, chunk * STEPS + t, k, H, W, SEGMENT)
-                mask = (d < D) & inside
-                u_t, step_t = _triton_inputs(x + pixel * D + d, delta_walk + pixel * delta_pixel + d, bias_k, mask)
-                at, exists, u, step = at + (pixel,), exists + (inside,), u + (u_t,), step + (step_t,)
-                gy_t += (tl.load(gy + pixel * D + d, mask=mask, other=0).to(tl.float32),)
-                g_u += (tl.zeros((BLOCK,), tl.float32),)       # gradients of Delta u and Delta, summed over the states
-                g_step += (tl.zeros((BLOCK,), tl.float32),)
-            for n in range(N):
-                A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
-                start = ((sequence * (SEGMENT // STEPS) + chunk) * N + n) * D + d
-                h = tl.load(chunk_states + start, mask=d < D, other=0)
-                row = (sequence * N + n) * D + d
-                g = tl.load(g_ends + row, mask=d < D, other=0)
-                gA_n = tl.load(gA + row, mask=(d < D) & (i > 0), other=0)
-                A_bar, before, B_n = (), (), ()
+                exists = done + t < steps
+                u = tl.load(x + pixel * D + d, mask=d < D, other=0).to(tl.float32)
+                z = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
+                step_t = tl.where(exists, _triton_softplus(z), 0)    # where there is no step, the state stays as it is
+                at, step, step_u = at + (pixel,), step + (step_t,), step_u + (step_t * u,)
+                gy_t += (tl.where(exists, tl.load(gy + pixel * D + d, mask=d < D, other=0).to(tl.float32), 0),)
+                g_u, g_step = g_u + (zeros,), g_step + (zeros,)    # gradients of Delta u and Delta, summed over states
+                summed_at = tl.where(lane // 2 % STEPS == t, pixel, summed_at)
+                pixel = _triton_next(pixel, ahead, H * W, done + t + 1 < steps)
+            sums = gBC + (summed_at * 4 + k) * 2 * N
+            writes = (lane < 2 * STEPS) & (done + lane // 2 < steps)
+            for block_n in range(0, N, 16):
+                BC_n = ()
                 for t in tl.static_range(STEPS):
-                    B_t = tl.load(B_walk + at[t] * B_pixel + n, mask=exists[t], other=0).to(tl.float32)
-                    a = tl.exp2(step[t] * A_n)                                                 # Eq. 5
-                    A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
-                    h = a * h + B_t * (step[t] * u[t])                                         # Eq. 3
-                    tl.store(gC + (at[t] * 4 + k) * N + n, tl.sum(gy_t[t] * h, 0), mask=exists[t])
-                g_u_n, g_step_n = (), ()
-                for t in tl.static_range(STEPS - 1, -1, -1):
-                    C_t = tl.load(C_walk + at[t] * C_pixel + n, mask=exists[t], other=0).to(tl.float32)
-                    g += C_t * gy_t[t]                         # gradient of the state after step t, Eq. 4 and 3
-                    tl.store(gB + (at[t] * 4 + k) * N + n, tl.sum(g * (step[t] * u[t]), 0), mask=exists[t])
-                    g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
-                    g *= A_bar[t]                              # of the state before
-                    exponent = g * before[t]                   # of Delta A in Eq. 5
-                    g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
-                    gA_n += exponent * step[t]
-                g_u, g_step = g_u_n, g_step_n
-                tl.store(g_ends + row, g, mask=d < D)
-                tl.store(gA + row, gA_n, mask=d < D)
+                    state = block_n + lane % 16
+                    BC_n += (tl.load(BC + ((at[t] * 4 + k) * 2 + lane // 16) * N + state, mask=state < N, other=0),)
+                row = (sequence * N + block_n) * D
+                start_row = ((sequence * (SEGMENT // STEPS) + chunk) * N + block_n) * D
+                for n in range(block_n, tl.minimum(block_n + 16, N)):
+                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+                    h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
+                    g = tl.load(g_ends + row + d, mask=d < D, other=0)
+                    gA_n = tl.load(gA + row + d, mask=(d < D) & (i > 0), other=0)
+                    B_lane = tl.zeros((32,), tl.int32) + n % 16
+                    A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
+                    for t in tl.static_range(STEPS):
+                        a = tl.exp2(step[t] * A_n)                                             # Eq. 5
+                        B_t = tl.gather(BC_n[t], B_lane, 0)[None, :]
+                        A_bar, before, B_n = A_bar + (a,), before + (h,), B_n + (B_t,)
+                        h = a * h + B_t * step_u[t]                                             # Eq. 3
+                        gC_n += (tl.sum(gy_t[t] * h, 0),)
+                    g_u_n, g_step_n = (), ()
+                    for t in tl.static_range(STEPS - 1, -1, -1):
+                        # Gradient of the state after step t, Eq. 4 and 3.
+                        g += tl.gather(BC_n[t], B_lane + 16, 0)[None, :] * gy_t[t]
+                        gBC_n = (tl.sum(g * step_u[t], 0), gC_n[t]) + gBC_n
+                        g_u_n = (g_u[t] + g * B_n[t],) + g_u_n
+                        g *= A_bar[t]                          # of the state before
+                        exponent = g * before[t]               # of Delta A in Eq. 5
+                        g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
+                        gA_n += exponent * step[t]
+                    g_u, g_step = g_u_n, g_step_n
+                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane, 2 * STEPS), mask=writes)
+                    tl.store(g_ends + row + d, g, mask=d < D)
+                    tl.store(gA + row + d, gA_n, mask=d < D)
+                    row += D
+                    start_row += D
             for t in tl.static_range(STEPS):
-                mask = (d < D) & exists[t]
-                z = tl.load(delta_walk + at[t] * delta_pixel + d, mask=mask, other=0).to(tl.float32) + bias_k
-                # A comes multiplied by log2(e), for exp2.
-                g_z = tl.where(mask, (g_u[t] * u[t] + g_step[t] * 0.6931471805599453) * tl.sigmoid(z), 0)
-                tl.store(g_delta + k.to(tl.int64) * delta_k + at[t] * delta_pixel + d, g_z, mask=mask)
-                gx_others = tl.load(gx + at[t] * D + d, mask=mask & (k > 0), other=0)
-                tl.store(gx + at[t] * D + d, gx_others + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
-                g_skip_k += gy_t[t] * u[t]
-                g_bias_k += g_z
+                mask = (d < D) & (done + t < steps)
+                # Read and computed again, as registers are scarce.
+                pixel_t = tl.gather(summed_at, tl.full((32,), 2 * t, tl.int32), 0)[None, :]
+                u = tl.load(x + pixel_t * D + d, mask=d < D, other=0).to(tl.float32)
+                z = tl.load(delta_walk + pixel_t * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
+                # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
+                g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
+                tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
+                gx_other = tl.load(gx + pixel_t * D + d, mask=(d < D) & (k > 0), other=0)
+                tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
+                g_skip_k += gy_t[t] * u
+                g_bias_k += tl.where(done + t < steps, g_z, 0)
+            tl.debug_barrier()    # the next chunk reads g_ends and gA back, the next walk gx
         tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
         tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
 
@@ -1394,23 +1461,19 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    if H * W * max(K * d, K * n, *(t.stride(2) for t in (delta, B, C))) >= 2 ** 31:
-        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
-                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
     A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    delta, B, C = (_pixelwise(t) for t in (delta, B, C))
-    strides = [stride for t in (delta, B, C) for stride in t.stride()[2:4]]                    # of pixels and of K
-    return ((x.contiguous(), delta, A, B, C, delta_bias.float().contiguous(), H, W, d, segments, *strides),
+    BC = torch.cat([B.float(), C.float()], dim=-1)                                             # (B, H, W, K, 2N)
+    delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
+    if delta.stride(2) != 1 and d > 1:
+        delta = delta.contiguous()
+    if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
+        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
+    bias = delta_bias.float().contiguous()
+    return ((x.contiguous(), delta, A, BC, bias, H, W, d, segments, *delta.stride()[:2], batch),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
-
-
-def _pixelwise(t: Tensor) -> Tensor:
-    """t (B, H, W, K, X) with its pixels evenly spaced and X contiguous in memory, as a slice of a projection is."""
-    _, H, W, _, _ = t.shape
-    even = t.stride(4) == 1 and t.stride(1) == W * t.stride(2) and t.stride(0) == H * t.stride(1)
-    return t if even else t.contiguous()
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
@@ -1420,19 +1483,17 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
     segments = states.shape[3]
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D = D.float().contiguous()
-    y = torch.empty_like(walk[0], dtype=torch.float32)
-    totals = x.new_empty(batch, 2, segments, d, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        for pair, starts in enumerate(states):
-            _triton_segments[blocks * segments * 2 * batch,](
-                *walk, pair, starts, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS,
-                ADJOINT=False, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](starts, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
-                                                     AHEAD=8, ADJOINT=False, num_warps=1)
-            _triton_outputs[blocks * segments * batch,](*walk, pair, D, starts, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D,
-                                                        **REGISTERS)
-    return y, states
+    y = x.new_empty(2, *x.shape, dtype=torch.float32)
+    totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
+    with torch.cuda.device_of(x):    # both pairs at once
+        _triton_segments[blocks * segments * K * batch,](
+            *walk, 0, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
+            **REGISTERS)
+        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, 0, segments, d, N=n, BLOCK=BLOCK_D,
+                                                 AHEAD=8, ADJOINT=False, num_warps=1)
+        _triton_outputs[blocks * segments * 2 * batch,](
+            *walk, 0, D.float().contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+    return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
@@ -1444,25 +1505,25 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
-    gx, g_delta = empty(batch, H, W, d), torch.empty_like(walk[1])
-    gB, gC = (empty(blocks, batch, H, W, K, n) for _ in range(2))
+    gx, g_delta = empty(batch, H, W, d), x.new_empty(batch, H, W, K, d, dtype=walk[1].dtype)
+    gBC = empty(blocks, batch, H, W, K, 2 * n)
     gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
     g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
     chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):    # a pair at a time, which halves the memory
         for pair, starts in enumerate(states):
             _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
                 *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
                 STEPS=STEPS, ADJOINT=True, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], pair, segments, d, N=n, BLOCK=BLOCK_D,
-                                                     AHEAD=8, ADJOINT=True, num_warps=1)
+            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], batch, pair, segments, d, N=n,
+                                                     BLOCK=BLOCK_D, AHEAD=8, ADJOINT=True, num_warps=1)
             _triton_gradients[blocks * segments * batch,](
-                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gB, gC, g_skip[pair], g_bias[pair],
-                batch * H * W, **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
+                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gBC, g_skip[pair], g_bias[pair],
+                **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
     # (pair, B, 2, segments, ...) -> (K, ...)
     gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
     g_weight = None
     if dt_weight is not None:
         g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
         g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
-    return gx, g_delta, gA.transpose(1, 2), gB.sum(0), gC.sum(0), g_skip, g_bias, g_weight
+    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias, g_weight

@@ -1,5 +1,6 @@
 """The scan: s6 against the closed form of the recurrence, every backend against s6 along explicit index lists."""
 
+import functools
 import importlib.machinery
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mtmamba
 from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
@@ -17,7 +19,7 @@ from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
 SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), (1, 40, 1, 1, 2), (2, 11, 6, 4, 16)]
 
-# The same for the kernels, in segments of 4 steps by 2 and blocks of 4 channels.
+# The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 TRITON_SHAPES = [(2, 3, 5, 3, 5), (1, 1, 1, 2, 1), (1, 2, 4, 9, 2), (3, 1, 7, 2, 3), (1, 10, 1, 1, 2), (1, 2, 2, 2, 16)]
 needs_triton = pytest.mark.skipif(mtmamba.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
@@ -27,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the
 def small_blocks(monkeypatch):
     """The interpreter takes milliseconds per step. A GPU's warps need the real sizes."""
     if DEVICE == "cpu":
-        for name, value in dict(SEGMENT_MIN=4, STEPS=2, BLOCK_D=4, BLOCK_D_ADJOINT=2).items():
+        for name, value in dict(SEGMENT_MIN=4, STEPS=2).items():
             monkeypatch.setattr(mtmamba, name, value)
 
 
@@ -134,6 +136,47 @@ def check_triton(dtype, shape):
     references = torch.autograd.grad(y_reference, doubles, grad.cpu().double())
     for ours, reference in zip(torch.autograd.grad(y, inputs, grad), references):
         assert ours.dtype == dtype and relative_error(ours, reference) < tolerance
+
+
+def every_other(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """t in every other place of a wider tensor, its neighbours NaN."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], dim + 1).flatten(dim, dim + 1).narrow(
+        dim, 0, 2 * t.shape[dim] - 1)[(slice(None),) * dim + (slice(None, None, 2),)]
+
+
+LAYOUTS = {    # of x, delta, B and C: (B, H, W, ...)
+    "contiguous": lambda t: t,
+    "sliced channels": lambda t: F.pad(t, (3, 2), value=torch.nan)[..., 3:-2],    # as of a projection that made several
+    "every other channel": lambda t: every_other(t, t.ndim - 1),
+    "every other column": lambda t: every_other(t, 2),
+    "channels first": lambda t: t.permute(0, *range(3, t.ndim), 1, 2).clone(memory_format=torch.contiguous_format)
+                                 .permute(0, -2, -1, *range(1, t.ndim - 2)),
+    "columns first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded pixels": lambda t: t[:1, :1, :1].expand_as(t),
+    "expanded rows": lambda t: t[:, :1].expand_as(t),
+    "expanded directions": lambda t: t[..., :1, :].expand_as(t),
+    "expanded channels": lambda t: t[..., :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "mamba_ssm", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, backend, small_blocks, poisoned, monkeypatch):
+    """Values and gradients, also where the map is a single column, row or pixel: its strides then mean nothing."""
+    if backend == "mamba_ssm":
+        play_mamba_ssm(monkeypatch)
+    def run(inputs, backend):
+        x, delta, B, C = (LAYOUTS[layout](inputs[i]) for i in (0, 1, 3, 4))
+        scan = mtmamba._run_mamba_ssm if backend == "mamba_ssm" else functools.partial(selective_scan_2d, backend=backend)
+        y = scan(x, delta, inputs[2], B, C, *inputs[5:])
+        return y, *torch.autograd.grad(y, inputs, LAYOUTS[layout](grad).to(y))
+    interpreted = backend == "triton" and DEVICE == "cpu"
+    for size in ((1, 2, 2), (1, 2, 1)) if interpreted else ((2, 2, 2), (2, 3, 1), (2, 1, 3), (1, 1, 1)):
+        inputs = random_inputs(*size, 2, 1 if interpreted else 3, torch.float32, DEVICE)
+        doubles = [t.detach().cpu().double().requires_grad_() for t in inputs]
+        grad = torch.randn(*size, 2)
+        for ours, reference in zip(run(inputs, backend), run(doubles, "reference")):
+            assert relative_error(ours, reference) < 2e-6
 
 
 @needs_triton
@@ -324,7 +367,7 @@ def test_mamba_ssm_needs_its_kernel_too(monkeypatch):
     assert mtmamba.has_mamba_ssm()
 
 
-def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
+def play_mamba_ssm(monkeypatch):
     """The package's interface, played by s6: u, delta (B, D, L); A (D, N); B, C (B, groups, N, L); D, bias (D,)."""
     def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
         assert delta_softplus and all(t.is_contiguous() for t in (u, delta, A, B, C, D, delta_bias))
@@ -338,6 +381,10 @@ def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
+
+
+def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
+    play_mamba_ssm(monkeypatch)
     inputs = [t.detach() for t in random_inputs(2, 4, 7, 3, 5, torch.float32)]
     mtmamba._rows.cache_clear()
     with torch.inference_mode():    # after which training must still be possible
