@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
-                      read_image, to_tensor)
+                      choose_tasks, find_dataset_class, read_image, to_tensor)
 from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts, boundary_counts_each, delta_m, make_meters, ods_f
 from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
                      load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
@@ -103,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", choices=["synthetic", *DATASETS], help="default: the one with the model's tasks")
+    group.add_argument("--dataset", metavar="NAME", help=f"synthetic, {', '.join(DATASETS)}, or path/to/file.py:Class as "
+                       "in train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
     group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
@@ -262,7 +263,7 @@ def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
 
 
 def task_table(name: str) -> dict[str, int]:
-    return {"synthetic": Synthetic, **DATASETS}[name].TASKS
+    return Synthetic.TASKS if name == "synthetic" else find_dataset_class(name).TASKS
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -288,14 +289,14 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
         return results
     improvement = compare(results, baseline)
     print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
-    if name == "synthetic":
-        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
+    if name not in PAPER:
+        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST.get(name))})
     else:
         print_paper_table(results, PAPER[name], depth_name(model))
     if improvement is not None:
         print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
               + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
-    elif name != "synthetic":
+    elif name in PAPER:
         print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
     write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                                           boundary_images=len(scored or dataset), results=results, delta_m=improvement))
@@ -315,12 +316,25 @@ def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | No
                          "--dataset")
     if name == "synthetic":
         return held_out(config["img_size"], tasks)
-    dataset = DATASETS[name]
-    if config.get("output_scale", 1) != dataset.LABEL_SCALE:
-        raise ValueError(f"the model's outputs are {config.get('output_scale', 1)} times as large as its images, the "
-                         f"labels of {name} {dataset.LABEL_SCALE} times; build it with that output_scale")
+    dataset, scale = find_dataset_class(name), config.get("output_scale", 1)
+    expected = getattr(dataset, "LABEL_SCALE", 1)
+    if scale != expected:
+        raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} {expected} "
+                         "times; build it with that output_scale")
+    if name not in DATASETS:
+        return open_own_dataset(dataset, "val", config["img_size"], list(tasks))
     sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
     return dataset(root or dataset.ROOT, "val", list(tasks), **sizes)
+
+
+def open_own_dataset(dataset: type, split: str, size: tuple[int, int], tasks: list[str] | None) -> Dataset:
+    """One of one's own, with the attribute tasks. Raises ValueError where its constructor takes other arguments."""
+    try:
+        opened = dataset(split, tuple(size))
+    except TypeError as error:
+        raise ValueError(f"expected a constructor {dataset.__name__}(split, size), found: {error}") from error
+    opened.tasks = choose_tasks(dataset.TASKS, tasks)
+    return opened
 
 
 def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:

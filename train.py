@@ -43,13 +43,14 @@ from timm.layers import DropPath, convert_sync_batchnorm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets import DATASETS, IGNORE, Parser, Synthetic
+from datasets import (DATASETS, IGNORE, LabelledDataset, Parser, Synthetic, check_sample, check_samples,
+                      find_dataset_class)
 from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, check_writable, choose_backend, compare,
                       constant_baseline, depth_name, evaluate, held_out, ignore_signals, is_published, load_checkpoint,
-                      load_weights, open_dataset, print_paper_table, print_table, rank_and_world, read_checkpoint,
+                      load_weights, open_dataset, open_own_dataset, print_paper_table, print_table, rank_and_world, read_checkpoint,
                       replacing, save_contact_sheet, start, write_json)
 from metrics import PRIMARY, delta_m
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
@@ -70,6 +71,7 @@ PRESETS = {
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
     "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
+    "own": dict(RECIPE, img_size=(480, 640), eval_every=2000),    # path/to/file.py:Class
 }
 VARIANT_PRESETS = {    # what a variant changes in these rows
     ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
@@ -137,7 +139,8 @@ def explain(error: Exception) -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--dataset", choices=PRESETS, default="synthetic")
+    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, a data "
+        "set of one's own with TASKS and a constructor (split, size) (default: synthetic)")
     add("--data-root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
     add("--out", type=Path, help="folder of everything that is written (default: runs/DATASET)")
@@ -178,7 +181,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def resolve(args: argparse.Namespace, device: torch.device, world: int):
     """Fills the flags that were not given from the data set's preset. Raises ValueError for values that cannot be."""
-    preset = PRESETS[args.dataset] | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    if args.dataset not in PRESETS:
+        find_dataset_class(args.dataset)    # raises, with what it could be
+    preset = PRESETS.get(args.dataset, PRESETS["own"]) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the preset's encoder
     args.d_state = preset.pop("d_state")
@@ -186,7 +191,7 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.img_size = tuple(args.img_size)
-    args.out = args.out or Path("runs") / args.dataset
+    args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     if args.compile is None:
         args.compile = device.type == "cuda"
@@ -296,7 +301,10 @@ class Run:
         """Iterates from self.iteration to the end; False where it was interrupted. Saves in either case."""
         args = self.args
         order = batch_shares(self.train_set, args, self.iteration, self.rank, self.world)
-        loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers,
+        checked = isinstance(self.train_set, (Synthetic, LabelledDataset))
+        collate = None if checked else functools.partial(collate_checked, tasks=self.model.tasks,
+                                                         label_scale=self.model.output_scale)
+        loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
                                  pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals))
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
@@ -538,15 +546,33 @@ class Interruption:
 # ------------------------------------------------------------------------------------------------------------- data
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The training and the held-out data set."""
+    """The training and the held-out data set. Raises RunError where one of their first samples is wrong."""
     if args.dataset == "synthetic":    # every scene is new; even seeds train, odd ones evaluate: the two never meet
         train_set = Synthetic(args.iterations * args.batch_size, args.img_size, seed=2 * args.seed, tasks=args.tasks)
         return train_set, held_out(args.img_size, train_set.tasks)
-    data_set = DATASETS[args.dataset]
-    root = args.data_root or data_set.ROOT
-    train_set = data_set(root, "train", args.tasks, args.img_size, seed=args.seed)
-    config = dict(img_size=args.img_size, output_scale=data_set.LABEL_SCALE)
-    return train_set, open_dataset(args.dataset, train_set.tasks, config, root)
+    data_set = find_dataset_class(args.dataset)
+    if args.dataset in DATASETS:
+        train_set = data_set(args.data_root or data_set.ROOT, "train", args.tasks, args.img_size, seed=args.seed)
+    else:
+        train_set = open_own_dataset(data_set, "train", args.img_size, args.tasks)
+        train_set.seed = args.seed
+    config = dict(img_size=args.img_size, output_scale=getattr(data_set, "LABEL_SCALE", 1))
+    held_out_set = open_dataset(args.dataset, train_set.tasks, config, args.data_root)
+    for split, dataset in (("train", train_set), ("val", held_out_set)):    # what would train to nothing shows now
+        try:
+            messages = check_samples(dataset)
+        except (ValueError, OSError) as error:
+            raise RunError(error) from error
+        for message in messages:
+            print(f"look at the {split} labels: {message}")
+    return train_set, held_out_set
+
+
+def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int) -> dict:
+    """A batch of a data set that does not check its samples itself. Raises ValueError that names sample and task."""
+    for sample in samples:
+        check_sample(sample, tasks, label_scale)
+    return default_collate(samples)
 
 
 def batch_shares(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list]:

@@ -254,10 +254,12 @@ def test_contact_sheets(checkpoint, nyud, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["contact_sheet.png", "contact_sheet_2.png"]
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet_2.png"))
     image = np.asarray(Image.open(nyud / "images/0005.png"))
-    assert abs(sheet[16:16 + 40, :50].astype(int) - image).max() <= 1
+    # 40x50 pixels are enlarged four times, as their longer side then stays within 240.
+    assert abs(sheet[16:16 + 160, :200].astype(int) - image.repeat(4, 0).repeat(4, 1)).max() <= 1
     truth = np.asarray(Image.open(nyud / "segmentation/0005.png")) - np.uint8(1)
-    column = 160 + 4
-    np.testing.assert_array_equal(sheet[16 + 44:16 + 84, column:column + 50], evaluate.voc_palette()[truth])
+    shown = sheet[16 + 164:16 + 164 + 160, 204:204 + 200]
+    np.testing.assert_array_equal(shown, evaluate.voc_palette()[truth].repeat(4, 0).repeat(4, 1))
+    assert len(sheet) > 16 + 2 * 164 + 16 * len(np.unique(truth))    # and a legend of its classes
 
 
 def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
