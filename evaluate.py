@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -312,15 +312,15 @@ def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | No
     """What the model is scored on. Raises ValueError where it has other tasks than the model, or labels of another size
     than its outputs."""
     if not tasks.items() <= task_table(name).items():
-        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose another "
-                         "--dataset")
+        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose "
+                         "another --dataset")
     if name == "synthetic":
         return held_out(config["img_size"], tasks)
     dataset, scale = find_dataset_class(name), config.get("output_scale", 1)
     expected = getattr(dataset, "LABEL_SCALE", 1)
     if scale != expected:
-        raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} {expected} "
-                         "times; build it with that output_scale")
+        raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} "
+                         f"{expected} times; build it with that output_scale")
     if name not in DATASETS:
         return open_own_dataset(dataset, "val", config["img_size"], list(tasks))
     sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
@@ -411,7 +411,8 @@ def check_writable(folder: Path):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f"cannot write to the folder {folder} ({error.strerror}); make room or name another one") from error
+        reason = error.strerror
+        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -634,8 +635,8 @@ COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142),
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
-NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
-                "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
+NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, "
+                "desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
                 "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
                 "bathtub, bag, other structure, other furniture, other prop").split(", ")
 CITYSCAPES_CLASSES = {
@@ -748,13 +749,15 @@ def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: 
     probabilities; and one more line."""
     if task in ("semseg", "parsing"):
         names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist())) for i in np.unique(label)]
+        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist()))
+                 for i in np.unique(label)]
     elif task == "depth":
         steps = np.linspace(*value_range(label), 5)
         colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
         lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
     elif task == "normal":
-        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0), "to the viewer": (0, 0, 1)}
+        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
+                      "to the viewer": (0, 0, 1)}
         lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
     else:
         lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
@@ -863,7 +866,7 @@ MANIFEST = "written_by_evaluate.txt"    # SHA-256 and name of the files that --i
 
 
 def claim(folder: Path, names: list[str], inputs: list[Path]):
-    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie in it,
+    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie there,
     or one of the files is there and no earlier run wrote it."""
     if folder.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in inputs}:
         raise ValueError(f"{folder} holds the pictures themselves; give a folder of its own with --out (or "
@@ -987,7 +990,7 @@ def print_cost(args: argparse.Namespace):
     """Parameters and FLOPs of NYUDv2's four tasks at 448x576; the paper's figures are for Swin-Large."""
     encoder = args.encoder or "swin-large"
     as_in_paper = ENCODERS.get(encoder, encoder) == ENCODERS["swin-large"] and not args.encoder_kwargs
-    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two decimals)")
+    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
     for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
         with torch.device("meta"):

@@ -50,8 +50,8 @@ from datasets import (DATASETS, IGNORE, LabelledDataset, Parser, Synthetic, chec
                       find_dataset_class)
 from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, check_writable, choose_backend, compare,
                       constant_baseline, depth_name, evaluate, held_out, ignore_signals, is_published, load_checkpoint,
-                      load_weights, open_dataset, open_own_dataset, print_paper_table, print_table, rank_and_world, read_checkpoint,
-                      replacing, save_contact_sheet, start, write_json)
+                      load_weights, open_dataset, open_own_dataset, print_paper_table, print_table, rank_and_world,
+                      read_checkpoint, replacing, save_contact_sheet, start, write_json)
 from metrics import PRIMARY, delta_m
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
 
@@ -71,8 +71,8 @@ PRESETS = {
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
     "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
-    "own": dict(RECIPE, img_size=(480, 640), eval_every=2000),    # path/to/file.py:Class
 }
+OWN_PRESET = dict(RECIPE, img_size=(480, 640), eval_every=2000)    # of path/to/file.py:Class
 VARIANT_PRESETS = {    # what a variant changes in these rows
     ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
     ("pascal", "mtmamba++"): dict(iterations=40_000, lr=8e-5, weight_decay=1e-6),
@@ -139,8 +139,8 @@ def explain(error: Exception) -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, a data "
-        "set of one's own with TASKS and a constructor (split, size) (default: synthetic)")
+    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, a "
+        "data set of one's own with TASKS and a constructor (split, size) (default: synthetic)")
     add("--data-root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
     add("--out", type=Path, help="folder of everything that is written (default: runs/DATASET)")
@@ -183,7 +183,7 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
     """Fills the flags that were not given from the data set's preset. Raises ValueError for values that cannot be."""
     if args.dataset not in PRESETS:
         find_dataset_class(args.dataset)    # raises, with what it could be
-    preset = PRESETS.get(args.dataset, PRESETS["own"]) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the preset's encoder
     args.d_state = preset.pop("d_state")

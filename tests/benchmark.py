@@ -6,7 +6,7 @@
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
-    python tests/benchmark.py busy         # the main job on a CPU, idle and beside one busy process per core, 20 minutes
+    python tests/benchmark.py busy         # the main job, alone and beside one busy process per core, 20 minutes
 """
 
 import argparse
@@ -281,7 +281,8 @@ print("RATES", 8 * (len(times) - 2) / (times[-1] - times[1]), {images} / (time.p
                 process.kill()
         for name, found in rates.items():
             training, evaluation = (statistics.median(column) for column in zip(*found))
-            print(f"{f'beside {load} busy processes' if load else 'idle':<25}{name:<12}{training:>8.1f}{evaluation:>8.1f}")
+            others = f"beside {load} busy processes" if load else "idle"
+            print(f"{others:<25}{name:<12}{training:>8.1f}{evaluation:>8.1f}", flush=True)
 
 
 if __name__ == "__main__":

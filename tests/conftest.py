@@ -2,10 +2,13 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"    # there is a process of the suite for each core
+
 import numpy as np
 import pytest
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
