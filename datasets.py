@@ -1222,7 +1222,7 @@ def check_samples(dataset: torch.utils.data.Dataset, count: int = 16) -> list[st
     tasks = dict(getattr(dataset, "tasks", dataset.TASKS))
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     messages = []
-    for sample in samples:
+    for sample in samples if not isinstance(dataset, LabelledDataset) else ():    # which has checked them
         check_sample(sample, tasks, getattr(dataset, "LABEL_SCALE", 1))
     for task in tasks:
         labels, positive = [sample[task] for sample in samples], task in ("saliency", "boundary")
