@@ -578,12 +578,16 @@ def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
     assert f"JPEGImages/{name}.jpg" in message
 
 
+OWN = ["--img-size", "64", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
+       json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1))), "--no-pretrained", "--variant", "stm1", "--workers",
+       "0", "--iterations", "2", "--batch-size", "2"]
+
+
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
     """The class in the README, as it stands there."""
-    code = re.search(r"```python\n(class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert len(code.splitlines()) <= 30
-    namespace = dict(vars(datasets))
-    exec(code, namespace)
+    code = re.search(r"```python\n([^`]*class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (tmp_path / "rooms.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for folder, shape, kind in (("rgb", (40, 50, 3), np.uint8), ("class", (40, 50), np.uint8),
@@ -592,11 +596,41 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
             for i in range(3):
                 pixels = rng.integers(0, 12, shape).astype(kind) * (300 if folder == "depth" else 1)
                 Image.fromarray(pixels).save(tmp_path / "rooms" / split / folder / f"{i}.png")
-    rooms = [namespace["Rooms"](split, tmp_path / "rooms", (64, 64)) for split in ("train", "val")]
-    assert rooms[1][0]["size"] == (40, 50) and rooms[1][0]["semseg"][0, 12:52, 7:57].max() < 12
-    assert (rooms[1][0]["semseg"] == 255).sum() == 64 * 64 - 40 * 50
-    monkeypatch.setattr(train, "build_datasets", lambda args: rooms)
-    monkeypatch.setitem(train.PRESETS, "rooms", train.PRESETS["synthetic"])
-    results = run(tmp_path / "run", "--variant", "stm1", "--dataset", "rooms", "--iterations", 2)
+    results = train.main(["--dataset", "rooms.py:Rooms", *OWN, "--out", "run"])
     assert list(results) == ["trained", "untrained", "best constant"]
     assert list(results["trained"]) == ["semseg", "depth"]
+    assert evaluate.main(["--checkpoint", "run/last.pt", "--dataset", "rooms.py:Rooms", "--workers", "0"]) == (
+        results["trained"])
+
+
+PLAIN = """
+import torch
+class Plain(torch.utils.data.Dataset):
+    TASKS = {"semseg": 3, "depth": 1}
+    def __init__(self, split, size):
+        self.size, self.faulty = size, split == "train"
+    def __len__(self):
+        return 20
+    def __getitem__(self, index):
+        index = index[1] if isinstance(index, tuple) else index
+        depth = torch.ones(1, *self.size)
+        if self.faulty and index == 18:
+            depth[0, 5, 7] = float("nan")
+        return {"image": torch.zeros(3, *self.size), "semseg": torch.zeros(1, *self.size, dtype=torch.int64),
+                "depth": depth, "name": f"scene {index}", "size": self.size}
+class TwiceAsLarge(Plain):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"semseg": torch.zeros(1, 128, 128, dtype=torch.int64)}
+"""
+
+
+def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
+    """Of a class that derives from nothing here: at the start, or when they are met, after which the run ends."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    message = fails(capsys, 1, tmp_path / "a", "--dataset", f"{tmp_path / 'plain.py'}:TwiceAsLarge", *OWN)
+    assert "scene 0, semseg: expected the shape (64, 64)" in message and "128" in message
+    message = fails(capsys, 1, tmp_path / "b", "--dataset", f"{tmp_path / 'plain.py'}:Plain", *OWN, "--iterations", 10)
+    assert "scene 18, depth: expected depths above 0" in message and "nan" in message and "--lr" not in message
+    assert "expected a class 'Nothing'" in fails(capsys, 2, tmp_path / "c", "--dataset",
+                                                 f"{tmp_path / 'plain.py'}:Nothing", *OWN)
