@@ -1410,7 +1410,8 @@ def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
             print(f"{split}: {error}")
             total += 1
             continue
-        found = parallel(partial(image_problems, data), range(len(data)), workers, f"checking {split}")
+        indices = list({name: i for i, name in enumerate(data.names)}.values())    # each image once
+        found = parallel(partial(image_problems, data), indices, workers, f"checking {split}")
         print(f"{split}: {len(data)} images; published: {published}")
         if len(data) != published:
             differing.append(f"{split} has {len(data)} of {published} images")
