@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import published_shapes, published_state
 from timm.layers import convert_sync_batchnorm
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
 from evaluate import load_checkpoint, published_config
 from mtmamba import SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
-from test_model import published_shapes, published_state
 
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
