@@ -690,8 +690,8 @@ class Cityscapes(FileDataset):
         folder = self.root / self.LIST.format(self.split)
         names = sorted(path.name.removesuffix("_leftImg8bit.png") for path in folder.glob("*/[!.]*_leftImg8bit.png"))
         if not names:
-            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the archive "
-                             "again")
+            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the "
+                             "archive again")
         return names
 
 

@@ -486,8 +486,8 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")
     results = {task: meter.compute() for task, meter in meters.items() if task not in empty}
+    counts = add_up(torch.from_numpy(counts).to(shared)).cpu().numpy()
     if with_odsf and "boundary" in results:
-        counts = add_up(torch.from_numpy(counts).to(shared)).cpu().numpy()
         results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 

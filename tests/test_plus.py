@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import published_shapes, published_state
+from timm.layers import convert_sync_batchnorm
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
 from evaluate import load_checkpoint, published_config
-from mtmamba import (SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, published_variant,
-                     selective_scan_2d)
-from test_model import published_shapes, published_state
+from mtmamba import SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
 
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
@@ -148,6 +148,19 @@ def test_the_heads_width_is_not_the_encoders():
                     variant="mtmamba++", d_state=1)
     assert model.heads["depth"].conv.weight.shape == (96, 8, 3, 3)
     assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
+
+
+def test_synchronised_batch_norm_takes_its_place(tiny_model):
+    """As train.py has it with several processes on CUDA; where it runs as one process it is the plain one."""
+    model, plain = (tiny_model({"depth": 1}, variant="mtmamba++") for _ in range(2))
+    parameters = list(model.parameters())
+    assert convert_sync_batchnorm(model) is model
+    assert isinstance(model.heads["depth"].norm, torch.nn.SyncBatchNorm)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    model.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image)["depth"], plain.eval()(image)["depth"])
 
 
 @pytest.mark.parametrize("scale", [0, 1.5, -1])
