@@ -38,11 +38,47 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import (DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, Cityscapes, NYUDv2, Parser, Synthetic, centred,
-                      choose_tasks, find_dataset_class, read_image, to_tensor)
-from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts, boundary_counts_each, delta_m, make_meters, ods_f
-from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
-                     load_published_checkpoint, published_variant, read_tensors, selective_scan_2d)
+from datasets import (
+    DATASETS,
+    IGNORE,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PARTS,
+    Cityscapes,
+    NYUDv2,
+    Parser,
+    Synthetic,
+    centred,
+    choose_tasks,
+    find_dataset_class,
+    read_image,
+    to_tensor,
+)
+from metrics import (
+    LOWER_IS_BETTER,
+    PRIMARY,
+    THRESHOLDS,
+    boundary_counts,
+    boundary_counts_each,
+    delta_m,
+    make_meters,
+    ods_f,
+)
+from mtmamba import (
+    BACKENDS,
+    ENCODERS,
+    PUBLISHED_TASKS,
+    SS2D,
+    VARIANTS,
+    K,
+    MTMamba,
+    count_cost,
+    default_backend,
+    load_published_checkpoint,
+    published_variant,
+    read_tensors,
+    selective_scan_2d,
+)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -103,8 +139,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", metavar="NAME", help=f"synthetic, {', '.join(DATASETS)}, or path/to/file.py:Class as "
-                       "in train.py (default: the one with the model's tasks)")
+    group.add_argument("--dataset", metavar="NAME", help=f"synthetic, {', '.join(DATASETS)}, or path/to/file.py:Class "
+                       "as in train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
     group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
@@ -205,8 +241,8 @@ def read_checkpoint(path: Path) -> dict:
     checkpoint = read_tensors(path)
     if not is_published(checkpoint) and not (isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint)):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found};"
-                         " nor a published one, which has final_project.")
+        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
+                         f"{found}; nor a published one, which has final_project.")
     return checkpoint
 
 
@@ -284,7 +320,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
                        predictions=args.save_predictions)
     if not results:
-        raise ValueError(f"no pixel of {name}'s images has a label of {', '.join(model.tasks)}: there is nothing to score")
+        raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
         return results
     improvement = compare(results, baseline)

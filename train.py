@@ -46,12 +46,44 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets import (DATASETS, IGNORE, LabelledDataset, Parser, Synthetic, check_sample, check_samples,
-                      find_dataset_class)
-from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, check_writable, choose_backend, compare,
-                      constant_baseline, depth_name, evaluate, held_out, ignore_signals, is_published, load_checkpoint,
-                      load_weights, open_dataset, open_own_dataset, print_paper_table, print_table, rank_and_world,
-                      read_checkpoint, replacing, save_contact_sheet, start, write_json)
+from datasets import (
+    DATASETS,
+    IGNORE,
+    LabelledDataset,
+    Parser,
+    Synthetic,
+    check_sample,
+    check_samples,
+    find_dataset_class,
+)
+from evaluate import (
+    MAX_DIST,
+    PAPER,
+    SINGLE_TASK,
+    Results,
+    add_up,
+    check_writable,
+    choose_backend,
+    compare,
+    constant_baseline,
+    depth_name,
+    evaluate,
+    held_out,
+    ignore_signals,
+    is_published,
+    load_checkpoint,
+    load_weights,
+    open_dataset,
+    open_own_dataset,
+    print_paper_table,
+    print_table,
+    rank_and_world,
+    read_checkpoint,
+    replacing,
+    save_contact_sheet,
+    start,
+    write_json,
+)
 from metrics import PRIMARY, delta_m
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
 

@@ -200,7 +200,8 @@ def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
     for i in range(images):
         dataset[i]
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    print(f"{size[0]}x{size[1]}, all labels, one process: {images / wall:.0f} images/s, {images / cpu:.0f} per CPU second")
+    print(f"{size[0]}x{size[1]}, all labels, one process: {images / wall:.0f} images/s, {images / cpu:.0f} per CPU "
+          "second")
 
 
 def data(images: int = 24, epochs: int = 2):

@@ -19,8 +19,21 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import (IGNORE, INDOOR, LabelledDataset, NYUDv2, PascalContext, Synthetic, augment, centred,
-                      check_sample, check_samples, find_dataset_class, main, read_image)
+from datasets import (
+    IGNORE,
+    INDOOR,
+    LabelledDataset,
+    NYUDv2,
+    PascalContext,
+    Synthetic,
+    augment,
+    centred,
+    check_sample,
+    check_samples,
+    find_dataset_class,
+    main,
+    read_image,
+)
 from metrics import boundary_ground_truth, thin
 
 SIZE = (40, 48)
@@ -479,7 +492,7 @@ def test_crops_are_tried_again_while_one_class_dominates(monkeypatch):
     monkeypatch.setattr(datasets, "SCALE", (1.0, 1.0))
     semseg = np.repeat([1, 2], (90, 10)).astype(np.uint8).reshape(1, 1, 100).repeat(20, 1)
     image = np.zeros((20, 100, 3), np.uint8)
-    kept = first = alone = 0
+    kept = alone = 0
     for seed in range(200):
         for labels in ({"semseg": semseg}, {"saliency": semseg}):
             found = augment(image, labels, (20, 20), np.random.default_rng(seed))[1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_model import published_state
 
 import datasets
 import evaluate
@@ -19,7 +20,6 @@ import train
 from conftest import NYUD_TASKS, TINY_SWIN
 from metrics import boundary_counts, delta_m, make_meters, ods_f
 from mtmamba import MTMamba
-from test_model import published_state
 
 ROOT = Path(evaluate.__file__).parent
 SIZES = {"0001": (48, 64), "0002": (41, 57), "b": (33, 64), "0004": (47, 33), "0005": (40, 50)}    # odd and uneven
@@ -198,7 +198,7 @@ if __name__ == "__main__":
 
 
 def test_two_processes_give_exactly_the_figures_of_one(checkpoint, nyud, tmp_path, monkeypatch, capsys):
-    """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one process for boundaries."""
+    """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one for boundaries."""
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
     alone = evaluate.main(arguments(checkpoint, nyud, tmp_path / "one", "--save-predictions", tmp_path / "maps1"))
     table = capsys.readouterr().out
@@ -272,8 +272,8 @@ def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
                              "--workers", "0", "--device", "cpu", "--save-predictions", str(tmp_path / "maps")])
     printed = capsys.readouterr().out
     assert list(results) == list(evaluate.PAPER["pascal"]) and "no delta_m" in printed
-    for task, metric, paper in (("parsing", "mIoU", "72.62"), ("saliency", "maxF", "84.14"), ("boundary", "odsF", "78.80"),
-                                ("saliency", "maxF_published", "84.14")):
+    for task, metric, paper in (("parsing", "mIoU", "72.62"), ("saliency", "maxF", "84.14"),
+                                ("boundary", "odsF", "78.80"), ("saliency", "maxF_published", "84.14")):
         row = next(line.split() for line in printed.splitlines() if line.split()[:2] == [task, metric])
         assert row[2:4] == [f"{results[task][metric]:.2f}", paper]
     saliency = np.asarray(Image.open(next(tmp_path.glob("maps/saliency/*.png"))))
@@ -336,7 +336,8 @@ def draw(checkpoint, out, *paths):
     """(files written, exit code)"""
     code = 0
     try:
-        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out), "--image", *map(str, paths)])
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out), "--image",
+                       *map(str, paths)])
     except SystemExit as exit:
         code = exit.code
     return {path.name: np.asarray(Image.open(path)) for path in out.glob("*.png")}, code
@@ -424,7 +425,7 @@ def test_nothing_is_overwritten_that_an_earlier_run_did_not_write(checkpoint, pi
     assert "holds the pictures" in fails(capsys, *arguments[:-2], own / "a.png", "--out", own)
     assert "--save-predictions" in fails(capsys, *arguments, tmp_path / "other", "--save-predictions", own)
     (out / "a_depth.png").rename(out / "mine.png")
-    for i in range(2):    # a second run writes over what the first one wrote
+    for _ in range(2):    # a second run writes over what the first one wrote
         files, code = draw(checkpoint, out, own, "--save-predictions", tmp_path / "raw")
         assert code == 0 and set(files) == {"mine.png", "a_sheet.png", *(f"a_{task}.png" for task in NYUD_TASKS)}
         picture = picture.rotate(180)

@@ -34,7 +34,7 @@ def pixels(output, target):
 
 def f_measure(scores, labels, threshold, beta2):
     found = [s > threshold for s in scores]
-    hit = sum(f and l for f, l in zip(found, labels))
+    hit = sum(f and label for f, label in zip(found, labels))
     if not hit:
         return 0.0
     precision, recall = hit / sum(found), hit / sum(labels)

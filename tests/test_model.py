@@ -8,7 +8,7 @@ import timm
 import torch
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
-from mtmamba import ENCODERS, PUBLISHED_TASKS, VARIANTS, CTM, MTMamba, PatchExpand, load_published_checkpoint
+from mtmamba import CTM, ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, PatchExpand, load_published_checkpoint
 
 PUBLISHED_NAMES = {ours: published for published, ours in PUBLISHED_TASKS.items()}
 

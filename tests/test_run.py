@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_model import published_state
 
 import datasets
 import evaluate
@@ -26,7 +27,6 @@ import train
 from conftest import TINY_SWIN
 from datasets import PascalContext, Synthetic
 from mtmamba import MTMamba
-from test_model import published_state
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
@@ -153,9 +153,9 @@ class Numbered(torch.utils.data.Dataset):
         return 7
 
 
-def shares(start, rank=0, world=1, accumulate=1, dataset=Numbered(), seed=0):
+def shares(start, rank=0, world=1, accumulate=1, dataset=None, seed=0):
     args = argparse.Namespace(seed=seed, batch_size=12, accumulate=accumulate, iterations=5)
-    return list(train.batch_shares(dataset, args, start, rank, world))
+    return list(train.batch_shares(dataset or Numbered(), args, start, rank, world))
 
 
 def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
@@ -394,8 +394,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
 
 
 def test_what_stops_a_run_from_outside_is_told_in_one_line():
-    full = OSError(24, "Too many open files")
-    assert "ulimit -n" in train.explain(full) and "ulimit -n" in train.explain(RuntimeError("received 0 items of ancdata"))
+    for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
+        assert "ulimit -n" in train.explain(full)
     compiler = torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("Failed to find C compiler"), None)
     assert "--no-compile" in train.explain(compiler) and "\n" not in train.explain(compiler)
     assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
@@ -480,7 +480,7 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
 
 
 def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
-    """What fits is taken and the rest named; the cross-task blocks only where the tasks and their order are the same."""
+    """What fits is taken, the rest named; the cross-task blocks only where the tasks and their order are the same."""
     first = tmp_path / "first/last.pt"
     run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
     arguments = ["--tasks", "depth", "semseg", "saliency", "--iterations", 1, "--init-from", first]
@@ -493,7 +493,8 @@ def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
     fresh = {key for key in new if ".ctm." in key or "saliency" in key}
     constants = {key for key in fresh if not new[key].is_floating_point() or new[key].unique().numel() == 1}
     assert taken - constants == set(new) - fresh and f"took {len(set(new) - fresh)} tensors of {first}" in printed
-    assert "new, not in the file: heads.saliency.expand (3)" in printed and "left in the file: stages.0.ctm (" in printed
+    assert "new, not in the file: heads.saliency.expand (3)" in printed
+    assert "left in the file: stages.0.ctm (" in printed
     assert "name it with --init-from" in fails(capsys, 2, tmp_path / "third", "--init-partial")
 
 
@@ -579,8 +580,8 @@ def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
 
 
 OWN = ["--img-size", "64", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
-       json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1))), "--no-pretrained", "--variant", "stm1", "--workers",
-       "0", "--iterations", "2", "--batch-size", "2"]
+       json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1))), "--no-pretrained", "--variant", "stm1",
+       "--workers", "0", "--iterations", "2", "--batch-size", "2"]
 
 
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch):

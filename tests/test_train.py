@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_metrics import TASKS, pixels, random_case
 from torch.utils.data import default_collate
 
 import evaluate
 import train
 from datasets import IGNORE, Synthetic
 from mtmamba import MTMamba
-from test_metrics import TASKS, pixels, random_case
 
 ROOT = Path(train.__file__).parent
 
