@@ -1419,7 +1419,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
             for t in tl.static_range(STEPS):
                 mask = (d < D) & (done + t < steps)
                 # Read and computed again, as registers are scarce.
-                pixel_t = tl.gather(summed_at, tl.full((32,), 2 * t, tl.int32), 0)[None, :]
+                pixel_t = tl.sum(tl.where(lane == 2 * t, summed_at, 0), 0)
                 u = tl.load(x + pixel_t * D + d, mask=d < D, other=0).to(tl.float32)
                 z = tl.load(delta_walk + pixel_t * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
                 # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
