@@ -262,6 +262,10 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
     if wrong:
         raise ValueError(f"{path} holds weights of another architecture or other tasks: {len(wrong)} tensors are "
                          f"missing, left over or of another shape, first {wrong[0]}")
+    order = list(checkpoint["config"]["tasks"])
+    if order != list(model.tasks):    # which no shape shows
+        raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
+                         f"features, the model in the order {list(model.tasks)}; use the former")
     model.load_state_dict(state)
     print(f"loaded {len(state)}/{len(expected)} tensors of {path}")
 

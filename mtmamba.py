@@ -1013,8 +1013,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file or naming every tensor that is missing,
-    left over or of the wrong shape; then the model is unchanged.
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, for tasks in another order (that of its
+    keys), or naming every tensor that is missing, left over or of the wrong shape; then the model is unchanged.
     """
     source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
@@ -1038,6 +1038,10 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
         raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
                          f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
                          + "\n  ".join(problems))
+    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    if order != list(model.tasks):    # which no shape shows
+        raise ValueError("the checkpoint's tasks stand in another order, in which the cross-task blocks concatenate "
+                         f"their features; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
     model.load_state_dict(state)
     return len(checkpoint)
 

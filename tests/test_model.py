@@ -53,6 +53,13 @@ def test_published_checkpoint_from_a_file(tiny_model, data, tmp_path):
     assert load_published_checkpoint(tiny_model(), tmp_path / "published.pth") == len(state)
 
 
+def test_published_checkpoint_of_tasks_in_another_order(tiny_model, data):
+    """Every shape fits, and the outputs would be wrong."""
+    model = tiny_model({task: NYUD_TASKS[task] for task in sorted(NYUD_TASKS)})
+    with pytest.raises(ValueError, match="another order"):
+        load_published_checkpoint(model, published_state(data("published_nyud_tiny.npz")))
+
+
 def test_published_checkpoint_that_does_not_fit_changes_nothing(tiny_model, data):
     state = published_state(data("published_nyud_tiny.npz"))
     state["module.extra"] = torch.zeros(1)

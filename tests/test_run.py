@@ -498,6 +498,13 @@ def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
     assert "name it with --init-from" in fails(capsys, 2, tmp_path / "third", "--init-partial")
 
 
+def test_weights_of_tasks_in_another_order_are_refused(tmp_path, capsys):
+    run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
+    message = fails(capsys, 2, tmp_path / "second", "--tasks", "depth", "semseg", "--init-from",
+                    tmp_path / "first/last.pt")
+    assert "in the order ['semseg', 'depth']" in message
+
+
 def test_a_part_of_a_published_checkpoint(data, tmp_path, capsys):
     """Into a model of two of its tasks, one of them with fewer classes."""
     torch.save({"model": published_state(data("published_nyud_tiny.npz"))}, tmp_path / "published.pth")
