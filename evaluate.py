@@ -52,6 +52,7 @@ from datasets import (
     choose_tasks,
     find_dataset_class,
     read_image,
+    read_names,
     to_tensor,
 )
 from metrics import (
@@ -382,11 +383,12 @@ def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
 
 
 def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
-    """The IDs in the file. Raises ValueError for those that the data set does not have."""
+    """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
     if path is None:
         return None
-    names = set(path.read_text().split())
-    unknown = sorted(names - set(getattr(dataset, "names", ())))
+    known = set(getattr(dataset, "names", ()))
+    names = set(read_names(path, known.__contains__))
+    unknown = sorted(names - known)
     if unknown or not names:
         raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
                          f"{f'{len(unknown)} others, first {unknown[0]}' if unknown else 'none'}")

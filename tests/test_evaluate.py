@@ -139,6 +139,31 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
 
 
+def test_images_larger_than_the_data_sets_size(checkpoint, nyud, tmp_path):
+    """They are padded to the next multiple of 32, a batch of their own, and count as all others."""
+    root = shutil.copytree(nyud, tmp_path / "data")
+    h, w = 60, 70
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (h, w, 3), np.uint8)).save(root / "images/0002.png")
+    Image.fromarray(np.ones((h, w), np.uint8)).save(root / "segmentation/0002.png")
+    Image.fromarray(np.full((h, w, 3), (127, 127, 255), np.uint8)).save(root / "normals/0002.png")
+    Image.fromarray(np.eye(h, w, dtype=np.uint8) * 255).save(root / "edge/0002.png")
+    np.save(root / "depth/0002.npy", np.ones((h, w), np.float32))
+    results = evaluate.main(arguments(checkpoint, root, tmp_path, "--save-predictions", tmp_path / "maps"))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    dataset, meters = SmallNYUDv2(root, "val", None), make_meters(NYUD_TASKS)
+    assert [tuple(sample["image"].shape[1:]) for sample in dataset] == [
+        (48, 64), (64, 96), (48, 64), (48, 64), (48, 64)]
+    for sample in dataset:
+        with torch.no_grad():
+            outputs = model(sample["image"][None])
+        for task, meter in meters.items():
+            meter.update(outputs[task], sample[task][None])
+    for task, meter in meters.items():
+        for metric, value in meter.compute().items():
+            assert results[task][metric] == pytest.approx(value, rel=1e-6), metric
+    assert np.load(tmp_path / "maps/depth/0002.npy").shape == (h, w)
+
+
 def test_the_table_is_printed_before_anything_is_written(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     """And a folder that cannot be written to is refused before anything is computed."""
     def full(file):

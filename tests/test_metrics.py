@@ -13,6 +13,23 @@ def score(task, channels, output, target):
     return meter.compute()
 
 
+class OnMPS(torch.Tensor):
+    """Stands for a tensor on Apple's GPU, which has no float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_meters_count_on_the_cpu_where_the_device_has_no_float64():
+    output, target = random_case("depth", 1)
+    meter = make_meters({"depth": 1})["depth"]
+    meter.update(*(torch.as_tensor(array).as_subclass(OnMPS) for array in (output, target)))
+    assert type(meter.sums) is torch.Tensor and meter.sums.dtype == torch.float64
+    assert meter.compute() == score("depth", 1, output, target)
+
+
 def random_case(task, channels, batch=5):
     """Random raw outputs and labels of every value, about a fifth of the pixels ignored."""
     rng = np.random.default_rng(0)
