@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mtmamba
+from gpu import LAYOUTS
 from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
@@ -135,27 +135,6 @@ def check_triton(dtype, shape):
     references = torch.autograd.grad(y_reference, doubles, grad.cpu().double())
     for ours, reference in zip(torch.autograd.grad(y, inputs, grad), references):
         assert ours.dtype == dtype and relative_error(ours, reference) < tolerance
-
-
-def every_other(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """t in every other place of a wider tensor, its neighbours NaN."""
-    return torch.stack([t, torch.full_like(t, torch.nan)], dim + 1).flatten(dim, dim + 1).narrow(
-        dim, 0, 2 * t.shape[dim] - 1)[(slice(None),) * dim + (slice(None, None, 2),)]
-
-
-LAYOUTS = {    # of x, delta, B and C: (B, H, W, ...)
-    "contiguous": lambda t: t,
-    "sliced channels": lambda t: F.pad(t, (3, 2), value=torch.nan)[..., 3:-2],    # as of a projection that made several
-    "every other channel": lambda t: every_other(t, t.ndim - 1),
-    "every other column": lambda t: every_other(t, 2),
-    "channels first": lambda t: t.permute(0, *range(3, t.ndim), 1, 2).clone(memory_format=torch.contiguous_format)
-                                 .permute(0, -2, -1, *range(1, t.ndim - 2)),
-    "columns first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "expanded pixels": lambda t: t[:1, :1, :1].expand_as(t),
-    "expanded rows": lambda t: t[:, :1].expand_as(t),
-    "expanded directions": lambda t: t[..., :1, :].expand_as(t),
-    "expanded channels": lambda t: t[..., :1].expand_as(t),
-}
 
 
 @pytest.mark.parametrize("backend", ["torch", "mamba_ssm", pytest.param("triton", marks=needs_triton)])
