@@ -123,8 +123,8 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     if DEVICE == "cpu":
         backends = backends or {"torch": 7, "reference": 1}
     else:
-        backends = backends or {name: 20 for name, there in (("triton", triton), ("mamba_ssm", has_mamba_ssm())) if there
-                                } | {"torch": 3}
+        fast = ["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm()
+        backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
     exponentials, bandwidth = rates()
     rate = "not measured, no Triton" if exponentials is None else f"{exponentials / 1e6:.2f} per ns"
     print(f"{hardware()}, {str(dtype)[6:]}\nexponentials {rate}, memory {bandwidth / 1e6:.0f} GB/s")
@@ -163,7 +163,8 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
 
 
 def model(batch: int | None = None, compile: bool = False, json_file: Path | None = None, checkpoint: bool = False,
-          backends: list[str] | None = None, size: tuple[int, int] | None = None) -> list[dict]:
+          backends: list[str] | None = None, size: tuple[int, int] | None = None,
+          repeats: int | None = None) -> list[dict]:
     """Inference and training steps (AdamW, mean square of the outputs as the loss) of mtmamba, NYUDv2's tasks.
 
     On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32.
@@ -201,7 +202,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
         row = {"backend": backend}
         for name, run in (("inference", infer), ("training", train)):
             network.train(name == "training")
-            ms = median_ms(run, 10 if DEVICE == "cuda" else 3)
+            ms = median_ms(run, repeats or (10 if DEVICE == "cuda" else 3))
             row |= {f"{name} ms": ms, f"{name} images/s": 1000 * batch / ms, f"{name} MiB": peak_mib(run)}
         counters = torch._dynamo.utils.counters
         row |= {"scan's share, %": 100 * scan_share(train), "graphs": counters["stats"]["unique_graphs"] or None,

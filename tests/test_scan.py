@@ -145,7 +145,9 @@ def test_any_strides(layout, backend, small_blocks, poisoned, monkeypatch):
         play_mamba_ssm(monkeypatch)
     def run(inputs, backend):
         x, delta, B, C = (LAYOUTS[layout](inputs[i]) for i in (0, 1, 3, 4))
-        scan = mtmamba._run_mamba_ssm if backend == "mamba_ssm" else functools.partial(selective_scan_2d, backend=backend)
+        scan = functools.partial(selective_scan_2d, backend=backend)
+        if backend == "mamba_ssm":
+            scan = mtmamba._run_mamba_ssm
         y = scan(x, delta, inputs[2], B, C, *inputs[5:])
         return y, *torch.autograd.grad(y, inputs, LAYOUTS[layout](grad).to(y))
     interpreted = backend == "triton" and DEVICE == "cpu"
