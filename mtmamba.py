@@ -1043,7 +1043,9 @@ LOG2_E = constexpr and constexpr(math.log2(math.e))
 def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
-    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
+    # And no other size of the map or batch is worth compiling for again.
+    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch", "pair"]
+    return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
 @_jit
