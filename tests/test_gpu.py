@@ -50,7 +50,7 @@ def test_dry_run(tmp_path):
     run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert result["failed"] == [] and result["parts"]["scan"][0]["figures"][0]["backend"] == "triton"
+    assert result["failed"] == [] and result["parts"]["scan"][1]["figures"][0]["backend"] == "triton"
     assert "| 1×2 | 4 | 1 |" in run.stdout and "all ok" in run.stdout
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "not empty" in again.stderr
