@@ -357,10 +357,10 @@ def main():
     if args.part:
         globals()[args.part](Report(args.out / f"{args.part}.json"))
         return
-    if DEVICE == "cpu" and not DRY:
-        parser.error("there is no GPU here; --dry-run tries the code on a CPU")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty; give a new folder, so that nothing in it is overwritten")
+    if DEVICE == "cpu" and not DRY:
+        parser.error("there is no GPU here; --dry-run tries the code on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     parts, failed = {}, []
     for part in args.only:
