@@ -1,4 +1,5 @@
-"""Data sets for multi-task dense prediction: PASCAL-Context, NYUDv2, and synthetic scenes that need no files.
+"""Data sets for multi-task dense prediction: synthetic scenes that need no files, one's own (LabelledDataset),
+PASCAL-Context, NYUDv2 and Cityscapes.
 
     python datasets.py check   --dataset pascal --root data/PASCALContext              # what is missing or wrong
     python datasets.py prepare --dataset pascal --root data/PASCALContext              # once, to load faster
@@ -16,12 +17,18 @@ Every data set yields one dictionary per image:
     "name"      str
     "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
-with only those labels that were asked for. IGNORE marks label pixels that count neither in losses nor in metrics.
+with only those labels that were asked for. Cityscapes' are twice as large as its images, (2H, 2W), and its depth is
+disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
 """
 
 import argparse
+import importlib
+import inspect
 import os
+import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -53,7 +60,7 @@ class Synthetic(torch.utils.data.Dataset):
     two seeds give two disjoint splits.
 
     semseg     CLASSES. "floor" is also the ground outdoors, "wall" also a building.
-    parsing    PARTS; 0 away from people. An image without people counts in full (PASCAL-Context ignores such images).
+    parsing    PARTS; 0 away from people. An image without people is ignored whole, as in PASCAL-Context.
     saliency   1 on spheres, boxes, cylinders and people.
     normal     IGNORE on the sky.
     boundary   1 where the instance differs from that of the right, lower or lower-right neighbour (the last row and
@@ -78,6 +85,7 @@ class Synthetic(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
         self.count, self.size, self.seed, self.tasks = count, tuple(size), seed, tasks
+        self.last = None, None    # the image last given and its boundaries, which are wanted next to score it
 
     def __len__(self):
         return self.count
@@ -85,6 +93,7 @@ class Synthetic(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """The dictionary of the module's docstring. Raises IndexError outside 0..count-1."""
         maps = self.render(index)
+        self.last = index, maps["boundary"][0] > 0
         mean, std = (np.float32(v).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         sample = {"image": torch.from_numpy((maps["image"] - mean) / std)}
         sample |= {task: torch.from_numpy(maps[task]) for task in self.tasks}
@@ -92,7 +101,8 @@ class Synthetic(torch.utils.data.Dataset):
 
     def boundary_truth(self, index):
         """The boundaries that odsF scores against: bool (H, W), the label thinned. Raises as [index]."""
-        return thin(self.render(index)["boundary"][0] > 0)
+        last, boundary = self.last
+        return thin(boundary if last == index else self.render(index)["boundary"][0] > 0)
 
     def render(self, index):
         """Image `index` in numpy: "image" (3, H, W) in 0..1, the labels of all tasks, "instance" int64 (H, W), and
@@ -116,7 +126,7 @@ class Synthetic(torch.utils.data.Dataset):
         return {
             "image": image,
             "semseg": label[None],
-            "parsing": part[None],
+            "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
             "normal": np.where(sky, np.float32(IGNORE), rotate(camera.turn, normal)),
             "boundary": instance_boundary(instance)[None],
@@ -447,48 +457,54 @@ def instance_boundary(instance):
     return np.float32((instance != padded[:-1, 1:]) | (instance != padded[1:, :-1]) | (instance != padded[1:, 1:]))
 
 
-# ------------------------------------------------------------------------------------ PASCAL-Context and NYUDv2
+# -------------------------------------------------------------------------- one's own, PASCAL-Context and NYUDv2
 
-class FileDataset(torch.utils.data.Dataset):
-    """What PascalContext and NYUDv2 share: a split list, augmentation, padding.
+class LabelledDataset(torch.utils.data.Dataset):
+    """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
+
+    One of one's own derives from it, with TASKS, list_names and read; `--dataset path/to/file.py:Class` of train.py and
+    evaluate.py then makes it with (split, size).
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
-    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE).
+    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE). Where
+    it is larger than that, it is padded to the next multiple of 32.
     """
 
-    TASKS = {}      # output channels by task
-    FOLDERS = {}    # folders by task, below the root; "image" for the images
-    COUNTS = {}     # images by split, as published
-    LIST = ""       # the file with a split's image IDs, one per line
-    FILES = None    # the class that reads one image and its labels
+    TASKS = {}            # output channels by task; the tasks of the module's docstring
+    LABEL_SCALE = 1       # height and width of the labels in those of the image: MTMamba's output_scale
+    DEPTH_RANGE = None    # of the depths that are scored, see make_meters
 
-    def __init__(self, root, split, tasks, size, augment, seed):
-        """root: folder; split: "train" or "val"; tasks: names from TASKS, None for all; size: (H, W) of the samples in
-        pixels; augment: None for the split "train" only; seed: of the augmentation.
+    def __init__(self, split="train", size=(480, 640), tasks=None, augment=None, seed=0):
+        """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels; tasks: names from
+        TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
 
-        Raises ValueError for other values and an empty list, FileNotFoundError where the list or a folder is missing.
-        The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+        Raises ValueError for other values, and where there are no names.
         """
+        check_task_table(type(self))
         self.tasks = choose_tasks(self.TASKS, tasks)
-        if split not in self.COUNTS:
-            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"expected size (H, W) of at least 1 pixel each, found {size}; give a larger size")
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
-        self.root, self.split, self.size, self.seed = Path(root), split, tuple(size), seed
-        self.last = None, None
+        self.split, self.size, self.seed = split, tuple(size), seed
         self.augment = split == "train" if augment is None else augment
-        for folder in ("", *dict.fromkeys(folder for key in ("image", *self.tasks) for folder in self.FOLDERS[key])):
-            if not (self.root / folder).is_dir():
-                raise FileNotFoundError(f"no folder {self.root / folder}; unpack the archive of {type(self).__name__}, "
-                                        "or give the place where it is unpacked as the root")
-        path = self.root / self.LIST.format(split)
-        with reading(path):
-            self.names = path.read_text().split()
+        if self.augment and self.LABEL_SCALE != 1:
+            raise ValueError("expected augment=False, as the labels are larger than the images")
+        self.names = list(self.list_names())
         if not self.names:
-            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+            raise ValueError(f"expected images of the split {split!r} in {type(self).__name__}, found none")
+
+    def list_names(self) -> list[str]:
+        """The names of the split's images, in the order of the data set."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The image, uint8 (h, w, 3), and at least the labels of self.tasks, in the forms that as_label takes.
+
+        Raises FileNotFoundError or ValueError, naming the file.
+        """
+        raise NotImplementedError
 
     def __len__(self):
         return len(self.names)
@@ -496,42 +512,96 @@ class FileDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """The dictionary of the module's docstring. index: an int, or (epoch, index).
 
-        Raises IndexError outside 0..len-1; FileNotFoundError or ValueError, naming the file, for a file that is
-        missing, unreadable, of another size than its image or with values out of range, and for an image that is
-        larger than `size` where nothing crops it.
+        Raises IndexError outside 0..len-1, what `read` raises, and ValueError, naming image and task, for a label of
+        another size than the image's or with values out of range.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        files = self.files(index)
-        self.last = index, files
-        image, labels = files.image, {task: files.label(task) for task in self.tasks}
+        name = self.name(index)
+        image, labels = self.load(name)
+        size = self.size
         if self.augment:
-            rng = np.random.default_rng([self.seed, epoch, index])
-            image, labels = augment(image, labels, self.size, rng)
+            image, labels = augment(image, labels, size, np.random.default_rng([self.seed, epoch, index]))
         else:
-            self.check_fits(files)
+            size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), self.size, 0))}
-        sample |= {task: decode(task, pad(label, self.size, PADDING[task])) for task, label in labels.items()}
-        return sample | {"name": files.name, "size": tuple(image.shape[1:])}
+        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), size, 0))}
+        size = tuple(self.LABEL_SCALE * n for n in size)
+        sample |= {task: decode(task, pad(label, size, PADDING[task])) for task, label in labels.items()}
+        return sample | {"name": name, "size": tuple(image.shape[1:])}
 
-    def files(self, index, prepared=True):
-        """What reads image `index`; prepared: whether from prepared labels where there are any."""
+    def name(self, index: int) -> str:
+        """Raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
-        return self.FILES(self.root, self.names[index], prepared)
+        return self.names[index]
+
+    def load(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What `read` gives, checked: the image, and the labels of self.tasks in the forms that as_label returns."""
+        image, labels = self.read(name)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"{name}: expected an image of uint8 (h, w, 3), found {image.dtype} {image.shape}")
+        size = tuple(self.LABEL_SCALE * n for n in image.shape[:2])
+        checked = {}
+        for task, channels in self.tasks.items():
+            with naming(f"{name}, {task}"):
+                expect(task in labels, "a label", f"those of {list(labels)}")
+                checked[task] = as_label(task, labels[task], channels, size)
+        return image, checked
+
+    def boundary_truth(self, index: int) -> np.ndarray:
+        """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned.
+        Raises as [index]."""
+        return thin(self.load(self.name(index))[1]["boundary"][0] == 1)
+
+
+class FileDataset(LabelledDataset):
+    """What PascalContext, NYUDv2 and Cityscapes share: folders and a list of the split's images.
+
+    The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+    """
+
+    FOLDERS = {}    # folders by task, below the root, {} for the split; "image" for the images
+    COUNTS = {}     # images by split, as published
+    LIST = ""       # the file with a split's image IDs, one per line
+    FILES = None    # the class that reads one image and its labels
+
+    def __init__(self, root, split, tasks, size, augment, seed):
+        """As LabelledDataset; root: folder, split: from COUNTS.
+
+        Raises FileNotFoundError where the list or a folder is missing, too.
+        """
+        if split not in self.COUNTS:
+            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
+        self.root, self.last = Path(root), None
+        for folder in ("", *dict.fromkeys(folder for key in ("image", *choose_tasks(self.TASKS, tasks))
+                                          for folder in self.FOLDERS[key])):
+            folder = self.root / folder.format(split)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder {folder}; unpack the archive of {type(self).__name__}, or give the "
+                                        "place where it is unpacked as the root")
+        super().__init__(split, size, tasks, augment, seed)
+
+    def list_names(self):
+        path = self.root / self.LIST.format(self.split)
+        names = read_names(path, lambda name: self.files(name).image_path.exists())
+        if not names:
+            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
+        return names
+
+    def read(self, name):
+        self.last = self.files(name)
+        return self.last.image, {task: self.last.label(task) for task in self.tasks}
+
+    load = read    # ImageFiles checks as it reads, and its labels are as as_label returns them
+
+    def files(self, name: str, prepared: bool = True):
+        """What reads an image's files; prepared: whether from prepared labels where there are any."""
+        return self.FILES(self.root, name, prepared)
 
     def boundary_truth(self, index):
-        """The boundaries that odsF scores against: bool (h, w), thinned, at the image's own size. Raises as [index]."""
-        last_index, files = self.last    # of the sample just loaded: its files need not be read again
-        return (files if last_index == index else self.files(index)).boundary_truth()
-
-    def check_fits(self, files):
-        """Raises ValueError where the image is larger than the padded size."""
-        (h, w), (H, W) = files.image.shape[:2], self.size
-        if h > H or w > W:
-            raise ValueError(f"expected an image of at most {H}x{W} (HxW), found {h}x{w} in {files.image_path}; "
-                             "evaluate at a larger size")
+        name = self.name(index)    # most often of the sample just loaded: its files need not be read again
+        return (self.last if self.last and self.last.name == name else self.files(name)).boundary_truth()
 
 
 class PascalContext(FileDataset):
@@ -540,8 +610,9 @@ class PascalContext(FileDataset):
     semseg     PASCAL VOC's 20 classes and background 0.
     parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
                that is listed later stands.
-    saliency   1 where the distilled map is above 127.
-    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR).
+    saliency   1 where the distilled map is above 127, or of a mask (0 and 1, or as the role "mask" of read_image).
+    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR), and where
+               the vector is of about unit length. Differs: the published implementation does not look at the length.
     boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
                scores against another map, boundary_truth.
     """
@@ -555,6 +626,9 @@ class PascalContext(FileDataset):
 
     def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 512), augment=None, seed=0):
         super().__init__(root, split, tasks, size, augment, seed)
+        if {"parsing", "normal", "boundary"} & set(self.tasks) and any(self.files(n).outdated() for n in self.names):
+            warnings.warn(f"{self.root / 'prepared'} holds labels that are older than their originals and so are not "
+                          "used; run `python datasets.py prepare` again", stacklevel=2)
 
 
 class NYUDv2(FileDataset):
@@ -562,7 +636,7 @@ class NYUDv2(FileDataset):
 
     semseg     40 classes: 1..40 in the file are 0..39 here, 0 there is IGNORE here.
     depth      metres; 0 in the file is IGNORE here.
-    normal     valid everywhere.
+    normal     valid where the vector is of about unit length. Differs: the published implementation counts all.
     boundary   the edge image, as it is.
     """
 
@@ -577,7 +651,97 @@ class NYUDv2(FileDataset):
         super().__init__(root, split, tasks, size, augment, seed)
 
 
-DATASETS = {"pascal": PascalContext, "nyud": NYUDv2}
+class Cityscapes(FileDataset):
+    """Cityscapes: 2,975 images to train on, 500 to validate, 1024x2048 each; a split is what lies in its folder.
+
+    The network gets the image at half its size (`size`; Pillow's bilinear filter). Labels keep theirs, and nothing is
+    cropped, flipped or recoloured. All as in the published runs.
+
+    semseg     19 classes; all other label IDs are IGNORE.
+    depth      disparity in pixels of the file's image: (p - 1) / 256 of its 16 bits p, -1 where p is 0 or 1, which is
+               not measured; then 0 on label ID 10, rail track. Only what lies inside DEPTH_RANGE is scored, but all
+               of it trains; mask_invalid makes the pixels at -1 IGNORE.
+    """
+
+    TASKS = {"semseg": 19, "depth": 1}
+    FOLDERS = {"image": ["leftImg8bit/{}"], "semseg": ["gtFine/{}"], "depth": ["disparity/{}", "gtFine/{}"]}
+    COUNTS = {"train": 2975, "val": 500}
+    LIST = "leftImg8bit/{}"
+    ROOT = "data/Cityscapes"
+    LABEL_SCALE = 2
+    DEPTH_RANGE = (0, 80)
+
+    def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 1024), seed=0, mask_invalid=False):
+        super().__init__(root, split, tasks, size, augment=False, seed=seed)
+        self.mask_invalid = mask_invalid
+        self.FILES = partial(CityscapesFiles, split, self.size)
+
+    def __getitem__(self, index):
+        files = self.files(self.name(index[1] if isinstance(index, tuple) else index))
+        image = Image.fromarray(files.image).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        sample = {"image": (to_tensor(np.array(image)) - mean) / std}
+        sample |= {task: torch.from_numpy(files.label(task)) for task in self.tasks}
+        if self.mask_invalid and "depth" in self.tasks:
+            sample["depth"][sample["depth"] < 0] = IGNORE
+        return sample | {"name": files.name, "size": self.size}
+
+    def list_names(self):
+        folder = self.root / self.LIST.format(self.split)
+        names = sorted(path.name.removesuffix("_leftImg8bit.png") for path in folder.glob("*/[!.]*_leftImg8bit.png"))
+        if not names:
+            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the "
+                             "archive again")
+        return names
+
+
+DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
+
+
+def find_dataset_class(name: str) -> type:
+    """A class of DATASETS by its name; one of one's own by "path/to/file.py:Class", with TASKS and a constructor that
+    takes (split, size). Raises FileNotFoundError, or ValueError where there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).resolve()
+    if path.suffix != ".py":
+        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, found {name!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}, in which {class_name} was expected")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))    # where the processes of a loader find the class, too
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:
+        raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    if not getattr(module, "__file__", None) or Path(module.__file__).resolve() != path:
+        raise ValueError(f"another module is named as {path}; rename the file")
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"expected a class {class_name!r} in {path}, found {found}; its classes: "
+                         f"{[key for key, value in vars(module).items() if isinstance(value, type)]}")
+    check_task_table(found)
+    try:
+        inspect.signature(found).bind("train", (32, 32))
+    except TypeError as error:
+        raise ValueError(f"expected a constructor {class_name}(split, size) in {path}, found {class_name}"
+                         f"{inspect.signature(found)}") from error
+    return found
+
+
+CHANNELS = {"saliency": 2, "normal": 3, "boundary": 1, "depth": 1}    # the other tasks have one per class
+
+
+def check_task_table(dataset: type):
+    """Raises ValueError where a data set's class has no table of tasks, or an impossible one."""
+    table = getattr(dataset, "TASKS", None)
+    known = isinstance(table, dict) and table and set(table) <= set(PADDING) and all(
+        isinstance(n, int) and (n == CHANNELS[task] if task in CHANNELS else 2 <= n <= IGNORE)
+        for task, n in table.items())
+    if not known:
+        raise ValueError(f"expected {dataset.__name__}.TASKS with output channels by task, {list(PADDING)}: as many as "
+                         f"classes (2 to {IGNORE}), {CHANNELS}; found {table}")
 
 
 def choose_tasks(table: dict[str, int], tasks: Iterable[str] | None) -> dict[str, int]:
@@ -613,18 +777,20 @@ class ImageFiles:
     @cached_property
     def image(self) -> np.ndarray:
         """RGB, uint8 (h, w, 3)."""
-        return read_image(self.image_path, "RGB")
+        return read_image(self.image_path)
 
     def label(self, task: str) -> np.ndarray:
         return getattr(self, task)()
 
-    def read(self, path: Path, mode: str | None = None) -> np.ndarray:
+    def read(self, path: Path, role: str) -> np.ndarray:
         """A label image of the image's size: see read_image."""
-        return self.sized(read_image(path, mode), path)
+        label = read_image(path, role)
+        self.sized(label[0] if role == "normal" else label, path)
+        return label
 
     def sized(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """label (h, w) or (h, w, 3) itself. Raises ValueError where (h, w) is not the image's size."""
-        if label.shape not in (self.image.shape, self.image.shape[:2]):
+        """label (h, w) itself. Raises ValueError where that is not the image's size."""
+        if label.shape != self.image.shape[:2]:
             raise ValueError(f"expected the size of {self.image_path.name}, {self.image.shape[:2]}, found "
                              f"{label.shape} in {path}; unpack the archive again")
         return label
@@ -638,7 +804,7 @@ class NYUDv2Files(ImageFiles):
 
     def semseg(self):
         path = self.path("segmentation", ".png")
-        label = in_range(self.read(path), 40, path)
+        label = in_range(self.read(path, "classes"), 40, path)
         return (label.astype(np.uint8) - np.uint8(1))[None]    # 0 becomes IGNORE by wrapping around
 
     def depth(self):
@@ -648,26 +814,24 @@ class NYUDv2Files(ImageFiles):
         return in_range(self.sized(depth, path), 100, path)[None]    # catches millimetres
 
     def normal(self):
-        normal = self.read(self.path("normals", ".png"), "RGB")
-        return np.stack([*normal.transpose(2, 0, 1), np.ones(normal.shape[:2], np.uint8)])
+        path = self.path("normals", ".png")
+        normal = self.read(path, "normal")
+        with reading(path):
+            return as_normal(normal, self.image.shape[:2])
 
     def boundary(self):
-        path = self.path("edge", ".png")
-        edge = self.read(path, "L")
-        if not np.isin(edge, (0, 255)).all():
-            found = edge[(edge > 0) & (edge < 255)][0]
-            raise ValueError(f"expected the values 0 and 255, found {found} in {path}; unpack the archive again")
-        return np.uint8(edge > 0)[None]
+        return self.read(self.path("edge", ".png"), "mask")[None]
 
 
 class PascalFiles(ImageFiles):
     IMAGE = "JPEGImages", ".jpg"
+    ORIGINALS = ("human_parts", ".mat"), ("pascal-context/trainval", ".mat")    # of what is prepared
     PREPARED = "prepared", ".png"    # rename the folder when the packing changes, or old files will be misread
 
     def semseg(self):
         paths = [self.path(folder, ".png") for folder in ("semseg/VOC12", "semseg/pascal-context")]
         path = paths[0] if paths[0].exists() else paths[1]
-        label = self.read(path)
+        label = self.read(path, "classes")
         return np.uint8(in_range(label, 20, path, IGNORE))[None]
 
     def parsing(self):
@@ -683,12 +847,14 @@ class PascalFiles(ImageFiles):
         return (label if label.any() else np.full_like(label, IGNORE))[None]
 
     def saliency(self):
-        return np.uint8(self.read(self.path("sal_distill", ".png"), "L") > 127)[None]
+        return self.read(self.path("sal_distill", ".png"), "soft mask")[None]
 
     def normal(self):
-        indoor = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
-        normal = self.read(self.path("normals_distill", ".png"), "RGB")
-        return np.stack([*normal.transpose(2, 0, 1), np.uint8(indoor)])
+        path = self.path("normals_distill", ".png")
+        normal = self.read(path, "normal")
+        normal[3] = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
+        with reading(path):
+            return as_normal(normal, self.image.shape[:2])
 
     def boundary(self):
         edges = label_edges(self.label_map) if self.packed is None else self.packed >> 4 & 1
@@ -703,18 +869,26 @@ class PascalFiles(ImageFiles):
     def label_map(self) -> np.ndarray:
         """459 classes from 1, int32 (h, w)."""
         path = self.path("pascal-context/trainval", ".mat")
-        return in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path).astype(np.int32)
+        label = in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path)
+        with reading(path):
+            expect((label == label.astype(np.int32)).all(), "whole numbers as classes", label[label % 1 > 0])
+        return label.astype(np.int32)
 
     @cached_property
     def packed(self) -> np.ndarray | None:
-        """The prepared labels, uint8 (h, w), or None where there are none; see pack."""
+        """The prepared labels, uint8 (h, w), or None where there are none of these originals; see pack."""
         path = self.path(*self.PREPARED)
-        if not self.prepared or not path.exists():
+        if not self.prepared or not path.exists() or self.outdated():
             return None
         try:
-            return self.read(path)
+            return self.read(path, "classes")
         except ValueError as error:
             raise ValueError(f"unusable file {path}; delete it and run `python datasets.py prepare` again") from error
+
+    def outdated(self) -> bool:
+        """Whether there are prepared labels, but of other originals than those that are there now."""
+        path, *originals = (self.path(*place) for place in (self.PREPARED, *self.ORIGINALS))
+        return path.exists() and any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
 
     def pack(self) -> np.ndarray:
         """The labels that are slow to make from the originals, in the bits of one image, uint8 (h, w):
@@ -723,7 +897,48 @@ class PascalFiles(ImageFiles):
         return self.parsing()[0] & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
 
 
+class CityscapesFiles(ImageFiles):
+    IMAGE = "leftImg8bit", "_leftImg8bit.png"
+
+    def __init__(self, split: str, size: tuple[int, int], root: Path, name: str, prepared: bool = True):
+        self.split, self.size = split, size    # half that of the files
+        super().__init__(root, name, prepared)
+
+    def path(self, folder, suffix):
+        return super().path(f"{folder}/{self.split}/{self.name.split('_')[0]}", suffix)
+
+    @cached_property
+    def image(self):
+        image = read_image(self.image_path)
+        found, expected = ("x".join(map(str, size)) for size in (image.shape[:2], [2 * n for n in self.size]))
+        if found != expected:
+            raise ValueError(f"expected an image of {expected} (HxW), twice the size that the network gets, found "
+                             f"{found} in {self.image_path}; give --img-size or size half the images' size")
+        return image
+
+    def semseg(self):
+        return LABEL_IDS[self.label_ids].astype(np.int64)[None]
+
+    def depth(self):
+        path = self.path("disparity", "_disparity.png")
+        stored = self.read(path, "classes")
+        if stored.dtype == np.uint8:
+            raise ValueError(f"expected 16 bits per pixel, found 8 in {path}; unpack the archive again")
+        disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
+        disparity[self.label_ids == 10] = 0
+        return disparity[None]
+
+    @cached_property
+    def label_ids(self) -> np.ndarray:
+        """uint8 (h, w)."""
+        path = self.path("gtFine", "_gtFine_labelIds.png")
+        return in_range(self.read(path, "classes"), 33, path)
+
+
 PascalContext.FILES, NYUDv2.FILES = PascalFiles, NYUDv2Files
+
+LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
+LABEL_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = range(19)
 
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
 PART_NAMES = {name: part for part, names in enumerate((
@@ -745,18 +960,166 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file {path}; unpack the archive again") from error
+        raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
+    except Unfit as error:
+        raise ValueError(f"{error} in {path}{error.advice}") from error
     except Exception as error:    # on damaged files the readers raise many kinds
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"unreadable file {path} ({reason}); unpack the archive again") from error
+        raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
 
 
-def read_image(path: Path, mode: str | None = None) -> np.ndarray:
-    """uint8 (h, w, 3) for the mode "RGB", (h, w) for "L" (grey); None: one channel of integers (h, w), as stored."""
+def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The image IDs in a list: UTF-8, one per line.
+
+    exists: whether there is an image of an ID, which tells an ID with a space in it from a pair. Raises
+    FileNotFoundError, or ValueError, with its number, for a line that is no ID.
+    """
+    names = []
+    with reading(path):
+        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
+            if name := line.strip():
+                kind = other_than_name(name, exists)
+                expect(kind is None, "one image ID per line", f"{kind}, {name!r}, in line {number}")
+                names.append(name)
+    return names
+
+
+def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
+    """What a line of a list is if it is no image ID."""
+    if not line.replace("\t", " ").isprintable():
+        return "control characters"
+    if re.search(r"^[#%]|\s#", line):
+        return "a comment"
+    if "/" in line or "\\" in line:
+        return "a path"
+    if re.search(r"\.(jpe?g|png|bmp|gif|webp|tiff?|mat|npy|txt)$", line, re.IGNORECASE):
+        return "a name with an ending"
+    parts = re.split(r"[\s,;]+", line)
+    if "\t" in line or len(parts) > 1 and not exists(line) and any(map(exists, parts)):
+        return "a pair"
+    return None
+
+
+class Unfit(ValueError):
+    """What a file holds is not what it should: `reading` adds its name."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Begins the message with what it is about."""
+    try:
+        yield
+    except Unfit as error:
+        raise ValueError(f"{what}: {error}{error.advice}") from error
+
+
+def expect(condition: bool, expected: str, found: object, advice: str = ""):
+    """found: an array for its first value."""
+    if not condition:
+        error = Unfit(f"expected {expected}, found {found.flat[0] if isinstance(found, np.ndarray) else found}")
+        error.advice = f"; {advice}" if advice else ""
+        raise error
+
+
+LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
+BITS, PHOTOMETRIC, ORIENTATION, HIGHEST, SAMPLE_FORMAT = 258, 262, 274, 281, 339    # tags of TIFF and EXIF
+
+
+def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
+    """The pixels of an image file, by what they mean:
+
+    picture     uint8 (h, w, 3), RGB as a viewer shows it: 16 bits become 8 by the range of the format or the one that
+                the file declares, transparent parts white; of several frames the first
+    classes     integers (h, w): grey of 8 or more bits as it is stored, of a palette the indices
+    mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
+    soft mask   the same, and from grey in more than 32 steps: 1 above 127
+    normal      uint8 (4, h, w): RGB and 1, as as_label takes it
+
+    turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody
+    knows which way up the labels beside it are.
+    Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or its meaning not certain.
+    """
     with reading(path), Image.open(path) as image:
-        if mode is None and len(image.getbands()) > 1:
-            raise ValueError(f"expected one channel, found {image.mode}")
-        return np.array(image if mode is None else image.convert(mode))
+        stored = image.tile[0][3] if image.tile else ""    # Pillow's name of the layout of the file's pixels
+        stored = str(stored[0] if isinstance(stored, tuple) else stored)
+        turned = image.getexif().get(ORIENTATION) in range(2, 9)
+        expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        image.load()
+        if role == "picture":
+            picture = to_rgb(image, stored, tags)
+            if turned and image.format != "TIFF":    # which Pillow turns by itself
+                picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
+            return np.array(picture)
+        expect(image.format in LOSSLESS and image.info.get("compression") != "jpeg", "a label without loss, in a file "
+               f"of {', '.join(LOSSLESS)}", f"one of {image.format}")
+        expect(getattr(image, "n_frames", 1) == 1, "one frame", getattr(image, "n_frames", 1))
+        expect(tags.get(PHOTOMETRIC) != 0, "0 as black", "a TIFF with 0 as white")
+        if role == "normal":
+            expect(image.mode == "RGB", "three channels, RGB", f"mode {image.mode}")
+            pixels = np.array(image)
+            return np.stack([*pixels.transpose(2, 0, 1), np.ones(pixels.shape[:2], np.uint8)])
+        if role != "classes":
+            return mask_pixels(image, role == "soft mask")
+        expect(image.mode in ("L", "P") or image.mode.startswith("I"), "one channel of integers", f"mode {image.mode}")
+        expect(stored[:3] not in ("L;2", "L;4"), "8 or 16 bits per pixel, or a palette", f"grey of {stored[2:3]} bits")
+        return np.array(image)
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}    # by EXIF's orientation
+
+
+def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
+    """A loaded picture in 8 bits per channel. tags: of TIFF."""
+    expect(set(tags.get(SAMPLE_FORMAT, (1,))) == {1} and image.mode != "F", "unsigned integers",
+           "signed ones or floats", TO_8_BITS)
+    if image.mode.startswith("I"):
+        expect(image.mode != "I" or image.format in ("PNG", "PPM"), "1, 8 or 16 bits per channel", "32", TO_8_BITS)
+        expect(tags.get(PHOTOMETRIC) != 0 and "transparency" not in image.info, "16 bits from black to "
+               "white", "a transparent value, or white as 0", TO_8_BITS)
+        pixels = np.array(image)
+        limit = max(tags.get(HIGHEST, (2 ** tags.get(BITS, (16,))[0] - 1,)))
+        expect(pixels.max() <= limit, f"values up to the declared {limit}", pixels.max())
+        certain(pixels.max(), limit, 4096)
+        return Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)).convert("RGB")
+    if ";16" in stored and image.mode.startswith("RGB"):    # of which Pillow gives the higher byte
+        certain(max(high for _, high in image.getextrema()[:3]), 255, 16)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+TO_8_BITS = "convert it to 8 bits per channel"
+
+
+def certain(highest: int, limit: int, least: int):
+    """Raises Unfit for a picture in 16 bits that may have 12 and does not say so: nearly black, or not."""
+    expect(highest == 0 or highest >= least or limit not in (255, 65535), "a range that is declared, or all 16 bits",
+           "12 bits or fewer in use", TO_8_BITS)
+
+
+def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
+    """A loaded mask: uint8 (h, w), 0 and 1."""
+    pixels = np.array(image)
+    if image.mode == "P":
+        colours = np.array(image.convert("RGB"))
+        if (np.isin(colours, (0, 255)) & (colours == colours[..., :1])).all():    # black and white
+            pixels = colours[..., 0]
+    elif image.mode == "RGB" and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    expect(pixels.ndim == 2 and image.mode != "F", "one channel", f"mode {image.mode}")
+    highest = pixels.max()
+    if highest in (0, 1, 255, 65535) and ((pixels == 0) | (pixels == highest)).all():
+        return (pixels > 0).astype(np.uint8)
+    values = np.unique(pixels)
+    expect(soft and image.mode == "L" and len(values) > 32, "0 and 1 or 0 and 255",
+           f"{', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''}")
+    return (pixels > 127).astype(np.uint8)
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
@@ -792,6 +1155,111 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
 
+def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """A label as a data set reads it -> a compact array that augment, pad and decode work on.
+
+    semseg, parsing, saliency, boundary   integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
+    depth                                 floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown
+                                          -> float32 (1, h, w), 0 where unknown
+    normal                                floats (3, h, w), unit vectors, 0 or IGNORE in all three where unknown, or
+                                          uint8 (4, h, w): 255 (v + 1) / 2, and 1 where known
+                                          -> the latter, in float32 if it was floats
+
+    size: (h, w). A normal that is far from unit length has no direction: unknown. Raises ValueError where there are
+    many of them, for another shape or kind of number, and for values out of range.
+    """
+    label = np.asarray(label)
+    if task == "normal":
+        return as_normal(label, size)
+    expected = f"({size[0]}, {size[1]})"
+    expect(label.shape in (size, (1, *size)), f"the shape {expected}, as the image", label.shape)
+    label = label.reshape(1, *size)
+    if task == "depth":
+        expect(label.dtype.kind == "f", "metres as floats", label.dtype)
+        wrong = ~(label >= 0) | (label == np.inf)
+        expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
+        return np.where(label == IGNORE, 0, label).astype(np.float32)
+    last = max(channels, 2) - 1
+    if task == "boundary" and label.dtype.kind == "f":
+        wrong = ~np.isin(label, (0, 1, IGNORE))
+        expect(not wrong.any(), f"0, 1 or {IGNORE}", label[wrong])
+        return label.astype(np.uint8)
+    expect(label.dtype.kind in "uib", "integers", label.dtype)
+    wrong = (label > last) & (label != IGNORE)
+    if label.dtype.kind == "i":
+        wrong |= label < 0
+    expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
+    return label.astype(np.uint8)
+
+
+def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
+    """Raises ValueError, naming the sample and the task, where a sample is not as the module's docstring has it.
+
+    tasks: output channels by task; label_scale: height and width of the labels in those of the image.
+    LabelledDataset checks what it reads, so this is for data sets that do not derive from it.
+    """
+    name, image = sample.get("name"), sample["image"]
+    if image.ndim != 3 or len(image) != 3 or image.dtype != torch.float32 or not image.isfinite().all():
+        raise ValueError(f"{name}: expected an image of finite float32 (3, H, W), found {image.dtype} "
+                         f"{tuple(image.shape)}")
+    size = tuple(label_scale * n for n in image.shape[1:])
+    for task, channels in tasks.items():
+        with naming(f"{name}, {task}"):
+            expect(task in sample, "a label", f"those of {sorted(set(sample) & set(PADDING))}")
+            label = sample[task].numpy()
+            expect(label.ndim == 3, f"the shape (C, {size[0]}, {size[1]})", label.shape)
+            known = as_label(task, label, channels, size)
+            if task == "normal":
+                wrong = label[:, (known[3] == 0) & (label != IGNORE).any(0)]
+                expect(wrong.size == 0, f"vectors of length 1, or {IGNORE} in all channels", wrong.T[:1].tolist())
+            if task == "depth":
+                expect((label > 0).all(), f"depths above 0, or {IGNORE} where unknown", label[label <= 0])
+
+
+def check_samples(dataset: torch.utils.data.Dataset, count: int = 16) -> list[str]:
+    """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each of
+    saliency and boundary without a positive pixel. Raises ValueError as check_sample, and what the data set raises."""
+    tasks = dict(getattr(dataset, "tasks", dataset.TASKS))
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    messages = []
+    for sample in samples if not isinstance(dataset, LabelledDataset) else ():    # which has checked them
+        check_sample(sample, tasks, getattr(dataset, "LABEL_SCALE", 1))
+    for task in tasks:
+        labels, positive = [sample[task] for sample in samples], task in ("saliency", "boundary")
+        if not any(((label == 1) if positive else (label != IGNORE)).any() for label in labels):
+            values = torch.cat([label.unique() for label in labels]).unique().tolist()
+            messages.append(f"{task}: no {'positive ' * positive}pixel counts in the first {len(samples)} samples, "
+                            f"{samples[0]['name']} to {samples[-1]['name']}: their values are {values[:6]}")
+    return messages
+
+
+LENGTHS = 0.75, 1.25    # of what passes for a unit vector
+MANY = 0.4              # of the normals with another length: this is no image of normals
+
+
+def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """See as_label."""
+    if label.dtype.kind == "f":
+        expect(label.shape == (3, *size), f"the shape {(3, *size)}, as the image", label.shape)
+        expect(np.isfinite(label).all(), "finite vectors", "nan or inf")
+        known = (label != IGNORE).any(0)
+        label = np.float32([*((label + 1) * 127.5), known])
+    expect(label.shape == (4, *size) and label.dtype in (np.uint8, np.float32), f"floats {(3, *size)} or uint8 "
+           f"{(4, *size)}, as the image", f"{label.dtype} {label.shape}")
+    vectors = label[:3].astype(np.float32)
+    vectors -= 127.5
+    vectors *= vectors
+    square = (vectors[0] + vectors[1] + vectors[2]) / 127.5 ** 2    # of the length
+    known = label[3] > 0
+    kept = known & (square > LENGTHS[0] ** 2) & (square < LENGTHS[1] ** 2)
+    off = known & ~kept & (square > 0.01)
+    expect(np.count_nonzero(off) <= MANY * np.count_nonzero(known), "vectors of length 1",
+           f"{np.mean(off):.0%} of other lengths")
+    grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
+    expect(not grey, "x, y and z in red, green and blue", "a grey image")
+    return np.concatenate([label[:3], kept[None].astype(label.dtype)])
+
+
 PADDING = {"semseg": IGNORE, "parsing": IGNORE, "saliency": IGNORE, "boundary": IGNORE, "normal": 0, "depth": 0}
 
 
@@ -820,7 +1288,9 @@ def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slic
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
-    """(C, h, w) -> (C, H, W), in the middle."""
+    """(C, h, w) -> (C, H, W), in the middle. Raises ValueError where it is larger."""
+    if array.ndim != 3 or array.shape[1] > size[0] or array.shape[2] > size[1]:
+        raise ValueError(f"expected (C, h, w) of at most {size[0]}x{size[1]}, found {array.shape}")
     padded = np.full((len(array), *size), value, array.dtype)
     rows, columns = centred(size, array.shape[1:])
     padded[:, rows, columns] = array
@@ -847,6 +1317,7 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
     where the scaled image is smaller. Up to 10 crops are tried until no class of semseg covers more than 75 % of the
     labelled pixels; without semseg the first one is taken. What is drawn does not depend on the image or the tasks.
     """
+    check_shapes(image, labels)
     scale = rng.uniform(*SCALE)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5
@@ -874,6 +1345,14 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
     if "normal" in labels and flipped:
         labels["normal"][0] = 255 - labels["normal"][0]    # x points the other way
     return image, labels
+
+
+def check_shapes(image: np.ndarray, labels: dict[str, np.ndarray]):
+    """Raises ValueError where a label is not of the image's size."""
+    for task, label in labels.items():
+        if label.shape != (4 if task == "normal" else 1, *image.shape[:2]):
+            raise ValueError(f"{task}: expected {4 if task == 'normal' else 1} channels of the image's size "
+                             f"{image.shape[:2]}, found {label.shape}")
 
 
 def window(position: float, length: int, size: int) -> slice:
@@ -906,8 +1385,7 @@ def prepare_image(root: Path, name: str) -> str | None:
     """Returns a message where the image's files are missing or wrong. Raises OSError where writing fails."""
     files = PascalFiles(root, name, prepared=False)
     target = files.path(*files.PREPARED)
-    originals = files.path("human_parts", ".mat"), files.path("pascal-context/trainval", ".mat")
-    if target.exists() and all(p.exists() and p.stat().st_mtime <= target.stat().st_mtime for p in originals):
+    if target.exists() and all(files.path(*place).exists() for place in files.ORIGINALS) and not files.outdated():
         return None
     try:
         packed = files.pack()
@@ -920,35 +1398,53 @@ def prepare_image(root: Path, name: str) -> str | None:
 
 def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, differing = 0, []
+    total, differing, listed = 0, [], {}
     for split, published in dataset.COUNTS.items():
         try:
             data = dataset(root, split)
+            exported = all(name.startswith(EXPORTED) for name in data.names)
+            if exported and dataset is Cityscapes:    # of any size, but all of the same
+                size = [length // 2 for length in read_image(data.files(data.names[0]).image_path).shape[:2]]
+                data = Cityscapes(root, split, size=size)
         except (FileNotFoundError, ValueError) as error:
             print(f"{split}: {error}")
             total += 1
             continue
-        found = parallel(partial(image_problems, data), range(len(data)), workers, f"checking {split}")
+        indices = list({name: i for i, name in enumerate(data.names)}.values())    # each image once
+        found = parallel(partial(image_problems, data), indices, workers, f"checking {split}")
         print(f"{split}: {len(data)} images; published: {published}")
         if len(data) != published:
             differing.append(f"{split} has {len(data)} of {published} images")
-            if not all(name.startswith(EXPORTED) for name in data.names):
+            if not exported:
                 print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
                 total += 1
-        for kind in ("image", *data.tasks, "prepared"):
-            messages = [problems[kind] for problems in found if kind in problems]
+        problems_by_kind = {"list": list_problems(data, listed)}
+        problems_by_kind |= {kind: [problems[kind] for problems in found if kind in problems]
+                             for kind in ("image", *data.tasks, "prepared")}
+        for kind, messages in problems_by_kind.items():
             total += len(messages)
             print_problems(kind, messages)
     print(f"{total} problems" if total else "no problems" + (f", but {' and '.join(differing)}" if differing else ""))
     return total
 
 
+def list_problems(data: FileDataset, listed: dict[str, Path]) -> list[str]:
+    """Messages about IDs that occur twice, in the split's list or in that of another one. listed: the lists by ID, to
+    which this one's are added."""
+    path, counts = data.root / data.LIST.format(data.split), Counter(data.names)
+    messages = [f"{name} occurs {count} times in {path}" for name, count in counts.items() if count > 1]
+    messages += [f"{name} occurs in {listed[name]} and in {path}" for name in counts if name in listed]
+    listed |= dict.fromkeys(counts, path)
+    return messages
+
+
 def image_problems(data: FileDataset, index: int) -> dict[str, str]:
     """Messages by task, and of the "image" and "prepared" labels. An image that cannot be read is all that is said."""
-    files, problems = data.files(index, prepared=False), {}
-    steps = {"image": partial(data.check_fits, files) if data.split == "val" else lambda: files.image}
+    name, problems = data.names[index], {}
+    files = data.files(name, prepared=False)
+    steps = {"image": lambda: files.image}
     steps |= {task: partial(files.label, task) for task in data.tasks}
-    steps |= {"prepared": partial(check_prepared, data.files(index), files)}
+    steps |= {"prepared": partial(check_prepared, data.files(name), files)}
     for kind, step in steps.items():
         try:
             step()
@@ -962,6 +1458,9 @@ def image_problems(data: FileDataset, index: int) -> dict[str, str]:
 
 def check_prepared(files: ImageFiles, originals: ImageFiles):
     """Raises ValueError where the prepared labels are not those of the originals."""
+    if isinstance(files, PascalFiles) and files.outdated():
+        raise ValueError(f"older than its originals: {files.path(*files.PREPARED)}; run `python datasets.py prepare` "
+                         "again")
     if isinstance(files, PascalFiles) and files.packed is not None and (files.packed != originals.pack()).any():
         path = files.path(*files.PREPARED)
         raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` "
@@ -988,6 +1487,7 @@ def parallel(function: Callable, items: Iterable, workers: int, description: str
 # By class of Synthetic: those of LabelMap, PASCAL VOC and NYUDv2 that come closest. Sphere, box, cylinder: potted
 # plant, table, bottle; for NYUDv2 other prop, box, lamp.
 LABEL_MAP = np.array([158, 440, 68, 360, 308, 397, 34, 284])
+CITYSCAPES = np.array([7, 11, 12, 23, 21, 26, 17, 24])    # road, building, wall, sky, vegetation, car, pole, person
 VOC = np.array([0, 0, 0, 0, 16, 11, 5, PERSON_INDEX])
 VOC_NAMES = {16: "pottedplant", 11: "table", 5: "bottle", PERSON_INDEX: "person"}
 NYUD = np.array([2, 1, 22, 0, 40, 29, 35, 31])
@@ -997,23 +1497,27 @@ PART_FILES = ("", "head", "torso", "luarm", "llarm", "luleg", "llleg")    # one 
 
 def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = None):
     """Writes `count` synthetic scenes to train on and a quarter as many (at least 2) to validate, in the files of
-    "pascal" or "nyud" below root. size: (h, w) in pixels, None for 375x500 or 425x560; of PASCAL-Context's images
-    every fourth is upright.
+    a data set of DATASETS below root. size: (h, w) of the images in pixels, None for 375x500, 425x560 or 1024x2048; of
+    PASCAL-Context's images every fourth is upright.
 
     Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"expected an empty or a new folder, found {root}; name another one or remove it")
-    scene_files, usual = {"pascal": (pascal_files, (375, 500)), "nyud": (nyud_files, (425, 560))}[kind]
-    size = size or usual
+    size = size or {"pascal": (375, 500), "nyud": (425, 560), "cityscapes": (1024, 2048)}[kind]
+    if kind == "cityscapes" and any(length % 2 for length in size):
+        raise ValueError(f"expected an even height and width, as Cityscapes' images are halved, found {size}")
     for seed, (split, images) in enumerate({"train": count, "val": max(2, count // 4)}.items()):
         scenes, upright = Synthetic(images, size, seed), Synthetic(images, size[::-1], seed)
-        names = [f"{EXPORTED}{split}_{i:05d}" for i in range(images)]
+        scene_files = {"pascal": pascal_files, "nyud": nyud_files, "cityscapes": partial(cityscapes_files, split)}[kind]
+        names = [f"{EXPORTED}{seed}{i:05d}_000019" if kind == "cityscapes" else f"{EXPORTED}{split}_{i:05d}"
+                 for i in range(images)]
         for i, name in enumerate(tqdm(names, desc=f"exporting {split}", unit="img")):
             maps = (upright if kind == "pascal" and i % 4 == 3 else scenes).render(i)
             for path, content in scene_files(name, maps).items():
                 save_file(root / path, content)
-        save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
+        if kind != "cityscapes":
+            save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
 
 
 def nyud_files(name: str, maps: dict[str, np.ndarray]) -> dict:
@@ -1040,17 +1544,28 @@ def pascal_files(name: str, maps: dict[str, np.ndarray]) -> dict:
     }
 
 
+def cityscapes_files(split: str, name: str, maps: dict[str, np.ndarray]) -> dict:
+    """As nyud_files. The disparity is that of a camera with 100 pixels times metres (the real one has about 470); the
+    sky has none."""
+    depth = maps["depth"]
+    disparity = np.where(depth == IGNORE, 0, 1 + 256 * 100 / depth).clip(max=2**16 - 1)
+    return {f"{folder}/{split}/{name.split('_')[0]}/{name}_{suffix}.png": content for folder, suffix, content in (
+        ("leftImg8bit", "leftImg8bit", 255 * maps["image"]), ("gtFine", "gtFine_labelIds", CITYSCAPES[maps["semseg"]]),
+        ("disparity", "disparity", np.rint(disparity).astype(np.uint16)))}
+
+
 def save_file(path: Path, content):
-    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255."""
+    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255 or
+    of 16 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mat":
         scipy.io.savemat(path, content, do_compression=True)
     elif path.suffix == ".npy":
         np.save(path, content)
     elif path.suffix == ".txt":
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     else:
-        pixels = np.rint(content).astype(np.uint8)
+        pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
         Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path, quality=95)
 
 
@@ -1061,7 +1576,8 @@ def part_objects(maps: dict[str, np.ndarray]) -> np.ndarray:
     objects = []
     for mask in (instance == number for number in np.unique(instance[semseg >= SPHERE])):
         index = VOC[semseg[mask][0]]
-        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask]) if part]
+        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask])
+                 if part not in (0, IGNORE)]
         objects.append((VOC_NAMES[index], index, np.uint8(mask), struct(parts, "part_name", "mask") if parts else []))
     return struct(objects, "class", "class_ind", "mask", "parts")
 
@@ -1098,7 +1614,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("export", help=purpose, description=purpose)
     command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
     command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
-    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500 or 425 560")
+    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500, 425 560 or 1024 2048")
     for command in commands.choices.values():
         command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     args = parser.parse_args(argv)
@@ -1114,8 +1630,8 @@ def main(argv: list[str] | None = None) -> int:
             raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
         if args.command == "check":
             return int(check(dataset, root, args.workers) > 0)
-        if dataset is NYUDv2:
-            print("nothing to prepare: NYUDv2's labels are read fast enough as they are")
+        if dataset is not PascalContext:
+            print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
             return 0
         messages = prepare(root, args.workers)
         print_problems("not prepared", messages)
@@ -1125,4 +1641,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", ".*older than their originals")    # `check` says it, and `prepare` ends it
     sys.exit(main())

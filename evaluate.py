@@ -10,14 +10,23 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
+import os
+
+# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
+# wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
-import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +38,48 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import DATASETS, IGNORE, IMAGE_MEAN, IMAGE_STD, PARTS, NYUDv2, Parser, Synthetic, centred, to_tensor
-from metrics import LOWER_IS_BETTER, PRIMARY, THRESHOLDS, boundary_counts_each, delta_m, make_meters, ods_f
-from mtmamba import (BACKENDS, ENCODERS, PUBLISHED_TASKS, SS2D, VARIANTS, K, MTMamba, count_cost, default_backend,
-                     load_published_checkpoint, read_tensors, selective_scan_2d)
+from datasets import (
+    DATASETS,
+    IGNORE,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PARTS,
+    Cityscapes,
+    NYUDv2,
+    Parser,
+    Synthetic,
+    centred,
+    choose_tasks,
+    find_dataset_class,
+    read_image,
+    read_names,
+    to_tensor,
+)
+from metrics import (
+    LOWER_IS_BETTER,
+    PRIMARY,
+    THRESHOLDS,
+    boundary_counts,
+    boundary_counts_each,
+    delta_m,
+    make_meters,
+    ods_f,
+)
+from mtmamba import (
+    BACKENDS,
+    ENCODERS,
+    PUBLISHED_TASKS,
+    SS2D,
+    VARIANTS,
+    K,
+    MTMamba,
+    count_cost,
+    default_backend,
+    load_published_checkpoint,
+    published_variant,
+    read_tensors,
+    selective_scan_2d,
+)
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
@@ -40,10 +87,11 @@ EVALUATION_BATCH = 4
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 
-# Table 1, MTMamba's rows; Table 2's single-task row, against which the paper's delta_m is taken (it has none for
-# PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
+# Table 1, MTMamba's rows (it has none for Cityscapes); Table 2's single-task row, against which the paper's delta_m is
+# taken (it has none for PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
 PAPER = {"nyud": {"semseg": 55.82, "depth": 0.5066, "normal": 18.63, "boundary": 78.70},
-         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80}}
+         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80},
+         "cityscapes": {}}
 SINGLE_TASK = {"nyud": {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}}
 MAX_DIST = {"nyud": 0.011, "pascal": 0.0075, "synthetic": 0.02}    # the synthetic images are small: 2 pixels
 
@@ -87,11 +135,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's)")
+    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's; with --image, "
+        "predictions/ in it)")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", choices=["synthetic", *DATASETS], help="default: the one with the model's tasks")
+    group.add_argument("--dataset", metavar="NAME", help=f"synthetic, {', '.join(DATASETS)}, or path/to/file.py:Class "
+                       "as in train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
     group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
@@ -99,6 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
     group = parser.add_argument_group("one's own pictures")
     group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
+                       "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
+                       "%(default)s)")
     group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
     group = parser.add_argument_group("cost, and the encoder of a published checkpoint")
     group.add_argument("--cost", action="store_true", help="parameters and FLOPs; needs no checkpoint")
@@ -115,6 +168,8 @@ def check_arguments(args: argparse.Namespace):
                "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image}
     for flag in (flag for flag, given in ignored.items() if given):
         raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+    if args.max_side < 32:
+        raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
     if min(args.workers or 0, args.save_images) < 0:
         raise ValueError("expected --workers and --save-images of at least 0")
     if not isinstance(args.encoder_kwargs or {}, dict):
@@ -154,8 +209,8 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     """
     checkpoint = read_checkpoint(path)
     if is_published(checkpoint):
-        tasks = published_tasks(checkpoint.get("model", checkpoint))
-        config = dict(tasks=tasks, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+        config = dict(published_config(checkpoint.get("model", checkpoint)), encoder=encoder or "swin-large",
+                      encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
     else:
@@ -187,8 +242,8 @@ def read_checkpoint(path: Path) -> dict:
     checkpoint = read_tensors(path)
     if not is_published(checkpoint) and not (isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint)):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found {found};"
-                         " nor a published one, which has final_project.")
+        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
+                         f"{found}; nor a published one, which has final_project.")
     return checkpoint
 
 
@@ -208,6 +263,10 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
     if wrong:
         raise ValueError(f"{path} holds weights of another architecture or other tasks: {len(wrong)} tensors are "
                          f"missing, left over or of another shape, first {wrong[0]}")
+    order = list(checkpoint["config"]["tasks"])
+    if order != list(model.tasks):    # which no shape shows
+        raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
+                         f"features, the model in the order {list(model.tasks)}; use the former")
     model.load_state_dict(state)
     print(f"loaded {len(state)}/{len(expected)} tensors of {path}")
 
@@ -224,12 +283,15 @@ def is_published(checkpoint: object) -> bool:
     return isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state)
 
 
-def published_tasks(state: dict[str, Tensor]) -> dict[str, int]:
-    """The tasks of a published checkpoint, in the order of the data set: the heads' channels tell which one it is."""
+def published_config(state: dict[str, Tensor]) -> dict:
+    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, and
+    so the order of the tasks and the scale; the other keys tell the variant."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    return dict(DATASETS[find_dataset(found, DATASETS)].TASKS)
+    dataset = DATASETS[find_dataset(found, DATASETS)]
+    tasks = {task: channels for task, channels in dataset.TASKS.items() if task in found}
+    return dict(tasks=tasks, variant=published_variant(state), output_scale=dataset.LABEL_SCALE)
 
 
 def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
@@ -242,7 +304,7 @@ def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
 
 
 def task_table(name: str) -> dict[str, int]:
-    return {"synthetic": Synthetic, **DATASETS}[name].TASKS
+    return Synthetic.TASKS if name == "synthetic" else find_dataset_class(name).TASKS
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -254,29 +316,31 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     scored = read_boundary_list(args.boundary_list, dataset)
     baseline = read_baseline(args.baseline, name, model.tasks) or SINGLE_TASK.get(name)
     out = args.out or args.checkpoint.parent
-    for folder in filter(None, (out, args.save_predictions)):    # now, not after hours
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (out, args.save_predictions)):
+        check_writable(folder)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
         workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
-    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST[name], scored=scored,
+    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
                        predictions=args.save_predictions)
+    if not results:
+        raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
         return results
     improvement = compare(results, baseline)
-    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
-                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
-    if name == "synthetic":
-        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST[name])})
+    if name not in PAPER:
+        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST.get(name))})
     else:
-        print_paper_table(results, PAPER[name])
+        print_paper_table(results, PAPER[name], depth_name(model))
     if improvement is not None:
         print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
               + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
-    elif name != "synthetic":
+    elif name in PAPER:
         print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
+    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
+                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
@@ -286,13 +350,32 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
 
 
 def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | None) -> Dataset:
-    """What the model is scored on. Raises ValueError where it has other tasks than the model."""
+    """What the model is scored on. Raises ValueError where it has other tasks than the model, or labels of another size
+    than its outputs."""
     if not tasks.items() <= task_table(name).items():
-        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose another "
-                         "--dataset")
+        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose "
+                         "another --dataset")
     if name == "synthetic":
         return held_out(config["img_size"], tasks)
-    return DATASETS[name](root or DATASETS[name].ROOT, "val", list(tasks))
+    dataset, scale = find_dataset_class(name), config.get("output_scale", 1)
+    expected = getattr(dataset, "LABEL_SCALE", 1)
+    if scale != expected:
+        raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} "
+                         f"{expected} times; build it with that output_scale")
+    if name not in DATASETS:
+        return open_own_dataset(dataset, "val", config["img_size"], list(tasks))
+    sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
+    return dataset(root or dataset.ROOT, "val", list(tasks), **sizes)
+
+
+def open_own_dataset(dataset: type, split: str, size: tuple[int, int], tasks: list[str] | None) -> Dataset:
+    """One of one's own, with the attribute tasks. Raises ValueError where its constructor takes other arguments."""
+    try:
+        opened = dataset(split, tuple(size))
+    except TypeError as error:
+        raise ValueError(f"expected a constructor {dataset.__name__}(split, size), found: {error}") from error
+    opened.tasks = choose_tasks(dataset.TASKS, tasks)
+    return opened
 
 
 def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
@@ -300,11 +383,12 @@ def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
 
 
 def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
-    """The IDs in the file. Raises ValueError for those that the data set does not have."""
+    """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
     if path is None:
         return None
-    names = set(path.read_text().split())
-    unknown = sorted(names - set(getattr(dataset, "names", ())))
+    known = set(getattr(dataset, "names", ()))
+    names = set(read_names(path, known.__contains__))
+    unknown = sorted(names - known)
     if unknown or not names:
         raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
                          f"{f'{len(unknown)} others, first {unknown[0]}' if unknown else 'none'}")
@@ -342,10 +426,38 @@ def primary(task: str, metrics: dict[str, float]) -> str:
 
 
 def write_json(path: Path, content: dict):
-    """An existing file is replaced only by a whole one."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
+    nothing is left where writing fails."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: Path):
+    """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(2 ** 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror
+        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 class WithTruth(Dataset):
@@ -362,11 +474,14 @@ class WithTruth(Dataset):
 
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description: str = "evaluating", workers: int = 0,
-             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None) -> Results:
-    """Every metric of every task over a data set. The model's mode (train or eval) is left as it was.
+             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None,
+             stop: Callable[[], bool] | None = None) -> Results | None:
+    """Every metric of every task over a data set, but those without a label in it, which are named. The model's mode
+    (train or eval) is left as it was.
 
     workers: processes that load, and as many that match boundaries (0: none). max_dist: of odsF, None for pixelF only.
-    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps.
+    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps. stop: asked
+    before every batch whether to give up; the result is None where it says so in any process.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     What is shared out are whole batches, as a model's outputs differ in the last digits with the batch: so the figures
     are exactly the same for any number of processes.
@@ -376,20 +491,21 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     batches = [range(i, min(i + EVALUATION_BATCH, len(dataset))) for i in starts]
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
-                        num_workers=workers, worker_init_fn=ignore_interrupt)
-    meters = make_meters(model.tasks)
+                        num_workers=workers, worker_init_fn=ignore_signals)
+    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Feeds the meters, and yields what odsF compares."""
         with tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar:
-            for samples in loader:
+            for samples in of_one_size(loader):
+                if stop and stop():
+                    return
                 outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
                 for task, meter in meters.items():
                     meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
-                maps = {task: prediction(task, output.float()) for task, output in outputs.items()
-                        if predictions or task == "boundary"}
                 for i, sample in enumerate(samples):
-                    own = {task: values[i][own_area(sample)] for task, values in maps.items()}
+                    own = {task: prediction(task, output[i:i + 1].float())[0][own_area(sample, model.output_scale)]
+                           for task, output in outputs.items() if predictions or task == "boundary"}
                     if predictions:
                         save_raw(predictions, sample["name"], own)
                     if sample["boundary_truth"] is not None:
@@ -403,27 +519,40 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
         counts += image_counts
     model.train(training)
 
+    shared = device if device.type == "cuda" else "cpu"    # where processes add up
+    if stop and add_up(torch.tensor(int(stop()), device=shared)):
+        return None
     for meter in meters.values():
-        meter.sums, meter.not_finite = add_up(meter.sums.to(device)), add_up(meter.not_finite.to(device))
+        meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
     empty = [task for task, meter in meters.items() if meter.empty()]
-    if 0 < len(empty) < len(meters):    # one task without labels is no reason to lose the others' scores
+    if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")
-        meters = {task: meter for task, meter in meters.items() if task not in empty}
-    results = {task: meter.compute() for task, meter in meters.items()}
+    results = {task: meter.compute() for task, meter in meters.items() if task not in empty}
+    counts = add_up(torch.from_numpy(counts).to(shared)).cpu().numpy()
     if with_odsf and "boundary" in results:
-        counts = add_up(torch.from_numpy(counts).to(device)).cpu().numpy()
         results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 
 
-def ignore_interrupt(worker: int):
-    """Ctrl-C reaches a loader's processes, too: what it means is for the main process to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int):
+    """Ctrl-C and a cluster's signals reach a loader's processes, too: what they mean is for the main process to decide,
+    with whose end they end."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def own_area(sample: dict) -> tuple:
-    """Where the image itself lies in a sample's maps (C, H, W): the rest is padding."""
-    return (..., *centred(sample["image"].shape[1:], sample["size"]))
+def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    """Batches of samples of equal size, in order: an image larger than the data set's size makes a batch of its own."""
+    for batch in batches:
+        for _, samples in itertools.groupby(batch, lambda sample: sample["image"].shape):
+            yield list(samples)
+
+
+def own_area(sample: dict, scale: int = 1) -> tuple:
+    """Where the image itself lies in a sample's maps (C, scale H, scale W): the rest is padding."""
+    return (..., *(slice(scale * part.start, scale * part.stop)
+                   for part in centred(sample["image"].shape[1:], sample["size"])))
 
 
 def add_up(sums: Tensor) -> Tensor:
@@ -439,7 +568,8 @@ def to_bytes(probability: Tensor) -> np.ndarray:
 
 
 def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
-    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres (h, w), unit vectors (3, h, w)).
+    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
+    (h, w), unit vectors (3, h, w)).
 
     maps: of `prediction`, (1 or 3, h, w).
     """
@@ -453,43 +583,65 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
             Image.fromarray(pixels).save(f"{path}.png")
 
 
-def constant_baseline(dataset: Synthetic, max_dist: float | None = None) -> Results:
+def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Results:
     """The scores of the best prediction that is the same everywhere: what a model must beat to have learned anything.
+    Without the tasks that have no label.
 
     Fitted to the very labels that it is scored on: the most frequent class, everything salient or boundary, the mean
-    depth, and the direction with the least mean angle. max_dist: of odsF, None for pixelF only.
+    depth, and the direction with the least mean angle. Reads the data set twice, as it may not fit into memory.
+    max_dist: of odsF, None for pixelF only.
     """
-    samples = list(tqdm(dataset, desc="labels for the best constant", unit="img", leave=False))
+    def samples(purpose: str) -> Iterator[dict]:
+        return (dataset[i] for i in tqdm(range(len(dataset)), f"{purpose} the best constant", unit="img", leave=False))
+    statistics = {task: [] for task in dataset.tasks}
+    for sample in samples("labels for"):
+        for task, channels in dataset.tasks.items():
+            statistics[task].append(label_statistics(task, sample[task], channels))
+    constants = {task: torch.tensor(best_constant(task, found)) for task, found in statistics.items()}
     meters = make_meters(dataset.tasks)
-    for task in dataset.tasks:
-        label = torch.stack([sample[task] for sample in samples])
-        output = torch.tensor(best_constant(task, label, dataset.tasks[task])).view(1, -1, 1, 1)
-        meters[task].update(output.expand(len(label), -1, *label.shape[2:]), label)
-    results = {task: meter.compute() for task, meter in meters.items()}
-    if max_dist is not None and "boundary" in results:
-        everything = np.full(dataset.size, 255, np.uint8)
-        pairs = ((everything, dataset.boundary_truth(i)) for i in range(len(dataset)))
-        results["boundary"] = {"odsF": 100 * ods_f(sum(boundary_counts_each(pairs, max_dist, 0))), **results["boundary"]}
+    with_odsf, counts = max_dist is not None and "boundary" in meters, 0
+    for i, sample in enumerate(samples("scoring")):
+        for task, meter in meters.items():
+            label = sample[task][None]
+            meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
+        if with_odsf:
+            truth = dataset.boundary_truth(i)
+            counts += boundary_counts(np.full(truth.shape, 255, np.uint8), truth, max_dist)
+    results = {task: meter.compute() for task, meter in meters.items() if not meter.empty()}
+    if with_odsf and "boundary" in results:
+        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
     return results
 
 
-def best_constant(task: str, label: Tensor, channels: int) -> list[float]:
-    """The raw output (channels,) that scores best on the labels (B, 1 or 3, H, W) when given at every pixel."""
+def label_statistics(task: str, label: Tensor, channels: int) -> Tensor:
+    """What best_constant needs of a label (1 or 3, H, W)."""
+    valid = label[:, (label != IGNORE).all(0)]                                            # (1 or 3, pixels)
     if task in ("semseg", "parsing"):
-        frequency = label[label != IGNORE].bincount(minlength=channels)
-        return F.one_hot(frequency.argmax(), channels).tolist()
+        return valid[0].bincount(minlength=channels)[:channels]
+    if task == "depth":
+        return torch.stack([valid.double().sum(), torch.tensor(valid.numel())])
+    if task == "normal":    # a sample is enough
+        return valid[:, torch.randperm(valid.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
+    return torch.empty(0)
+
+
+def best_constant(task: str, statistics: list[Tensor]) -> list[float]:
+    """The raw output (channels,) that scores best when given at every pixel; statistics: of the labels."""
+    if task in ("semseg", "parsing"):
+        frequency = sum(statistics)
+        return F.one_hot(frequency.argmax(), len(frequency)).tolist()
     if task == "saliency":
         return [0.0, 100.0]
     if task == "boundary":
         return [100.0]
     if task == "depth":
-        return [label[label != IGNORE].mean().item()]
-    normals = label.transpose(0, 1).flatten(1)
-    normals = normals[:, (normals != IGNORE).all(0)][:, ::97]                             # (3, M), a sample
+        total, pixels = sum(statistics).tolist()
+        return [total / max(pixels, 1)]
+    normals = torch.cat(statistics, dim=1)                                                # (3, M)
     directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
     candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
     angles = torch.stack([torch.acos((c @ normals).clamp(-1, 1)).mean() for c in candidates.T])
-    return candidates[:, angles.argmin()].tolist()
+    return candidates[:, angles.argmin()].nan_to_num(0).tolist()
 
 
 def print_table(columns: dict[str, Results]):
@@ -503,14 +655,15 @@ def print_table(columns: dict[str, Results]):
     print()
 
 
-def print_paper_table(results: Results, paper: dict[str, float]):
-    """One row per metric, the paper's beside the one that it tells, and the difference."""
+def print_paper_table(results: Results, paper: dict[str, float], depth: str = "depth"):
+    """One row per metric, the paper's beside the one that it tells, and the difference. depth: what it is called."""
     print(f"\n{'task':<10}{'metric':<16}{'model':>10}{'paper':>10}{'difference':>12}")
     for task, metrics in results.items():
         better, digits = "lower" if task in LOWER_IS_BETTER else "higher", 4 if task == "depth" else 2
         for metric, value in metrics.items():
-            row = f"{task:<10}{metric:<16}{value:>10.{digits}f}"
-            if metric in (primary(task, metrics), "maxF_published"):    # the paper's maxF is computed as the latter
+            row = f"{depth if task == 'depth' else task:<10}{metric:<16}{value:>10.{digits}f}"
+            # The paper's maxF is computed as maxF_published.
+            if task in paper and metric in (primary(task, metrics), "maxF_published"):
                 row += f"{paper[task]:>10.{digits}f}{value - paper[task]:>+12.{digits}f}   {better} is better"
             print(row)
     print()
@@ -524,13 +677,23 @@ COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142),
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
-NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
-                "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
+NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, "
+                "desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
                 "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
                 "bathtub, bag, other structure, other furniture, other prop").split(", ")
-CLASSES = {len(names): names for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS)}    # by channels
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}    # what is looked for in folders
+CITYSCAPES_CLASSES = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
+CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
+                                                 CITYSCAPES_CLASSES)}    # by channels
+PICTURES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif tiff "
+            "webp").split()    # what is taken for a picture in folders; those that Pillow cannot read are skipped
+MAX_SIDE = 1024    # pixels
 CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
+SMALL_CELL = 240    # pictures of a data set are enlarged as far as they stay within it
 
 
 def voc_palette(classes: int = 256) -> np.ndarray:
@@ -541,6 +704,19 @@ def voc_palette(classes: int = 256) -> np.ndarray:
         for channel in range(3):
             palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
     return palette
+
+
+def palette(channels: int) -> np.ndarray:
+    """The colours of classes, (256, 3): Cityscapes' own with black for what is ignored, or PASCAL VOC's."""
+    if channels != len(CITYSCAPES_CLASSES):
+        return voc_palette()
+    return np.array([*CITYSCAPES_CLASSES.values(), *[(0, 0, 0)] * (256 - channels)], np.uint8)
+
+
+def depth_name(model: MTMamba) -> str:
+    """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
+    on_cityscapes = model.output_scale == Cityscapes.LABEL_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
+    return "disparity" if on_cityscapes else "depth"
 
 
 def prediction(task: str, output: Tensor) -> Tensor:
@@ -555,15 +731,15 @@ def prediction(task: str, output: Tensor) -> Tensor:
     return F.normalize(output, dim=1) if task == "normal" else output.clamp(min=0)
 
 
-def colorize(task: str, label: np.ndarray, depth_range: tuple[float, float]) -> np.ndarray:
-    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels are black, of classes
-    VOC's cream.
+def colorize(task: str, label: np.ndarray, channels: int, depth_range: tuple[float, float]) -> np.ndarray:
+    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels and those without a
+    disparity are black, of classes as in the palette.
 
-    depth_range: metres, (nearest, farthest).
+    channels: C_t. depth_range: metres or pixels of disparity, (lowest, highest).
     """
     if task in ("semseg", "parsing"):
-        return voc_palette()[label[0]]
-    valid = (label != IGNORE).all(0)[..., None]
+        return palette(channels)[label[0]]
+    valid = ((label != IGNORE) & ((label >= 0) | (task != "depth"))).all(0)[..., None]
     if task == "depth":
         picture = color_map(label[0], depth_range)
     elif task == "normal":
@@ -582,8 +758,8 @@ def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 def value_range(depth: np.ndarray) -> tuple[float, float]:
     """Of the valid pixels."""
-    metres = depth[depth != IGNORE]
-    return (float(metres.min()), float(metres.max())) if metres.size else (0.0, 1.0)
+    valid = depth[(depth != IGNORE) & (depth >= 0)]
+    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
 
 
 def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
@@ -610,77 +786,170 @@ def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
     return picture
 
 
-def explain(task: str, label: np.ndarray, channels: int) -> Image.Image:
-    """The legend of a map: the classes that occur in it, or the depth's range in metres."""
+def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: str = "") -> Image.Image:
+    """The legend of a map (1 or 3, H, W): the classes that occur in it, the depth's range in its unit, directions, or
+    probabilities; and one more line."""
     if task in ("semseg", "parsing"):
         names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        return legend([(names[i], tuple(voc_palette()[i].tolist())) for i in np.unique(label)])
-    if task == "depth":
+        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist()))
+                 for i in np.unique(label)]
+    elif task == "depth":
         steps = np.linspace(*value_range(label), 5)
         colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
-        return legend([(f"{metres:.2f} m", tuple(color)) for metres, color in zip(steps, colors)])
-    return legend([])
+        lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
+    elif task == "normal":
+        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
+                      "to the viewer": (0, 0, 1)}
+        lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
+    else:
+        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+    return legend(lines + [(more, None)] * bool(more))
 
 
 @torch.inference_mode()
 def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, path: Path,
                        images: Iterable[int] = range(4)) -> Path:
-    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour."""
+    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour, small ones
+    enlarged; below them a legend per task with its score on these images."""
     training = model.training
     model.eval()
-    rows = []
+    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
+    pictures, maps, scale = [], [], model.output_scale
     for i in (i for i in images if i < len(dataset)):
         sample = dataset[i]
         outputs = model(sample["image"][None].to(device))
         inner = own_area(sample)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
-        upper = [Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8))]
-        lower = [legend([("above: prediction", None), ("below: ground truth", None)])]
+        pictures.append(Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)))
+        maps.append({})
         for task, output in outputs.items():
-            truth = sample[task].numpy()[inner]
-            guess = prediction(task, output.float())[0].cpu().numpy()[inner]
-            for row, label in ((upper, guess), (lower, truth)):
-                row.append(Image.fromarray(colorize(task, label, value_range(truth))))
-        rows += [upper, lower]
+            meters[task].update(output, sample[task][None].to(device))
+            guess = prediction(task, output.float())[0].cpu()
+            # (prediction, truth), at the image's size
+            maps[-1][task] = [values.numpy()[:, ::scale, ::scale][inner] for values in (guess, sample[task])]
     model.train(training)
-    contact_sheet(["image", *model.tasks], rows).save(path)
+    titles = {task: depth_name(model) if task == "depth" else task for task in model.tasks}
+    unit = "px" if "disparity" in titles.values() else "m"
+    truths = {task: np.concatenate([one[task][1].reshape(len(one[task][1]), 1, -1) for one in maps], axis=2)
+              for task in titles}    # of all images, (1 or 3, 1, pixels)
+    rows = []
+    for image, one in zip(pictures, maps):
+        upper, lower = [image], [legend([("above: prediction", None), ("below: ground truth", None)])]
+        for task, labels in one.items():
+            for row, label in zip((upper, lower), labels):
+                bounds = value_range(truths[task]) if task == "depth" else (0, 1)
+                row.append(Image.fromarray(colorize(task, label, model.tasks[task], bounds)))
+        factor = max(1, SMALL_CELL // max(image.size))
+        rows += [[ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if picture is not lower[0] else picture
+                  for picture in row] for row in (upper, lower)]
+    legends = []
+    for task, channels in model.tasks.items():
+        metric, score = PRIMARY[task], "" if meters[task].empty() else meters[task].compute()[PRIMARY[task]]
+        suffix = {"RMSE": f" {unit}", "mErr": "\N{DEGREE SIGN}"}.get(metric, " %")
+        legends.append(explain(task, truths[task], channels, unit, score and f"{metric} here: {score:.2f}{suffix}"))
+    contact_sheet(["image", *titles.values()], [*rows, [legend([]), *legends]]).save(path)
     return path
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
     """Writes the predictions for one's own pictures and a contact sheet of each; returns how many it skipped."""
     paths = find_pictures(args.image)
-    out = args.out or args.checkpoint.parent
-    out.mkdir(parents=True, exist_ok=True)
+    out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
+    stems = distinct_stems(paths)
+    drawn = [*model.tasks, *(f"{task}_feature" for task in model.tasks if args.features), "sheet"]
+    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], args.image)
+    raw = [f"{task}/{{}}.{'npy' if task in ('depth', 'normal') else 'png'}" for task in model.tasks]
+    if args.save_predictions:
+        claim(args.save_predictions, [name.format(stem) for stem in stems for name in raw], args.image)
     skipped = 0
-    for path, stem in list(zip(paths, distinct_stems(paths)))[rank::world]:
+    for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat = predict_picture(model, image, device)
-        except (ValueError, MemoryError, RuntimeError) as error:
+            maps, heat = predict_picture(model, image, device, args.max_side)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            reason = str(error) or type(error).__name__    # a MemoryError may say nothing
-            print(f"skipped {path}: {reason.splitlines()[0]}", file=sys.stderr)
+            reason, *_ = (str(error) or type(error).__name__).splitlines()    # a MemoryError may say nothing
+            print("skipped", reason if str(path) in reason else f"{path}: {reason}", file=sys.stderr)
             skipped += 1
             continue
         if args.save_predictions:
-            save_raw(args.save_predictions, stem, maps)
-        labels = {task: values.cpu().numpy() for task, values in maps.items()}
-        drawn = {task: Image.fromarray(colorize(task, label, value_range(label))) for task, label in labels.items()}
-        heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()} if args.features else {}
-        for name, picture in (drawn | heat).items():
-            picture.save(out / f"{stem}_{name}.png")
-        legends = [explain(task, label, model.tasks[task]) for task, label in labels.items()]
-        empty = legend([])
-        rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
-        for picture in (picture for row in rows for picture in row):
-            picture.thumbnail((CELL, CELL))
-        contact_sheet([path.name, *drawn], [*rows, [empty, *legends]]).save(out / f"{stem}_sheet.png")
+            with placing(args.save_predictions) as folder:
+                save_raw(folder, stem, maps)
+        with placing(out) as folder:
+            draw_picture(folder, stem, path.name, image, maps, heat if args.features else {}, model)
         print("pictures:", out / f"{stem}_sheet.png")
     return skipped
+
+
+def draw_picture(folder: Path, stem: str, title: str, image: Image.Image, maps: dict[str, Tensor],
+                 heat: dict[str, Tensor], model: MTMamba):
+    """Writes STEM_TASK.png, STEM_TASK_feature.png and the contact sheet STEM_sheet.png. maps, heat: of
+    predict_picture."""
+    labels = {task: values.cpu().numpy() for task, values in maps.items()}
+    drawn = {task: Image.fromarray(colorize(task, label, model.tasks[task], value_range(label)))
+             for task, label in labels.items()}
+    heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()}
+    for name, picture in (drawn | heat).items():
+        picture.save(folder / f"{stem}_{name}.png")
+    unit = "px" if depth_name(model) == "disparity" else "m"
+    legends = [explain(task, label, model.tasks[task], unit) for task, label in labels.items()]
+    empty = legend([])
+    rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
+    for picture in (picture for row in rows for picture in row):
+        picture.thumbnail((CELL, CELL))
+    titles = [title, *(depth_name(model) if task == "depth" else task for task in drawn)]
+    contact_sheet(titles, [*rows, [empty, *legends]]).save(folder / f"{stem}_sheet.png")
+
+
+MANIFEST = "written_by_evaluate.txt"    # SHA-256 and name of the files that --image has written to a folder
+
+
+def claim(folder: Path, names: list[str], inputs: list[Path]):
+    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie in
+    it, or one of the files is there and no earlier run wrote it."""
+    if folder.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in inputs}:
+        raise ValueError(f"{folder} holds the pictures themselves; give a folder of its own with --out (or "
+                         "--save-predictions)")
+    found = [name for name in names if os.path.lexists(folder / name)]
+    written = read_manifest(folder / MANIFEST)    # after that, as another process may be writing: first a name here
+    others = [name for name in found if (digest(folder / name), name) not in written]
+    if others:
+        raise ValueError(f"{folder / others[0]}{f' and {len(others) - 1} others' if others[1:] else ''} would be "
+                         "overwritten, but no earlier run wrote that; give another folder with --out (or "
+                         "--save-predictions)")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, whose files are then moved to the same places in `folder`: whole, and first entered in
+    its list."""
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        yield Path(new)
+        for path in sorted(path for path in Path(new).rglob("*") if path.is_file()):
+            name = path.relative_to(new)
+            with open(folder / MANIFEST, "a", encoding="utf-8") as file:
+                file.write(f"{digest(path)}  {name.as_posix()}\n")
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(path, folder / name)
+
+
+def read_manifest(path: Path) -> set[tuple[str, str]]:
+    """{(SHA-256, name)} Raises ValueError where the file is something else."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
+    if not all(found):
+        raise ValueError(f"expected the files that an earlier run wrote, found something else in {path}; give another "
+                         "folder with --out")
+    return {match.groups() for match in found}
+
+
+def digest(path: Path) -> str | None:
+    """None where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -691,10 +960,10 @@ def out_of_memory(error: RuntimeError) -> bool:
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURES) if path.is_dir() else [path])]
     if not found:
-        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with "
-                         f"{' '.join(sorted(PICTURES))}")
+        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
+                         f"{' '.join(PICTURES)}")
     return found
 
 
@@ -710,34 +979,45 @@ def distinct_stems(paths: list[Path]) -> list[str]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB, upright as its EXIF data say; 16 bits per pixel become 8, transparent parts white. Raises ValueError where
-    it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:    # Pillow's decoders raise many kinds
-        raise ValueError(f"not a readable picture ({error})") from error
+    """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
+    return Image.fromarray(read_image(path, turn=True))
 
 
 @torch.inference_mode()
-def predict_picture(model: MTMamba, image: Image.Image, device: torch.device) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})"""
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
+                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], ...]:
+    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
+
+    max_side: the model sees the image reduced to that, if it is larger, and the maps are enlarged to its size again.
+    Where the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    """
+    size, scale = (image.height, image.width), model.output_scale
+    shrink = min(1, scale * max_side / max(size))
+    if shrink < 1:    # the model takes no side below 32
+        image = image.resize([max(32 * scale, round(n * shrink)) for n in image.size], Image.Resampling.BICUBIC)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    pixels = ((to_tensor(np.array(image)) - mean) / std)[None].to(device)
+    seen = [-(-n // scale) for n in image.size]
+    small = image.resize(seen, Image.Resampling.BILINEAR) if scale > 1 else image
+    pixels = ((to_tensor(np.array(small)) - mean) / std)[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
     heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        norm = F.interpolate(norm, scale_factor=4, mode="bilinear", align_corners=False)
-        heat[task] = norm[0, 0, :image.height, :image.width]
-    return {task: prediction(task, output.float())[0] for task, output in outputs.items()}, heat
+        norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
+        heat[task] = enlarge("feature", norm[0, :, :image.height, :image.width], size)[0]
+    return {task: enlarge(task, prediction(task, output.float())[0, :, :image.height, :image.width], size)
+            for task, output in outputs.items()}, heat
+
+
+def enlarge(task: str, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (1 or 3, h, w) at the size (h', w'): of classes the nearest, others bilinear, normals of unit length."""
+    if values.shape[1:] == size:
+        return values
+    if not values.is_floating_point():
+        return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
+    values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
+    return F.normalize(values, dim=0) if task == "normal" else values
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -752,7 +1032,7 @@ def print_cost(args: argparse.Namespace):
     """Parameters and FLOPs of NYUDv2's four tasks at 448x576; the paper's figures are for Swin-Large."""
     encoder = args.encoder or "swin-large"
     as_in_paper = ENCODERS.get(encoder, encoder) == ENCODERS["swin-large"] and not args.encoder_kwargs
-    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two decimals)")
+    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
     for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
         with torch.device("meta"):

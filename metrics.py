@@ -68,9 +68,12 @@ class Meter:
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
-        output = output.float()
-        self.sums = self.sums.to(output.device) + self.count(output, target)
-        self.not_finite = self.not_finite.to(output.device) + (~output.isfinite()).sum()
+        if output.device.type == "mps":    # which has no float64
+            output, target = output.cpu(), target.cpu()
+        for one, label in zip(output.split(1), target.split(1), strict=True):    # of a batch, the steps would be large
+            one = one.float()
+            self.sums = self.sums.to(one.device) + self.count(one, label)
+            self.not_finite = self.not_finite.to(one.device) + (~one.isfinite()).sum()
 
     def empty(self) -> bool:
         """Whether no pixel has counted yet."""
@@ -209,31 +212,43 @@ class NormalMeter(Meter):
 
 
 class DepthMeter(Meter):
-    """RMSE in metres (prediction clamped at 0), abs_rel, and log_rmse (prediction floored at 1e-9)."""
+    """RMSE in metres (prediction clamped at 0); abs_rel, sq_rel and log_rmse (prediction floored at 1e-9).
 
-    def __init__(self):
-        super().__init__(4)
+    bounds: (low, high), only pixels with low < target < high count; None for all. Cityscapes' are (0, 80), its depth
+    being disparity: then RMSE is in pixels.
+    """
+
+    def __init__(self, bounds: tuple[float, float] | None = None):
+        super().__init__(5)
+        self.bounds = bounds
 
     def count(self, output, target):
+        target = target.float()
         valid = target != IGNORE
-        target = torch.where(valid, target.float(), 1)
+        if self.bounds:
+            valid = valid & (target > self.bounds[0]) & (target < self.bounds[1])
+        target = torch.where(valid, target, 1)
         error = output.clamp(min=0) - target
         floored = output.clamp(min=1e-9)
-        terms = (error ** 2, (floored - target).abs() / target, (floored.log() - target.log()) ** 2,
-                 torch.ones_like(target))
-        return torch.stack([torch.where(valid, rounded(term, bits=20), 0).sum(dtype=torch.float64) for term in terms])
+        terms = (error ** 2, (floored - target).abs() / target, (floored - target) ** 2 / target,
+                 (floored.log() - target.log()) ** 2, torch.ones_like(target))
+        bits = 16 if self.bounds else 20    # sums up to 2^33 square metres, or 2^37 square pixels of all Cityscapes
+        return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
-        squares, relative, log_squares, pixels = sums
-        return {"RMSE": (squares / pixels).sqrt(), "abs_rel": relative / pixels,
+        squares, relative, relative_squares, log_squares, pixels = sums
+        return {"RMSE": (squares / pixels).sqrt(), "abs_rel": relative / pixels, "sq_rel": relative_squares / pixels,
                 "log_rmse": (log_squares / pixels).sqrt()}
 
 
-def make_meters(tasks: dict[str, int]) -> dict[str, Meter]:
-    """tasks: output channels by task name. Raises ValueError on a task without a metric."""
+def make_meters(tasks: dict[str, int], depth_range: tuple[float, float] | None = None) -> dict[str, Meter]:
+    """tasks: output channels by task name. depth_range: see DepthMeter. Raises ValueError on a task without a metric or
+    a range whose low is not below its high."""
+    if depth_range and not depth_range[0] < depth_range[1]:
+        raise ValueError(f"expected depth_range (low, high) with low below high, found {depth_range}")
     builders = {"semseg": SegmentationMeter, "parsing": SegmentationMeter, "saliency": lambda _: SaliencyMeter(),
                 "normal": lambda _: NormalMeter(), "boundary": lambda _: BoundaryMeter(),
-                "depth": lambda _: DepthMeter()}
+                "depth": lambda _: DepthMeter(depth_range)}
     unknown = [task for task in tasks if task not in builders]
     if unknown:
         raise ValueError(f"no metric for the task {unknown[0]!r}; there are metrics for {', '.join(builders)}")

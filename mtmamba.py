@@ -1,7 +1,9 @@
-"""MTMamba: multi-task dense scene understanding with a Mamba-based decoder, in plain PyTorch.
+"""MTMamba and MTMamba++: multi-task dense scene understanding with a Mamba-based decoder, in plain PyTorch.
 
     Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba: Enhancing Multi-Task Dense Scene Understanding by
     Mamba-Based Decoders. ECCV 2024. https://arxiv.org/abs/2407.02228
+    The same. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders.
+    IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
 
 This file stands alone: copy it, have torch and timm.
 
@@ -24,8 +26,9 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
     B, C     B, C           (B, H, W, K, N)        input and output matrices                      Eq. 6, 7
     D        D              (K, D)                 skip connection                                Eq. 2
 
-Reads top-down: MTMamba, decoder stage, CTM, STM, MFE, SS2D, the scan, patch expand and heads, window attention
-(for the paper's ablations), encoder, published checkpoints, cost. Appendix: the scan as GPU kernels.
+Equations, tables and figures are those of the ECCV paper. Reads top-down: MTMamba, decoder stage, CTM, STM, MFE,
+SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
+published checkpoints, cost. Appendix: the scan as GPU kernels.
 """
 
 import functools
@@ -64,25 +67,30 @@ ENCODERS = {
     "swin-large": "swin_large_patch4_window12_384",
 }
 
-# The rows of Tables 2-5: the blocks of each task per decoder stage and their number, what CTM (if any) hands on
-# per task, what MFE and the gates are made of, and whether the tasks share one encoder.
-# The paper names the Swin and W-MSA rows but does not describe them. The structures here are inferred: they are the
-# ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
+# The blocks of each task per decoder stage and their number; the cross-task block, if any, and what the "feature" one
+# hands on per task; what MFE and the gates are made of; the head; and whether the tasks share one encoder.
+_MTMAMBA = dict(block="stm", depth=2, ctm="feature", fusion="adaptive", mfe="ss2d", gate="linear", head="dense",
+                shared_encoder=True)
 VARIANTS = {
-    "mtmamba": dict(block="stm", depth=2, fusion="adaptive", mfe="ss2d", gate="linear", shared_encoder=True),
-    # Table 2
-    "stm1": dict(block="stm", depth=1, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
-    "stm2": dict(block="stm", depth=2, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
-    "stm3": dict(block="stm", depth=3, fusion=None, mfe="ss2d", gate="linear", shared_encoder=True),
-    "swin-multi-task": dict(block="swin", depth=2, fusion=None, mfe=None, gate=None, shared_encoder=True),
-    "swin-single-task": dict(block="swin", depth=2, fusion=None, mfe=None, gate=None, shared_encoder=False),
+    "mtmamba": _MTMAMBA,
+    # The successor, and one of its two changes without the other
+    "mtmamba++": dict(_MTMAMBA, ctm="semantic", fusion=None, head="lite"),
+    "s-ctm-dense": dict(_MTMAMBA, ctm="semantic", fusion=None),
+    "f-ctm-lite": dict(_MTMAMBA, head="lite"),
+    # Table 2. The paper names the Swin rows, and the W-MSA rows below, but does not describe them. The structures here
+    # are inferred: they are the ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
+    "stm1": dict(_MTMAMBA, depth=1, ctm=None, fusion=None),
+    "stm2": dict(_MTMAMBA, depth=2, ctm=None, fusion=None),
+    "stm3": dict(_MTMAMBA, depth=3, ctm=None, fusion=None),
+    "swin-multi-task": dict(_MTMAMBA, block="swin", ctm=None, fusion=None, mfe=None, gate=None),
+    "swin-single-task": dict(_MTMAMBA, block="swin", ctm=None, fusion=None, mfe=None, gate=None, shared_encoder=False),
     # Table 3
-    "mfe-wmsa": dict(block="stm", depth=2, fusion="adaptive", mfe="wmsa", gate="linear", shared_encoder=True),
+    "mfe-wmsa": dict(_MTMAMBA, mfe="wmsa"),
     # Table 4
-    "gate-wmsa": dict(block="stm", depth=2, fusion="adaptive", mfe="ss2d", gate="wmsa", shared_encoder=True),
+    "gate-wmsa": dict(_MTMAMBA, gate="wmsa"),
     # Table 5
-    "fusion-specific": dict(block="stm", depth=2, fusion="specific", mfe="ss2d", gate="linear", shared_encoder=True),
-    "fusion-shared": dict(block="stm", depth=2, fusion="shared", mfe="ss2d", gate="linear", shared_encoder=True),
+    "fusion-specific": dict(_MTMAMBA, fusion="specific"),
+    "fusion-shared": dict(_MTMAMBA, fusion="shared"),
 }
 
 
@@ -96,16 +104,18 @@ class MTMamba(nn.Module):
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
     encoder_kwargs: further arguments of timm.create_model.
     variant: a key of VARIANTS.
+    output_scale: size of the outputs over that of the image, a whole number: 1, but 2 in the recipe of Cityscapes,
+        whose images are halved and whose labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
     Raises ValueError on an unknown variant, encoder or backend, no tasks, names that a task cannot have, or channel
-    counts below 1.
+    counts below 1 or another output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
                  encoder: str = "swin_large_patch4_window12_384", pretrained: bool = False,
-                 encoder_kwargs: dict | None = None, variant: str = "mtmamba", d_state: int = 16,
-                 backend: str | None = None):
+                 encoder_kwargs: dict | None = None, variant: str = "mtmamba", output_scale: int = 1,
+                 d_state: int = 16, backend: str | None = None):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
@@ -114,27 +124,31 @@ class MTMamba(nn.Module):
         for task in tasks:    # they name submodules, which share their names with a module's attributes
             if not task or "." in task or hasattr(nn.ModuleDict(), task):
                 raise ValueError(f"a task cannot be named {task!r}, which cannot name a module of PyTorch; rename it")
+        if not isinstance(output_scale, int) or output_scale < 1:
+            raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
         if backend not in (None, *BACKENDS):
             raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}, or None")
         structure = dict(VARIANTS[variant])
-        self.shared_encoder = structure.pop("shared_encoder")
-        self.tasks = dict(tasks)
+        self.shared_encoder, head = structure.pop("shared_encoder"), structure.pop("head")
+        self.tasks, self.output_scale = dict(tasks), output_scale
 
         def build_encoder():
             return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
         self.encoder = build_encoder() if self.shared_encoder else nn.ModuleDict({t: build_encoder() for t in tasks})
         c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
 
-        blocks = structure["depth"] + (structure["fusion"] is not None)    # per stage
+        blocks = structure["depth"] + (structure["ctm"] is not None)    # per stage
         drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
         self.stages = nn.ModuleList(
             DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], swin_heads=heads,
                          d_state=d_state, backend=backend, **structure)
             for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
-        self.heads = nn.ModuleDict({t: Head(c1, channels) for t, channels in tasks.items()})
+        build_head = DenseHead if head == "dense" else LiteHead
+        self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> {task: (B, C_t, H, W)}, raw outputs (logits, metres, unnormalised normals).
+        """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
+        output_scale.
 
         Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
         Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast any float
@@ -170,21 +184,28 @@ class MTMamba(nn.Module):
         return z
 
     def predict(self, z: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The heads on the features of decode -> {task: (B, C_t, H, W)}; size: (H, W) of the image."""
-        # The published implementation resizes here to the input's size. The heads end at four times stride 4, the
-        # padded input's size, so cropping is all that is left to do.
-        H, W = size
-        return {t: head(z[t]).permute(0, 3, 1, 2)[:, :, :H, :W] for t, head in self.heads.items()}
+        """The heads on the features of decode -> {task: (B, C_t, s H, s W)}; size: (H, W) of the image."""
+        H, W = (self.output_scale * n for n in size)
+        outputs = {}
+        for t, head in self.heads.items():
+            y = head(z[t]).permute(0, 3, 1, 2)                       # (B, C_t, H' / stride, W' / stride)
+            factor = self.output_scale * head.stride
+            if factor > 1:
+                # In one step and in float32: its gradients are sums over many pixels, which CUDA adds up in y's type.
+                y = F.interpolate(y.to(_compute_dtype(y)), scale_factor=factor, mode="bilinear", align_corners=False)
+            outputs[t] = y[:, :, :H, :W]                             # without what decode padded
+        return outputs
 
 
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
-    block, depth, fusion, mfe, gate: a row of VARIANTS. drop_path: stochastic depth of each block in order.
+    block, depth, ctm, fusion, mfe, gate: a row of VARIANTS. drop_path: stochastic depth of each block in order.
     """
 
     def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], block: str, depth: int,
-                 fusion: str | None, mfe: str, gate: str, swin_heads: int, d_state: int, backend: str | None):
+                 ctm: str | None, fusion: str | None, mfe: str, gate: str, swin_heads: int, d_state: int,
+                 backend: str | None):
         super().__init__()
 
         def build_block(i):
@@ -194,7 +215,11 @@ class DecoderStage(nn.Module):
         self.expand = nn.ModuleDict({t: PatchExpand(dim_in, dim, factor=2) for t in tasks})
         self.fuse = nn.ModuleDict({t: nn.Linear(2 * dim, dim) for t in tasks})
         self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(depth)]) for t in tasks})
-        self.ctm = CTM(tasks, dim, mfe, gate, fusion, drop_path[-1], d_state, backend) if fusion else None
+        self.ctm = None
+        if ctm == "feature":
+            self.ctm = CTM(tasks, dim, mfe, gate, fusion, drop_path[-1], d_state, backend)
+        elif ctm == "semantic":
+            self.ctm = SCTM(tasks, dim, drop_path[-1], d_state, backend)
 
     def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
         """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
@@ -296,17 +321,18 @@ class MFE(nn.Module):
             self.ss2d = SS2D(d_inner, d_state, dt_rank=math.ceil(dim / 16), backend=backend)
             self.norm = nn.LayerNorm(d_inner)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(B, H, W, C_in) -> (B, H, W, D)"""
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """z: (B, H, W, C_in), c: SS2D's second map, if any -> (B, H, W, D)"""
         z = self.linear(z)                                               # (B, H, W, D)
         if self.wmsa:
             return self.wmsa(z)
         z = self.conv(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)         # depthwise; the permutes move no data
-        return self.norm(self.ss2d(F.silu(z)))
+        return self.norm(self.ss2d(F.silu(z), c))
 
 
 class SS2D(nn.Module):
-    """2D selective scan, Eq. 6-8 and 10-12: the map's own Delta, B and C per direction, then the scan.
+    """2D selective scan, Eq. 6-8 and 10-12: the map's own Delta, B and C per direction, then the scan. In MTMamba++'s
+    cross SS2D they are projected from a second map; all else is the same.
 
     No outer projections and no LayerNorm. The projections act on each pixel alone, so they commute with the order of
     the scan: one linear map on the feature map in place serves all directions.
@@ -338,10 +364,11 @@ class SS2D(nn.Module):
             self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1)))
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> (B, H, W, D)"""
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """x, and c if Delta, B and C are to come from it: (B, H, W, D) -> (B, H, W, D)"""
         R, N = self.dt_rank, self.d_state
-        projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
+        c = x if c is None else c
+        projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
         A = -torch.exp(self.A_log.float())
         # The scan expands delta to D itself, so that the expanded one, 4 times as large as x, need not be stored.
@@ -666,10 +693,10 @@ def _open_chunk(step, step_u, A, B, A_bar, H):
     torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
 
 
-# ------------------------------------------------------------------------------------------- patch expand and heads
+# -------------------------------------------------------------------------------------------- patch expand and head
 
 class PatchExpand(nn.Module):
-    """Linear map, depth to space, LayerNorm: factor times the resolution (Eq. 26; with factor 4 in the heads).
+    """Linear map, depth to space, LayerNorm: factor times the resolution (Eq. 26; with factor 4 in the head).
 
     (B, H, W, C_in) -> (B, factor H, factor W, C_out). Swin's pyramid halves C_in at factor 2, which makes the linear
     map C -> 2C; other encoders' widths need not double from stage to stage.
@@ -689,8 +716,10 @@ class PatchExpand(nn.Module):
         return self.norm(z)
 
 
-class Head(nn.Module):
+class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
+
+    stride = 1    # of its output
 
     def __init__(self, dim: int, channels: int):
         super().__init__()
@@ -699,6 +728,76 @@ class Head(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.project(self.expand(z))
+
+
+# ------------------------------------------------------------------------------------------------------- MTMamba++
+# Two changes: in every decoder stage SCTM in place of CTM, and LiteHead in place of DenseHead. Read off the published
+# implementation.
+
+class SCTM(nn.Module):
+    """S-CTM, the semantic cross-task Mamba block: the fused features of all tasks say how each task's own are filtered.
+
+        s     = Conv3x3(Linear(LN(concat_t z^t)))         once                                   TC -> C -> C
+        u^t   = LN(z^t)                                   then per task
+        x^t   = SiLU(DWConv3x3(W_x^t u^t))                                                       C -> D
+        c^t   = W_c^t s                                                                          C -> D
+        y^t   = LN(SS2D(x^t; c^t))                        Delta, B and C from c^t, the sequence and D's skip from x^t
+        out^t = z^t + W_o^t (y^t * SiLU(W_g^t u^t))                                              D -> C
+
+    No activation or norm follows the linear map and the convolution of s; the depthwise convolution and these two have
+    a bias, the W have none. CTM (F-CTM in this paper) mixes features; here a task gets nothing of the others' but the
+    step sizes and matrices of its own scan.
+    """
+
+    def __init__(self, tasks: list[str], dim: int, drop_path: float, d_state: int, backend: str | None):
+        super().__init__()
+        d_inner = EXPANSION * dim
+
+        def per_task(build):
+            return nn.ModuleDict({t: build() for t in tasks})
+        self.norm_shared = nn.LayerNorm(len(tasks) * dim)
+        self.linear_shared = nn.Linear(len(tasks) * dim, dim)
+        self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.norm = per_task(lambda: nn.LayerNorm(dim))
+        self.mfe = per_task(lambda: MFE(dim, dim, "ss2d", d_state, backend))
+        self.cross = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
+        self.gate = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
+        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
+        s = self.linear_shared(self.norm_shared(torch.cat(list(z.values()), dim=-1)))    # (B, H, W, C)
+        s = self.conv_shared(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = {}
+        for t, z_t in z.items():
+            u = self.norm[t](z_t)                                                        # (B, H, W, C)
+            y = self.mfe[t](u, self.cross[t](s))                                         # (B, H, W, D)
+            g = F.silu(self.gate[t](u))                                                  # (B, H, W, D)
+            out[t] = z_t + self.drop_path(self.out[t](y * g))                            # (B, H, W, C)
+        return out
+
+
+class LiteHead(nn.Module):
+    """3x3 convolution, batch norm, ReLU, linear map, (B, H, W, C) -> (B, H, W, channels); MTMamba.predict resizes.
+
+    The convolution has 96 channels, half of Swin-Large's C_1, whatever the encoder. Batch norm ties the images of a
+    batch together in training, and those of several processes where torch.nn.SyncBatchNorm takes its place.
+    """
+
+    stride = 4    # of its output
+    WIDTH = 96
+
+    def __init__(self, dim: int, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, self.WIDTH, kernel_size=3, padding=1)
+        self.norm = nn.BatchNorm2d(self.WIDTH)
+        self.project = nn.Linear(self.WIDTH, channels)
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)    # as published; all else keeps PyTorch's default
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = F.relu(self.norm(self.conv(z.permute(0, 3, 1, 2))))          # (B, 96, H, W)
+        return self.project(z.permute(0, 2, 3, 1))
 
 
 # -------------------------------------------------------------------------------------- window attention and encoder
@@ -870,8 +969,16 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
     (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
     (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
+    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
+    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
+    (r"\.conv_share\.0\.", r".linear_shared."),
+    (r"\.conv_share\.1\.", r".conv_shared."),
+    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
+    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
+    (r"ctm\.op\.", r"ctm.mfe."),
+    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
     (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
     (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
     (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
@@ -888,16 +995,26 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"\.Ds$", r".ss2d.D"),
     (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
     (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
+    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
+    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
     (r"^final_project\.(\w+)\.", r"heads.\1.project."),
 ] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
 
 
+def published_variant(state: dict[str, Tensor]) -> str:
+    """The row of VARIANTS that a published state_dict is of: its keys tell the cross-task block and the head."""
+    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
+    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
+    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
+    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
+
+
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
-    """Loads a checkpoint of the published implementation into a model of the same tasks and encoder, variant mtmamba.
+    """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file or naming every tensor that is missing,
-    left over or of the wrong shape; then the model is unchanged.
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, for tasks in another order (that of its
+    keys), or naming every tensor that is missing, left over or of the wrong shape; then the model is unchanged.
     """
     source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
@@ -918,8 +1035,13 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
         if key in own and own[key].shape != value.shape:
             problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
     if problems:
-        raise ValueError(f"the checkpoint does not fit the model in {len(problems)} tensors (other tasks, encoder or "
-                         "variant?); nothing was loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
+                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
+                         + "\n  ".join(problems))
+    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    if order != list(model.tasks):    # which no shape shows
+        raise ValueError("the checkpoint's tasks stand in another order, in which the cross-task blocks concatenate "
+                         f"their features; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
     model.load_state_dict(state)
     return len(checkpoint)
 
@@ -948,14 +1070,16 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
         # Patch merging: the four pixels of a cell stand channel-major, (c, row, column), in the published weights and
         # (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
-    if ".blocks." in name and name.endswith("mfe.linear.weight"):    # STM stacks MFE's linear map and the gate
-        linear, gate = value.chunk(2)
-        return {name: linear, name.replace("mfe.linear", "gate"): gate}
-    if ".ctm.gate." in name:                                         # g multiplies the other feature there, see CTM
+    if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
+        linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
+        return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
+    if ".ctm.gate." in name:                                         # CTM's g multiplies the other feature there
         return {name: -value}
     if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
         return {name: value.unflatten(0, (K, -1))}
-    if name.endswith("project.weight"):                              # 1x1 convolution -> linear map
+    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
+        return {name: value.reshape(()) if value.numel() == 1 else value}
+    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
         return {name: value.flatten(1)}
     return {name: value}
 
@@ -966,7 +1090,7 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
     """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
-    9 B L (K D) N + B L (K D); the bilinear resize to the input's size 4 per output element; all else 0.
+    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
     The paper's counter takes SS2D's two projections from a report that prints their operations (2 per multiply-add)
     with four significant digits. Table 2's 435.47 would be 435.48 without that rounding, so it is done here, too.
     Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.

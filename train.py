@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py --dataset pascal          # on eight: the same run, whatever the number
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py --dataset pascal                                  # on two nodes: this line on each
+    python train.py --dataset cityscapes --variant mtmamba++       # MTMamba++
     python train.py --dataset nyud --resume                        # goes on after an interruption
     python train.py --dataset nyud --init-from X --out runs/tuned  # fine-tunes a checkpoint, ours or a published one
 
@@ -12,17 +13,24 @@ Losses, optimiser and schedule are the paper's and, where it is silent, the publ
 runs/DATASET (elsewhere with --out): last.pt, previous.pt, best.pt, log.jsonl, pictures/, and at its end results.json.
 """
 
+import os
+
+# Bounds the spinning of PyTorch's threads on a CPU, for the reason told in evaluate.py; before torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import argparse
 import contextlib
 import functools
 import json
 import math
-import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,40 +39,79 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, convert_sync_batchnorm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets import DATASETS, IGNORE, Parser, Synthetic
-from evaluate import (MAX_DIST, PAPER, SINGLE_TASK, Results, add_up, choose_backend, compare, constant_baseline,
-                      evaluate, held_out, load_weights, open_dataset, print_paper_table, print_table, rank_and_world,
-                      read_checkpoint, save_contact_sheet, start, write_json)
+from datasets import (
+    DATASETS,
+    IGNORE,
+    LabelledDataset,
+    Parser,
+    Synthetic,
+    check_sample,
+    check_samples,
+    find_dataset_class,
+)
+from evaluate import (
+    MAX_DIST,
+    PAPER,
+    SINGLE_TASK,
+    Results,
+    add_up,
+    check_writable,
+    choose_backend,
+    compare,
+    constant_baseline,
+    depth_name,
+    evaluate,
+    held_out,
+    ignore_signals,
+    is_published,
+    load_checkpoint,
+    load_weights,
+    open_dataset,
+    open_own_dataset,
+    print_paper_table,
+    print_table,
+    rank_and_world,
+    read_checkpoint,
+    replacing,
+    save_contact_sheet,
+    start,
+    write_json,
+)
 from metrics import PRIMARY, delta_m
-from mtmamba import BACKENDS, ENCODERS, VARIANTS, MTMamba
+from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
 
-WEIGHT_DECAY = 1e-5
 LR_POWER = 0.9
 
 # What each data set is trained with; the flags of the same names override it.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
-              batch_size=8, lr=1e-4, workers=8, save_every=1000, log_every=50)
+              batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
 PRESETS = {
     # A model small enough to learn six tasks on two CPU cores in minutes: small images, a narrow encoder trained from
     # scratch (hence the higher learning rate), and 2 states instead of 16. Rendering takes a tenth of the time, and a
     # process of its own for it would take a core from the network.
     "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
                       encoder_kwargs=dict(dims=(16, 32, 64, 96), depths=(1, 1, 2, 1), drop_path_rate=0.0),
-                      d_state=2, iterations=300, batch_size=8, lr=1e-2, workers=0, save_every=100, log_every=10,
-                      eval_every=0),
+                      d_state=2, iterations=300, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
+                      save_every=100, log_every=10, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
+    "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
+}
+OWN_PRESET = dict(RECIPE, img_size=(480, 640), eval_every=2000)    # of path/to/file.py:Class
+VARIANT_PRESETS = {    # what a variant changes in these rows
+    ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
+    ("pascal", "mtmamba++"): dict(iterations=40_000, lr=8e-5, weight_decay=1e-6),
 }
 # Flags that may change when a run is resumed. All others must be as they were: they decide what is computed.
-FREE = {"data_root", "device", "backend", "out", "resume", "workers", "save_every", "eval_every", "log_every", "compile",
-        "checkpoint_activations", "tensorboard"}
+FREE = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every", "eval_every",
+        "log_every", "compile", "checkpoint_activations", "tensorboard"}
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")    # of a run
 
@@ -86,33 +133,53 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        device = start(args.device)
-        with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
-            try:
+        try:
+            device = start(args.device)
+            silence = contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None)    # None: no output
+            with silence:
                 run = Run(args, device)
-            except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: timm's, of pretrained weights
-                raise ValueError(" ".join(str(error).split())) from error
+        except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: timm's, of pretrained weights
+            parser.error(" ".join(str(error).split()))
+        with silence:
             return run.execute()
-    except (ValueError, OSError) as error:
-        parser.error(str(error).strip().splitlines()[-1])    # a worker's error has its traceback above that line
-    except RunError as error:
-        parser.exit(1, f"train.py: {error}\n")
-    except torch.OutOfMemoryError as error:
-        parser.exit(1, f"train.py: {str(error).splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a "
-                       "smaller --encoder\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "train.py: interrupted\n")
+    except (RunError, ValueError, OSError, RuntimeError) as error:
+        if (message := explain(error)) is None:
+            raise
+        parser.exit(1, f"train.py: {message}\n")
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
+def explain(error: Exception) -> str | None:
+    """One line for what stops a run from outside, None for what needs its traceback."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
+    if "Too many open files" in text or "ancdata" in text:    # the second is how a process learns of the first
+        return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"
+    if "closed by peer" in text:
+        return "another process of the run ended"
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"--compile failed ({text.splitlines()[0]}); install a C++ compiler, or train with --no-compile"
+    if isinstance(error, (RunError, ValueError, OSError)) or "DataLoader worker" in text:
+        return text.splitlines()[-1]    # a worker's error has its traceback above that line
+    return None
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--dataset", choices=PRESETS, default="synthetic")
-    add("--data-root", type=Path, help="default: data/NYUDv2 or data/PASCALContext")
+    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, a "
+        "data set of one's own with TASKS and a constructor (split, size) (default: synthetic)")
+    add("--data-root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
     add("--out", type=Path, help="folder of everything that is written (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--init-from", type=Path, metavar="FILE", help="start from a checkpoint's weights, ours or published")
+    add("--init-partial", action="store_true", help="of --init-from take what fits this model and list the rest: for "
+        "other tasks or classes; the cross-task blocks are taken where the tasks are the same")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, help="processes that load data, per training process")
     group = parser.add_argument_group("model: rows of Tables 2-6")
@@ -124,11 +191,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the training crops")
     group.add_argument("--iterations", type=int)
     group.add_argument("--batch-size", type=int, help="of all processes together")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for less "
-                       "memory; the logarithms of --loss log are then of a part's losses")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts: less "
+                       "memory, the same result (but batch norm, as in mtmamba++, is of a part)")
     group.add_argument("--lr", type=float, help="at the start; falls to 0 as (1 - it / iterations)^0.9")
-    group.add_argument("--loss", choices=("log", "weighted"), default="log", help="total of the tasks' losses: the sum "
-                       "of their logarithms, or " + ", ".join(f"{w:g} {t}" for t, w in TASK_WEIGHTS.items()))
+    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--loss", choices=("log", "weighted"), help="an image's total of the tasks' losses: the sum of "
+                       "their logarithms, or " + ", ".join(f"{w:g} {t}" for t, w in TASK_WEIGHTS.items()))
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
@@ -145,7 +213,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def resolve(args: argparse.Namespace, device: torch.device, world: int):
     """Fills the flags that were not given from the data set's preset. Raises ValueError for values that cannot be."""
-    preset = dict(PRESETS[args.dataset])
+    if args.dataset not in PRESETS:
+        find_dataset_class(args.dataset)    # raises, with what it could be
+    preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the preset's encoder
     args.d_state = preset.pop("d_state")
@@ -153,7 +223,7 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.img_size = tuple(args.img_size)
-    args.out = args.out or Path("runs") / args.dataset
+    args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     if args.compile is None:
         args.compile = device.type == "cuda"
@@ -166,6 +236,10 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
                 raise ValueError(f"expected {flag} of at least {least}, found {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"expected --lr above 0, found {args.lr}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise ValueError(f"expected --weight-decay of at least 0, found {args.weight_decay}")
+    if args.init_partial and args.init_from is None:
+        raise ValueError("--init-partial says what to take of a checkpoint; name it with --init-from FILE")
     if not isinstance(args.encoder_kwargs or {}, dict):
         raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
     pieces = world * args.accumulate
@@ -191,16 +265,20 @@ class Run:
         torch.manual_seed(args.seed)
         self.train_set, self.held_out = build_datasets(args)
         self.model_config = dict(tasks=self.train_set.tasks, img_size=args.img_size, encoder=args.encoder,
-                                 encoder_kwargs=args.encoder_kwargs, variant=args.variant, d_state=args.d_state)
+                                 encoder_kwargs=args.encoder_kwargs, variant=args.variant,
+                                 output_scale=getattr(self.train_set, "LABEL_SCALE", 1), d_state=args.d_state)
         self.model = MTMamba(**self.model_config, pretrained=args.pretrained and found is None)
         if args.init_from and found is None:
-            load_weights(self.model, read_checkpoint(args.init_from), args.init_from)
+            load = load_fitting_weights if args.init_partial else load_all_weights
+            load(self.model, args.init_from, args.encoder, args.encoder_kwargs)
         self.model.to(device)
+        if self.world > 1 and device.type == "cuda":    # elsewhere PyTorch has none
+            convert_sync_batchnorm(self.model)
         self.backend = choose_backend(self.model, args.backend, device)
-        share_stochastic_depth(self.model)
+        self.share = share_stochastic_depth(self.model, args.accumulate * self.world, device)
         if args.checkpoint_activations:
             checkpoint_activations(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY,
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                            betas=(0.9, 0.999), fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
         self.iteration, self.evaluated, self.best = 0, 0, -math.inf
@@ -208,14 +286,19 @@ class Run:
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
                              commit=git_commit())
-        args.out.mkdir(parents=True, exist_ok=True)
         if found:
             self.restore(*found)
-        self.tensorboard = open_tensorboard(args.out) if args.tensorboard and self.rank == 0 else None
+        check_writable(args.out)
+        self.log = Log(args.out, list(self.model.tasks), self.rank, args.tensorboard)
 
-        network = torch.compile(self.model, fullgraph=True) if args.compile else self.model
-        self.network = network if self.world == 1 else DistributedDataParallel(
-            network, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
+        # PyTorch cannot trace its synchronised batch norm, which leaves the rest in several graphs.
+        self.network = torch.compile(self.model, fullgraph=not synchronised) if args.compile else self.model
+        if self.world > 1:
+            self.between_cpus = dist.new_group(backend="gloo")    # the flag of interruption waits for no device
+            align_gradients(self.model)
+            self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def execute(self) -> dict[str, Results]:
         """Trains to the end and scores the result; or until SIGTERM or Ctrl-C, then saves."""
@@ -225,7 +308,7 @@ class Run:
               f"{self.backend}; {self.world} x {self.device.type}, {args.batch_size // self.world} "
               "images per process and iteration")
         print("configuration:", json.dumps(self.config))
-        self.log(dict(config=self.config, versions=self.versions, processes=self.world, iteration=self.iteration))
+        self.log.write(dict(config=self.config, versions=self.versions, processes=self.world, iteration=self.iteration))
         others = {}
         if args.dataset not in PAPER:    # what the benchmarks' figures mean is known, and these cost hours
             if self.iteration == 0:
@@ -236,59 +319,61 @@ class Run:
 
         with Interruption() as interruption:
             finished = self.train(interruption)
-        if not finished:
-            print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and "
-                  "--resume")
-            return {}
-        results = {"trained": self.evaluate_and_keep_best(final=True), **others}
-        if self.rank == 0:
-            self.print_results(results)
+            trained = self.evaluate_and_keep_best(interruption, final=True) if finished else None
+            if trained is None:
+                print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and "
+                      "--resume")
+                return {}
+            results = {"trained": trained, **others}
+            if self.rank == 0:
+                self.print_results(results)
         return results
 
     def train(self, interruption: "Interruption") -> bool:
         """Iterates from self.iteration to the end; False where it was interrupted. Saves in either case."""
         args = self.args
         order = batch_shares(self.train_set, args, self.iteration, self.rank, self.world)
-        loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers,
+        checked = isinstance(self.train_set, (Synthetic, LabelledDataset))
+        collate = None if checked else functools.partial(collate_checked, tasks=self.model.tasks,
+                                                         label_scale=self.model.output_scale)
+        loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
                                  pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals))
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
-        window, unread, stop, saving = [], [], False, True    # losses since the last line of the log; reports to read
+        unread, saved = [], True
 
         def read_reports():
-            nonlocal stop
             while unread:
                 report = unread.pop()
-                *losses, interrupted = report.read(list(self.model.tasks))
-                stop |= interrupted > 0
-                window.append(losses)
+                self.log.add(report.read(list(self.model.tasks)))
                 if (report.iteration + 1) % args.log_every == 0:
-                    self.log_losses(report.iteration + 1, np.mean(window, axis=0), bar)
-                    window.clear()
+                    lr = learning_rate(args.lr, report.iteration, args.iterations)
+                    self.log.write_losses(report.iteration + 1, lr, bar, self.device)
 
         self.model.train()
         try:
             with bar:
-                while self.iteration < args.iterations and not stop:
+                while self.iteration < args.iterations:
                     if self.evaluation_is_due():
-                        self.evaluate_and_keep_best()
-                    report = self.step(loader, interruption.noted)
+                        self.evaluate_and_keep_best(interruption)
+                    if self.any_process(interruption.noted):
+                        break
+                    report = self.step(loader)
                     # An iteration's losses are read during the next one, so that the device always has work queued.
                     read_reports()
                     unread.append(report)
                     self.iteration += 1
-                    saving = self.iteration % args.save_every == 0 or self.evaluation_is_due()
-                    if saving or self.iteration == args.iterations:
-                        read_reports()    # before weights are saved: never those after a loss that is not finite
+                    saved = self.iteration % args.save_every == 0 or self.evaluation_is_due()
                     bar.update(args.batch_size)
-                    if saving:
+                    if saved:
+                        read_reports()    # before weights are saved: never those after a loss that is not finite
                         self.save("last.pt")
                 read_reports()
+                if not saved:
+                    self.save("last.pt")
         finally:
             if args.workers:    # they ignore signals, so nothing else would end them
                 loader._shutdown_workers()
-        if not saving:
-            self.save("last.pt")
         return self.iteration == args.iterations
 
     def evaluation_is_due(self) -> bool:
@@ -296,49 +381,64 @@ class Run:
         every = self.args.eval_every
         return every > 0 and self.iteration % every == 0 and self.evaluated < self.iteration < self.args.iterations
 
-    def step(self, loader: Iterator[dict], interrupted: bool) -> "Report":
-        """One iteration: forward, backward, update. Returns the batch's losses, those of all processes together."""
-        args, parts = self.args, []
+    def any_process(self, noted: bool) -> bool:
+        """Whether it is so in any process: all of them have to stop after the same iteration."""
+        if self.world == 1:
+            return noted
+        flag = torch.tensor(int(noted))
+        dist.all_reduce(flag, group=self.between_cpus)
+        return bool(flag)
+
+    def step(self, loader: Iterator[dict]) -> "Report":
+        """One iteration: forward, backward, update. Reports the losses of the batch, of all processes together."""
+        args, sums = self.args, 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, self.iteration, args.iterations)
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):
             batch = next_batch(loader)
             targets = {task: batch[task].to(self.device, non_blocking=True) for task in self.model.tasks}
-            # What stochastic depth draws is a pure function of (seed, iteration, part), so nothing has to be stored.
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration, part]).generate_state(1)[0]))
+            # What stochastic depth draws is a pure function of (seed, iteration), so nothing has to be stored.
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration]).generate_state(1)[0]))
+            self.share.fill_(part * self.world + self.rank)
             last = part == args.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.network.no_sync():
                 with autocast(self.device, args.amp):
                     outputs = self.network(batch["image"].to(self.device, non_blocking=True))
-                losses = {task: task_loss(task, outputs[task], target, add_up) for task, target in targets.items()}
-                # DDP averages the gradients, but the processes' shares of the batch's gradient add up.
-                total = total_loss(losses, args.loss) * (self.world / args.accumulate)
-                self.scaler.scale(total).backward()
-            parts.append(torch.stack(list(losses.values())).detach())
+                losses = {task: task_loss(task, outputs[task], target) for task, target in targets.items()}
+                # DDP averages the gradients over the processes.
+                self.scaler.scale(total_loss(losses, args.loss) / args.accumulate).backward()
+            labelled = [valid_pixels(target).flatten(1).any(1) for target in targets.values()]    # (B,) each
+            sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]),
+                                 torch.stack([images.sum() for images in labelled])])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        flag = add_up(torch.full((1,), float(interrupted), device=self.device))    # all processes stop together
-        return Report(self.iteration, torch.cat([torch.stack(parts).mean(0), flag]))
+        return Report(self.iteration, add_up(sums))
 
-    def evaluate(self, description: str = "evaluating", final: bool = False) -> Results:
+    def evaluate(self, description: str = "evaluating", final: bool = False, stop=None) -> Results | None:
         """On all held-out images, in float32; with odsF only in the final one, as it takes longer than the rest."""
+        if self.world > 1:
+            for name, buffer in self.model.named_buffers():
+                if "running_" in name:    # of batch norm: where it is not synchronised, the first process's count
+                    dist.broadcast(buffer, 0)
         return evaluate(self.model, self.held_out, self.device, description, self.args.workers,
-                        MAX_DIST.get(self.args.dataset) if final else None)
+                        MAX_DIST.get(self.args.dataset) if final else None, stop=stop)
 
-    def evaluate_and_keep_best(self, final: bool = False) -> Results:
-        """Scores the weights as they are; the best ones by delta_m are kept in best.pt."""
-        results = self.evaluate(final=final)
-        figures = {task: metrics[PRIMARY[task]] for task, metrics in results.items()}
-        score = delta_m(figures, {task: self.baseline[task] for task in figures})
+    def evaluate_and_keep_best(self, interruption: "Interruption", final: bool = False) -> Results | None:
+        """Scores the weights as they are; the best ones by delta_m are kept in best.pt. None where interrupted: the
+        weights are in last.pt."""
+        results = self.evaluate(final=final, stop=lambda: interruption.noted)
+        if results is None:
+            return None
+        figures = {task: metrics[PRIMARY[task]] for task, metrics in results.items() if task in self.baseline}
+        score = delta_m(figures, {task: self.baseline[task] for task in figures}) if figures else None
         self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, delta_m=score))
-        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()})
+        self.log.write_scores(self.iteration, results, score)
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
             save_contact_sheet(self.model, self.held_out, self.device, folder / f"{self.iteration:06d}.png")
-        if score > self.best:
+        if score is not None and score > self.best:
             self.best = score
             self.save("best.pt")
         return results
@@ -346,7 +446,7 @@ class Run:
     def print_results(self, results: dict[str, Results]):
         args, trained = self.args, results["trained"]
         if args.dataset in PAPER:
-            print_paper_table(trained, PAPER[args.dataset])
+            print_paper_table(trained, PAPER[args.dataset], depth_name(self.model))
         else:
             print_table(results)
         improvement = compare(trained, SINGLE_TASK.get(args.dataset))
@@ -357,8 +457,6 @@ class Run:
         print("checkpoint:", args.out / "last.pt", "(the best one: best.pt)")
         print("results:   ", args.out / "results.json")
         print("pictures:  ", save_contact_sheet(self.model, self.held_out, self.device, args.out / "contact_sheet.png"))
-
-    # ------------------------------------------------------------------------------------------ checkpoints and logs
 
     def save(self, name: str):
         """Writes everything that a run goes on from. From last.pt, the file before is kept as previous.pt."""
@@ -372,9 +470,9 @@ class Run:
 
     def restore(self, path: Path, content: dict):
         """Raises ValueError where the run was another one."""
-        different = [f"--{key.replace('_', '-')} {content['training'].get(key)} (now {value})"
-                     for key, value in self.config.items()
-                     if key not in FREE and content["training"].get(key) != value]
+        stored = content["training"]
+        different = [f"--{key.replace('_', '-')} {stored[key]} (now {value})" for key, value in self.config.items()
+                     if key not in FREE and key in stored and stored[key] != value]
         if different:
             raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
                              "anew in another folder with --out")
@@ -384,89 +482,129 @@ class Run:
         self.iteration, self.evaluated, self.best = (content[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
 
-    def log(self, line: dict):
-        if self.rank == 0:
-            with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def log_losses(self, iteration: int, means: np.ndarray, bar: tqdm):
-        """Means over the iterations since the last line: to the progress bar, log.jsonl and TensorBoard."""
-        if self.rank > 0:
-            return
-        losses = dict(zip(self.model.tasks, means.tolist()))
-        lr = learning_rate(self.args.lr, iteration - 1, self.args.iterations)
-        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
-        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
-        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
-        rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
-        self.log(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
-                      time=time.time()))
-        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
-
-    def plot(self, values: dict[str, float], iteration: int | None = None):
-        """In TensorBoard."""
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, self.iteration if iteration is None else iteration)
-            self.tensorboard.flush()
-
 
 class Report:
-    """An iteration's losses and its flag of interruption, on their way from the device."""
+    """An iteration's losses on their way from the device: their sums over the batch's images, and the numbers of
+    images with a label, which are those that count in a mean; both by task, (2, T)."""
 
     def __init__(self, iteration: int, values: Tensor):
-        self.iteration, self.values = iteration, values.to("cpu", non_blocking=True)
-        self.arrived = None
+        self.iteration, self.arrived = iteration, None
+        # Only CUDA has an event to wait for here; on other devices the copy itself waits.
+        self.values = values.to("cpu", non_blocking=values.is_cuda)
         if values.is_cuda:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def read(self, tasks: list[str]) -> list[float]:
+    def read(self, tasks: list[str]) -> np.ndarray:
         """Waits for them. Raises RunError where a loss is not finite."""
         if self.arrived:
             self.arrived.synchronize()
-        values = self.values.tolist()
-        for task, loss in zip(tasks, values):
+        for task, loss in zip(tasks, self.values[0].tolist()):
             if not math.isfinite(loss):
                 raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
                                "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
-        return values
+        return self.values.double().numpy()
+
+
+class Log:
+    """log.jsonl and, if asked for, TensorBoard, both written by the first process."""
+
+    def __init__(self, folder: Path, tasks: list[str], rank: int, tensorboard: bool):
+        self.path, self.tasks, self.active = folder / "log.jsonl", tasks, rank == 0
+        self.tensorboard = open_tensorboard(folder) if tensorboard and self.active else None
+        self.sums = np.zeros((2, len(tasks)))    # of reports since the last line
+
+    def write(self, line: dict):
+        if self.active:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def add(self, values: np.ndarray):
+        self.sums += values
+
+    def write_losses(self, iteration: int, lr: float, bar: tqdm, device: torch.device):
+        """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
+        losses = {task: total / images if images else None for task, (total, images) in zip(self.tasks, self.sums.T)}
+        self.sums[:] = 0
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
+        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
+        rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
+        self.write(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
+                        time=time.time()))
+        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
+
+    def write_scores(self, iteration: int, results: Results, score: float | None):
+        self.write(dict(iteration=iteration, results=results, delta_m=score))
+        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()},
+                  iteration)
+
+    def plot(self, values: dict[str, float | None], iteration: int):
+        """In TensorBoard."""
+        if self.tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.flush()
 
 
 class Interruption:
-    """Notes SIGTERM and Ctrl-C, so that the run can finish its step and save; a second one ends it at once."""
+    """Notes signals, so that the run can finish its step and save: the SIGTERM of a cluster or of torchrun, USR1 as
+    Slurm warns with, HUP of a closed terminal, all of them however often; and Ctrl-C, of which a second one ends the
+    run at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
     def __enter__(self):
         self.noted = False
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self.note) for number in self.SIGNALS
+                         if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
         return self
 
     def note(self, number, frame):
         self.noted = True
-        self.__exit__()
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals(worker: int):
-    """Ctrl-C and a cluster's SIGTERM reach a loader's processes, too; they are to go on until the step is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+            # Once it was noted the process is ending, which another SIGTERM must not turn into being killed.
+            if number == signal.SIGINT or not self.noted:
+                signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The training and the held-out data set."""
+    """The training and the held-out data set. Raises RunError where one of their first samples is wrong."""
     if args.dataset == "synthetic":    # every scene is new; even seeds train, odd ones evaluate: the two never meet
         train_set = Synthetic(args.iterations * args.batch_size, args.img_size, seed=2 * args.seed, tasks=args.tasks)
         return train_set, held_out(args.img_size, train_set.tasks)
-    data_set = DATASETS[args.dataset]
-    root = args.data_root or data_set.ROOT
-    train_set = data_set(root, "train", args.tasks, args.img_size, seed=args.seed)
-    return train_set, open_dataset(args.dataset, train_set.tasks, {}, root)
+    data_set = find_dataset_class(args.dataset)
+    if args.dataset in DATASETS:
+        train_set = data_set(args.data_root or data_set.ROOT, "train", args.tasks, args.img_size, seed=args.seed)
+    else:
+        train_set = open_own_dataset(data_set, "train", args.img_size, args.tasks)
+        train_set.seed = args.seed
+    config = dict(img_size=args.img_size, output_scale=getattr(data_set, "LABEL_SCALE", 1))
+    held_out_set = open_dataset(args.dataset, train_set.tasks, config, args.data_root)
+    for split, dataset in (("train", train_set), ("val", held_out_set)):    # what would train to nothing shows now
+        try:
+            messages = check_samples(dataset)
+        except (ValueError, OSError) as error:
+            raise RunError(error) from error
+        for message in messages:
+            print(f"look at the {split} labels: {message}")
+    return train_set, held_out_set
+
+
+def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int) -> dict:
+    """A batch of a data set that does not check its samples itself. Raises ValueError that names sample and task."""
+    for sample in samples:
+        check_sample(sample, tasks, label_scale)
+    return default_collate(samples)
 
 
 def batch_shares(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list]:
@@ -507,40 +645,38 @@ def learning_rate(initial: float, iteration: int, iterations: int) -> float:
 
 
 def total_loss(losses: dict[str, Tensor], kind: str = "log") -> Tensor:
-    """The tasks' losses (scalars) in one.
+    """The tasks' losses (B,) in one scalar, the mean over the images of an image's total.
 
     "log": sum over tasks of log(loss + 1e-8), the published runs' total: a task counts by its relative, not its
     absolute, improvement, so no weights are needed. The paper does not state the total. "weighted": the sum with
     TASK_WEIGHTS.
     """
     if kind == "log":
-        return sum(torch.log(loss + 1e-8) for loss in losses.values())
-    return sum(TASK_WEIGHTS[task] * loss for task, loss in losses.items())
+        return sum(torch.log(loss + 1e-8) for loss in losses.values()).mean()
+    return sum(TASK_WEIGHTS[task] * loss for task, loss in losses.items()).mean()
 
 
-def task_loss(task: str, output: Tensor, target: Tensor, add_up=lambda sums: sums) -> Tensor:
-    """The task's loss, a scalar: float32 whatever the output's type, a mean over the valid pixels of the batch.
+def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:
+    """The task's loss of each image, (B,): float32 whatever the output's type, a mean over the image's valid pixels.
 
-    output: raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore. A batch without any
+    output: raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore. An image without any
     valid pixel has loss 0 (and zero gradients). Raises ValueError on an unknown task.
-    add_up: sums a tensor over the processes, in place, where they share a batch. The loss is then that of the whole
-    batch in each of them, and its gradient is this process's share: the shares add up to the whole batch's gradient.
+    Nothing is shared between the images: the published runs had one image in each of 8 processes.
 
     semseg, parsing   cross-entropy
-    saliency          cross-entropy, salient pixels weighted with the share of the others in the batch and vice versa
+    saliency          cross-entropy, salient pixels weighted with the share of the others in the image and vice versa
     boundary          binary cross-entropy, boundary pixels weighted 0.95, the others 0.05
     normal            absolute difference of the unit-length prediction, summed over the three channels
     depth             absolute difference
     """
     output = output.float()
-    valid = (target != IGNORE).all(1)                                    # (B, H, W)
-    positive = (target[:, 0] == 1) & valid
-    pixels, positives = add_up(torch.stack([valid.sum(), positive.sum()]))
-    pixels = pixels.clamp(min=1)
+    valid = valid_pixels(target)                                         # (B, H, W)
+    pixels = valid.sum((1, 2)).clamp(min=1)                              # (B,)
     if task in ("semseg", "parsing"):
         loss = F.cross_entropy(output, target[:, 0].long(), ignore_index=IGNORE, reduction="none")
     elif task == "saliency":
-        w1 = 1 - positives / pixels
+        positive = (target[:, 0] == 1) & valid
+        w1 = 1 - positive.sum((1, 2), keepdim=True) / pixels[:, None, None]
         weight = torch.where(positive, w1, 1 - w1)
         loss = weight * F.cross_entropy(output, target[:, 0].long(), ignore_index=IGNORE, reduction="none")
     elif task == "boundary":
@@ -552,9 +688,12 @@ def task_loss(task: str, output: Tensor, target: Tensor, add_up=lambda sums: sum
         loss = (output - target)[:, 0].abs()
     else:
         raise ValueError(f"no loss for the task {task!r}")
-    own = torch.where(valid, loss, 0).sum()
-    everywhere = own + (add_up(own.detach().clone()) - own.detach())     # the sum's value, with the own part's gradient
-    return everywhere / pixels
+    return torch.where(valid, loss, 0).sum((1, 2)) / pixels
+
+
+def valid_pixels(target: Tensor) -> Tensor:
+    """Where labels (B, 1 or 3, H, W) count: bool (B, H, W)."""
+    return (target != IGNORE).all(1)
 
 
 def autocast(device: torch.device, amp: str):
@@ -562,69 +701,137 @@ def autocast(device: torch.device, amp: str):
 
 
 class SharedDropPath(DropPath):
-    """Stochastic depth, drawn per sample for the batch of all processes, of which this one takes its share: so a run
-    does not depend on their number."""
+    """Stochastic depth, drawn per sample for the whole batch, of which this process takes the share of the part that
+    it computes: so a run depends neither on the number of processes nor on --accumulate."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.drop_prob == 0 or not self.training:
             return x
         keep = 1 - self.drop_prob
-        kept = x.new_empty(self.world, len(x), *(1,) * (x.ndim - 1)).bernoulli_(keep)[self.rank]
-        return x * (kept / keep)
+        kept = x.new_empty(self.shares, len(x), *(1,) * (x.ndim - 1)).bernoulli_(keep).index_select(0, self.share)
+        return x * (kept[0] / keep)
 
 
-def share_stochastic_depth(model: MTMamba):
+def share_stochastic_depth(model: MTMamba, shares: int, device: torch.device) -> Tensor:
+    """Returns the number (1,), to be set in place, of the share of the batch that is computed next."""
+    share = torch.zeros(1, dtype=torch.int64, device=device)    # a tensor, so that a compiled model need not be again
     for module in model.modules():
         if type(module) is DropPath:
             module.__class__ = SharedDropPath
-            module.rank, module.world = rank_and_world()
+            module.shares = shares
+            module.register_buffer("share", share, persistent=False)
+    return share
 
 
 def checkpoint_activations(model: MTMamba):
-    """Encoder blocks, decoder stages and heads keep their inputs alone and run again in the backward pass."""
+    """Encoder blocks, decoder stages and heads keep their inputs alone and run again in the backward pass. Not so lite
+    heads: they are small, and run twice their batch norm would count every batch twice."""
     for encoder in [model.encoder] if model.shared_encoder else model.encoder.values():
         encoder.backbone.set_grad_checkpointing(True)
-    for module in (*model.stages, *model.heads.values()):
+    for module in (*model.stages, *(head for head in model.heads.values() if isinstance(head, DenseHead))):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def align_gradients(model: MTMamba):
+    """Gradients of depthwise weights (D, 1, 3, 3) come with another stride in the dimension of size 1 than the weights
+    have, of which DDP warns. A view mends it."""
+    for weight in model.parameters():
+        if weight.ndim == 4 and weight.shape[1] == 1:
+            weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
 
 
 def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
     """What the best checkpoint is chosen against by delta_m, by task.
 
-    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; any other
-    data set: the best constant prediction. While training, boundaries are scored by pixelF in place of odsF.
+    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
+    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
+    data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
+    training, boundaries are scored by pixelF in place of odsF.
     """
-    if constant:
-        return {task: constant[task][PRIMARY[task]] for task in tasks}
-    return {task: SINGLE_TASK.get(dataset, PAPER[dataset])[task] for task in tasks}
+    if constant is None:
+        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
+        return {task: rows[dataset][task] for task in tasks}
+    figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
+    for task, figure in figures.items():
+        if not figure:
+            found = "no pixel with a label" if figure is None else f"a {PRIMARY[task]} of 0 of the best constant"
+            print(f"{task} plays no part in choosing best.pt: {found} in the held-out images. If that is not meant, "
+                  "check their labels; --tasks trains without it")
+    return {task: figure for task, figure in figures.items() if figure}
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+def load_all_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from: as load_weights. Raises ValueError that names --init-partial where they do not fit."""
+    try:
+        load_weights(model, read_checkpoint(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+
+
+def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from with --init-partial: what a checkpoint, ours or published, shares with the model.
+
+    Taken are tensors of the same name and shape: of the encoder, and of the decoders of the tasks that both have. The
+    cross-task blocks concatenate the tasks' features, so they are taken where the tasks and their order are the same.
+    Prints what is left. Raises FileNotFoundError, or ValueError for another kind of file and where nothing fits.
+    encoder, encoder_kwargs: of a published checkpoint, which does not name its own.
+    """
+    named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
+    source, _ = load_checkpoint(path, torch.device("cpu"), **named)
+    state, own = source.state_dict(), model.state_dict()
+    same_tasks = list(source.tasks) == list(model.tasks)
+    taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
+             and (same_tasks or ".ctm." not in key)}
+    if not taken:
+        raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
+    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
+    print(f"took {len(taken)} tensors of {path}")
+    for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
+        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
+        if groups:
+            print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+
+
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
-    """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
+    """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there.
+
+    Raises RunError, and leaves no part of the new one, where it cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+    except (OSError, RuntimeError) as error:    # PyTorch's writer turns some of the first into the second
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot write {path} ({reason}); the last checkpoint is as it was. Make room, then go on with "
+                       "--resume") from error
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a run and its content, None where it has not saved any yet. Reports the
-    unreadable ones; raises ValueError where all are."""
+    """A run's readable checkpoint of the highest iteration and its content, None where it has not saved any yet.
+
+    Not the youngest file, as copying a run may give its files any order in time. Reports the unreadable ones; raises
+    ValueError where all are.
+    """
     paths = [path for name in CHECKPOINTS if (path := folder / name).exists()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    iterations = {}
+    for path in paths:
         try:
             content = read_checkpoint(path)
             if "optimizer" not in content:
                 raise ValueError(f"{path} has weights alone; start from it with --init-from {path}")
-            return path, content
+            iterations[path] = content["iteration"]
         except ValueError as error:
             print(f"cannot resume from {path}: {error}", file=sys.stderr)
+    if iterations:
+        newest = max(iterations, key=iterations.get)    # of equal ones the first: last.pt
+        return newest, read_checkpoint(newest)
     if paths:
         raise ValueError(f"none of the checkpoints in {folder} can be read; start anew with another --out")
     print(f"nothing to resume in {folder}: starting")

@@ -6,12 +6,15 @@
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
+    python tests/benchmark.py busy         # the main job, alone and beside one busy process per core, 20 minutes
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -231,7 +234,8 @@ def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
     for i in range(images):
         dataset[i]
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    print(f"{size[0]}x{size[1]}, all labels, one process: {images / wall:.0f} images/s, {images / cpu:.0f} per CPU second")
+    print(f"{size[0]}x{size[1]}, all labels, one process: {images / wall:.0f} images/s, {images / cpu:.0f} per CPU "
+          "second")
 
 
 def data(images: int = 24, epochs: int = 2):
@@ -267,8 +271,61 @@ def boundary(size: tuple[int, int] = (321, 481)):
             print(f"{protocol:<7} image {i}, {size[0]}x{size[1]}: {seconds:.2f} s")
 
 
+def busy(starts: int = 3, iterations: int = 8, images: int = 12, patience: int = 240):
+    """Images per second of the main job, training and evaluation, alone and beside one busy process per core, with
+    libgomp's waiting threads as they are, bounded as the scripts bound them, and with one thread.
+
+    Every figure is the median of several starts, taken in turns: threads that spin make a process's speed differ from
+    start to start. A start that takes longer than `patience` seconds counts as 0.
+    """
+    job = f"""
+import time
+import torch
+import evaluate, train
+evaluate.EVALUATION_IMAGES = {images}
+train.main(["--device", "cpu", "--iterations", "{iterations}", "--log-every", "1", "--out", OUT])
+lines = [train.json.loads(line) for line in open(OUT + "/log.jsonl")]
+times = [line["time"] for line in lines if "losses" in line]
+model, _ = evaluate.load_checkpoint(train.Path(OUT) / "last.pt", torch.device("cpu"))
+data = evaluate.held_out((64, 96), model.tasks)
+evaluate.evaluate(model, data, torch.device("cpu"))    # warm
+start = time.perf_counter()
+evaluate.evaluate(model, data, torch.device("cpu"))
+print("RATES", 8 * (len(times) - 2) / (times[-1] - times[1]), {images} / (time.perf_counter() - start))
+"""
+    root = Path(__file__).parents[1]
+    settings = {"as it is": {"GOMP_SPINCOUNT": "300000"},    # libgomp's own value
+                "bounded": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+    given = {"GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
+    cores = len(os.sched_getaffinity(0))
+    print(f"{hardware()}, {cores} cores; images/s in training / evaluation, median of {starts} starts")
+    for load in (0, cores):
+        rates = {name: [] for name in settings}
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
+        try:
+            for _ in range(starts):
+                for name, changes in settings.items():
+                    environment = {key: value for key, value in os.environ.items() if key not in given} | changes
+                    with tempfile.TemporaryDirectory() as folder:
+                        code = job.replace("OUT", repr(str(Path(folder) / "run")))
+                        try:
+                            run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, text=True,
+                                                 capture_output=True, check=True, timeout=patience)
+                            rates[name].append([float(rate) for rate in run.stdout.split("RATES")[1].split()])
+                        except subprocess.TimeoutExpired:
+                            rates[name].append([0.0, 0.0])
+        finally:
+            for process in others:
+                process.kill()
+        for name, found in rates.items():
+            training, evaluation = (statistics.median(column) for column in zip(*found))
+            others = f"beside {load} busy processes" if load else "idle"
+            print(f"{others:<25}{name:<12}{training:>8.1f}{evaluation:>8.1f}", flush=True)
+
+
 if __name__ == "__main__":
-    benchmarks = {"scan": scan, "model": model, "synthetic": synthetic, "data": data, "boundary": boundary}
+    benchmarks = {"scan": scan, "model": model, "synthetic": synthetic, "data": data, "boundary": boundary,
+                  "busy": busy}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     options = {name: commands.add_parser(name) for name in benchmarks}

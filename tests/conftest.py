@@ -2,15 +2,18 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"    # there is a process of the suite for each core
+
 import numpy as np
 import pytest
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from mtmamba import MTMamba
+from mtmamba import MTMamba  # noqa: E402
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)

@@ -5,8 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metrics import (THRESHOLDS, boundary_counts, boundary_counts_parallel, boundary_ground_truth, match_boundaries,
-                     ods_f, suppress_non_maxima, thin)
+from metrics import (
+    THRESHOLDS,
+    boundary_counts,
+    boundary_counts_parallel,
+    boundary_ground_truth,
+    match_boundaries,
+    ods_f,
+    suppress_non_maxima,
+    thin,
+)
 
 DATA = Path(__file__).parent / "data"
 CHAIN = np.load(DATA / "boundary_chain.npz")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_model import published_state
 
 import datasets
 import evaluate
@@ -19,7 +20,6 @@ import train
 from conftest import NYUD_TASKS, TINY_SWIN
 from metrics import boundary_counts, delta_m, make_meters, ods_f
 from mtmamba import MTMamba
-from test_model import published_state
 
 ROOT = Path(evaluate.__file__).parent
 SIZES = {"0001": (48, 64), "0002": (41, 57), "b": (33, 64), "0004": (47, 33), "0005": (40, 50)}    # odd and uneven
@@ -139,6 +139,47 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
 
 
+def test_images_larger_than_the_data_sets_size(checkpoint, nyud, tmp_path):
+    """They are padded to the next multiple of 32, a batch of their own, and count as all others."""
+    root = shutil.copytree(nyud, tmp_path / "data")
+    h, w = 60, 70
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (h, w, 3), np.uint8)).save(root / "images/0002.png")
+    Image.fromarray(np.ones((h, w), np.uint8)).save(root / "segmentation/0002.png")
+    Image.fromarray(np.full((h, w, 3), (127, 127, 255), np.uint8)).save(root / "normals/0002.png")
+    Image.fromarray(np.eye(h, w, dtype=np.uint8) * 255).save(root / "edge/0002.png")
+    np.save(root / "depth/0002.npy", np.ones((h, w), np.float32))
+    results = evaluate.main(arguments(checkpoint, root, tmp_path, "--save-predictions", tmp_path / "maps"))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    dataset, meters = SmallNYUDv2(root, "val", None), make_meters(NYUD_TASKS)
+    assert [tuple(sample["image"].shape[1:]) for sample in dataset] == [
+        (48, 64), (64, 96), (48, 64), (48, 64), (48, 64)]
+    for sample in dataset:
+        with torch.no_grad():
+            outputs = model(sample["image"][None])
+        for task, meter in meters.items():
+            meter.update(outputs[task], sample[task][None])
+    for task, meter in meters.items():
+        for metric, value in meter.compute().items():
+            assert results[task][metric] == pytest.approx(value, rel=1e-6), metric
+    assert np.load(tmp_path / "maps/depth/0002.npy").shape == (h, w)
+
+
+def test_the_table_is_printed_before_anything_is_written(checkpoint, nyud, tmp_path, capsys, monkeypatch):
+    """And a folder that cannot be written to is refused before anything is computed."""
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.os, "fsync", full)
+        patch.setattr(evaluate, "evaluate", None)
+        assert f"cannot write to the folder {tmp_path} (No space left" in fails(
+            capsys, *arguments(checkpoint, nyud, tmp_path))
+    monkeypatch.setattr(evaluate.os, "replace", lambda *paths: full(None))
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    printed = capsys.readouterr()
+    assert "odsF" in printed.out and "No space left" in printed.err and not list(tmp_path.iterdir())
+
+
 def test_a_task_without_labels_is_left_out(checkpoint, nyud, tmp_path, capsys):
     """Its delta_m is that of the other tasks."""
     root = shutil.copytree(nyud, tmp_path / "data")
@@ -182,7 +223,7 @@ if __name__ == "__main__":
 
 
 def test_two_processes_give_exactly_the_figures_of_one(checkpoint, nyud, tmp_path, monkeypatch, capsys):
-    """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one process for boundaries."""
+    """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one for boundaries."""
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
     alone = evaluate.main(arguments(checkpoint, nyud, tmp_path / "one", "--save-predictions", tmp_path / "maps1"))
     table = capsys.readouterr().out
@@ -238,10 +279,12 @@ def test_contact_sheets(checkpoint, nyud, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["contact_sheet.png", "contact_sheet_2.png"]
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet_2.png"))
     image = np.asarray(Image.open(nyud / "images/0005.png"))
-    assert abs(sheet[16:16 + 40, :50].astype(int) - image).max() <= 1
+    # 40x50 pixels are enlarged four times, as their longer side then stays within 240.
+    assert abs(sheet[16:16 + 160, :200].astype(int) - image.repeat(4, 0).repeat(4, 1)).max() <= 1
     truth = np.asarray(Image.open(nyud / "segmentation/0005.png")) - np.uint8(1)
-    column = 160 + 4
-    np.testing.assert_array_equal(sheet[16 + 44:16 + 84, column:column + 50], evaluate.voc_palette()[truth])
+    shown = sheet[16 + 164:16 + 164 + 160, 204:204 + 200]
+    np.testing.assert_array_equal(shown, evaluate.voc_palette()[truth].repeat(4, 0).repeat(4, 1))
+    assert len(sheet) > 16 + 2 * 164 + 16 * len(np.unique(truth))    # and a legend of its classes
 
 
 def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
@@ -254,8 +297,8 @@ def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys):
                              "--workers", "0", "--device", "cpu", "--save-predictions", str(tmp_path / "maps")])
     printed = capsys.readouterr().out
     assert list(results) == list(evaluate.PAPER["pascal"]) and "no delta_m" in printed
-    for task, metric, paper in (("parsing", "mIoU", "72.62"), ("saliency", "maxF", "84.14"), ("boundary", "odsF", "78.80"),
-                                ("saliency", "maxF_published", "84.14")):
+    for task, metric, paper in (("parsing", "mIoU", "72.62"), ("saliency", "maxF", "84.14"),
+                                ("boundary", "odsF", "78.80"), ("saliency", "maxF_published", "84.14")):
         row = next(line.split() for line in printed.splitlines() if line.split()[:2] == [task, metric])
         assert row[2:4] == [f"{results[task][metric]:.2f}", paper]
     saliency = np.asarray(Image.open(next(tmp_path.glob("maps/saliency/*.png"))))
@@ -279,13 +322,13 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert "does not fit the model" in message and "--encoder" in message
     assert "other --dataset" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
     assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"nonsense": 1}'))
-    torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(19, 12, 1, 1)}}, path)
-    assert "{'semseg': 19}" in fails(capsys, *arguments(path, nyud, tmp_path))
+    torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
+    assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--dataset", "synthetic"], "choose another --dataset"),
-    (["--dataset", "cityscapes"], "cityscapes"),
+    (["--dataset", "kitti"], "kitti"),
     (["--data-root", "nowhere"], "no folder nowhere"),
     (["--device", "tpu9"], "tpu9"),
     (["--boundary-list", "nowhere.txt"], "nowhere.txt"),
@@ -294,6 +337,7 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     (["--encoder-kwargs", "[1]"], "--encoder-kwargs"),
     (["--encoder-kwargs", "{"], "--encoder-kwargs"),
     (["--features"], "--features"),
+    (["--max-side", "31"], "--max-side"),
     (["--variant", "stm1"], "--variant"),
 ])
 def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):
@@ -317,7 +361,8 @@ def draw(checkpoint, out, *paths):
     """(files written, exit code)"""
     code = 0
     try:
-        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out), "--image", *map(str, paths)])
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out), "--image",
+                       *map(str, paths)])
     except SystemExit as exit:
         code = exit.code
     return {path.name: np.asarray(Image.open(path)) for path in out.glob("*.png")}, code
@@ -364,26 +409,6 @@ def test_legend_names_what_occurs(checkpoint):
     assert (depth[8, 6] == evaluate.COLOR_MAP[0]).all() and (depth[8 + 4 * 16, 6] == evaluate.COLOR_MAP[-1]).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "I;16"])
-def test_modes(mode, picture, tmp_path):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    grey = np.asarray(picture.convert("L"))
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
-    image.save(path)
-    read = np.asarray(evaluate.read_picture(path)).astype(int)
-    expected = np.repeat(grey[..., None], 3, axis=2) if mode in ("L", "LA", "I;16") else np.asarray(
-        picture.convert(mode).convert("RGB"))
-    assert abs(read - expected).max() <= 1
-
-
-def test_transparent_parts_become_white(picture, tmp_path):
-    alpha = Image.fromarray(np.where(np.arange(70) < 30, 255, 0).astype(np.uint8)[None].repeat(45, axis=0))
-    picture.putalpha(alpha)
-    picture.save(tmp_path / "a.png")
-    read = np.asarray(evaluate.read_picture(tmp_path / "a.png"))
-    assert (read[:, 30:] == 255).all() and (read[:, :30] == np.asarray(picture)[:, :30, :3]).all()
-
-
 def test_exif_rotation(checkpoint, picture, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6    # to be turned clockwise
@@ -392,6 +417,71 @@ def test_exif_rotation(checkpoint, picture, tmp_path):
     np.testing.assert_array_equal(upright, np.rot90(np.asarray(picture), k=-1))
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "a.png")
     assert code == 0 and files["a_semseg.png"].shape == (70, 45, 3)
+
+
+def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(checkpoint, picture, tmp_path):
+    """Against the model's own maps of the reduced picture: classes by index arithmetic, depth by their order."""
+    large = picture.resize((210, 135))
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    maps, heat = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=70)
+    small, _ = evaluate.predict_picture(model, large.resize((70, 45), Image.Resampling.BICUBIC), torch.device("cpu"))
+    y, x = (np.arange(n) // 3 for n in (135, 210))
+    assert (maps["semseg"][0].numpy() == small["semseg"][0].numpy()[y][:, x]).all()
+    assert all(values.shape[1:] == (135, 210) for values in maps.values()) and heat["depth"].shape == (135, 210)
+    np.testing.assert_allclose(maps["depth"][0, 1::3, 1::3], small["depth"][0], atol=1e-5)    # the centres
+    assert (maps["normal"].norm(dim=0) - 1).abs().max() < 1e-5
+    whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
+    assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
+    thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
+    assert thin["semseg"].shape == (1, 40, 640)
+
+
+def test_nothing_is_overwritten_that_an_earlier_run_did_not_write(checkpoint, picture, tmp_path, capsys):
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir(), out.mkdir()
+    picture.save(own / "a.png")
+    picture.save(out / "a_depth.png")
+    before = (out / "a_depth.png").read_bytes()
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image", own, "--out"]
+    assert "a_depth.png would be overwritten" in fails(capsys, *arguments, out)
+    assert [path.name for path in out.iterdir()] == ["a_depth.png"] and (out / "a_depth.png").read_bytes() == before
+    for folder in (own, tmp_path / "own/../own"):
+        assert "holds the pictures themselves" in fails(capsys, *arguments, folder)
+    assert "holds the pictures" in fails(capsys, *arguments[:-2], own / "a.png", "--out", own)
+    assert "--save-predictions" in fails(capsys, *arguments, tmp_path / "other", "--save-predictions", own)
+    (out / "a_depth.png").rename(out / "mine.png")
+    for _ in range(2):    # a second run writes over what the first one wrote
+        files, code = draw(checkpoint, out, own, "--save-predictions", tmp_path / "raw")
+        assert code == 0 and set(files) == {"mine.png", "a_sheet.png", *(f"a_{task}.png" for task in NYUD_TASKS)}
+        picture = picture.rotate(180)
+        picture.save(own / "a.png")
+    assert {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("a.*")} == {
+        "semseg/a.png", "depth/a.npy", "normal/a.npy", "boundary/a.png"}
+    picture.save(out / "a_sheet.png")    # a file of one's own in the place of one that was written
+    assert "a_sheet.png would be overwritten" in fails(capsys, *arguments, out)
+    (tmp_path / "other" / evaluate.MANIFEST).write_text("a letter")
+    assert "something else in" in fails(capsys, *arguments, tmp_path / "other")
+
+
+def test_pictures_go_beside_the_checkpoint_without_out(checkpoint, picture, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "last.pt")
+    picture.save(tmp_path / "a.png")
+    evaluate.main(["--checkpoint", str(tmp_path / "last.pt"), "--device", "cpu", "--image", str(tmp_path / "a.png")])
+    assert (tmp_path / "predictions/a_sheet.png").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_endings_of_phones_and_scanners(checkpoint, picture, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jfif", "b.ppm"):
+        picture.save(folder / name, {"a.jfif": "JPEG", "b.ppm": "PPM"}[name])
+    (folder / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.fromarray(np.float32(picture.convert("L"))).save(folder / "d.tif")
+    files, code = draw(checkpoint, tmp_path / "out", folder)
+    assert code == 1 and {name.split("_")[0] for name in files} == {"a", "b"}
+    errors = capsys.readouterr().err
+    assert "2 of the pictures skipped" in errors and "c.heic" in errors
+    assert f"expected unsigned integers, found signed ones or floats in {folder / 'd.tif'}" in errors
 
 
 def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path, capsys):

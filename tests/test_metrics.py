@@ -13,6 +13,23 @@ def score(task, channels, output, target):
     return meter.compute()
 
 
+class OnMPS(torch.Tensor):
+    """Stands for a tensor on Apple's GPU, which has no float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_meters_count_on_the_cpu_where_the_device_has_no_float64():
+    output, target = random_case("depth", 1)
+    meter = make_meters({"depth": 1})["depth"]
+    meter.update(*(torch.as_tensor(array).as_subclass(OnMPS) for array in (output, target)))
+    assert type(meter.sums) is torch.Tensor and meter.sums.dtype == torch.float64
+    assert meter.compute() == score("depth", 1, output, target)
+
+
 def random_case(task, channels, batch=5):
     """Random raw outputs and labels of every value, about a fifth of the pixels ignored."""
     rng = np.random.default_rng(0)
@@ -34,7 +51,7 @@ def pixels(output, target):
 
 def f_measure(scores, labels, threshold, beta2):
     found = [s > threshold for s in scores]
-    hit = sum(f and l for f, l in zip(found, labels))
+    hit = sum(f and label for f, label in zip(found, labels))
     if not hit:
         return 0.0
     precision, recall = hit / sum(found), hit / sum(labels)
@@ -66,6 +83,7 @@ def brute_force(task, channels, output, target):
     o, t = (np.array(column, dtype=np.float64)[:, 0] for column in zip(*cases))
     floored = np.maximum(o, 1e-9)
     return {"RMSE": np.sqrt(np.mean((np.maximum(o, 0) - t) ** 2)), "abs_rel": np.mean(abs(floored - t) / t),
+            "sq_rel": np.mean((floored - t) ** 2 / t),
             "log_rmse": np.sqrt(np.mean((np.log(floored) - np.log(t)) ** 2))}
 
 
@@ -112,6 +130,22 @@ def test_normal_error_of_known_angles():
     angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0]))
     output = 7 * torch.stack([angles.sin(), torch.zeros(3), angles.cos()]).view(1, 3, 1, 3)
     assert score("normal", 3, output, target)["mErr"] == pytest.approx((1e-3 + 90) / 3, rel=1e-6)
+
+
+def test_depth_counts_inside_an_open_range():
+    target = torch.tensor([-1.0, 0.0, 2.0, 80.0, 79.0, IGNORE]).view(1, 1, 1, 6)
+    meter = make_meters({"depth": 1}, depth_range=(0, 80))["depth"]
+    meter.update(torch.full((1, 1, 1, 6), 4.0), target)
+    scores = meter.compute()
+    assert scores["RMSE"] == pytest.approx(((2**2 + 75**2) / 2) ** 0.5)
+    assert scores["sq_rel"] == pytest.approx((2**2 / 2 + 75**2 / 79) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="low below high"):
+        make_meters({"depth": 1}, depth_range=(80, 0))
+
+
+def test_a_batch_of_another_size_than_its_labels_is_an_error():
+    with pytest.raises(ValueError):
+        make_meters({"depth": 1})["depth"].update(torch.ones(2, 1, 4, 4), torch.ones(1, 1, 4, 4))
 
 
 def test_negative_depth_is_clamped():

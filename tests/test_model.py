@@ -8,7 +8,7 @@ import timm
 import torch
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
-from mtmamba import ENCODERS, PUBLISHED_TASKS, VARIANTS, CTM, MTMamba, PatchExpand, load_published_checkpoint
+from mtmamba import CTM, ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, PatchExpand, load_published_checkpoint
 
 PUBLISHED_NAMES = {ours: published for published, ours in PUBLISHED_TASKS.items()}
 
@@ -51,6 +51,13 @@ def test_published_checkpoint_from_a_file(tiny_model, data, tmp_path):
     state = published_state(data("published_nyud_tiny.npz"))
     torch.save({"model": state}, tmp_path / "published.pth")
     assert load_published_checkpoint(tiny_model(), tmp_path / "published.pth") == len(state)
+
+
+def test_published_checkpoint_of_tasks_in_another_order(tiny_model, data):
+    """Every shape fits, and the outputs would be wrong."""
+    model = tiny_model({task: NYUD_TASKS[task] for task in sorted(NYUD_TASKS)})
+    with pytest.raises(ValueError, match="another order"):
+        load_published_checkpoint(model, published_state(data("published_nyud_tiny.npz")))
 
 
 def test_published_checkpoint_that_does_not_fit_changes_nothing(tiny_model, data):

@@ -1,10 +1,13 @@
 """A training run from launch to end: processes, precision, compilation, interruption, resuming, what it writes."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_model import published_state
 
 import datasets
 import evaluate
 import train
 from conftest import TINY_SWIN
 from datasets import PascalContext, Synthetic
+from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
@@ -29,10 +34,19 @@ SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--
 SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN), "--no-pretrained"]
 
 DRIVER = """
-import sys
+import os, shutil, sys, time
 import evaluate, train
 if __name__ == "__main__":
     evaluate.EVALUATION_IMAGES = 3
+    if "KEEP" in os.environ:    # the checkpoint of every iteration
+        save = train.save_checkpoint
+        def save_and_keep(path, content, previous):
+            save(path, content, previous)
+            shutil.copy(path, path.with_name(f"{content['iteration']}.pt"))
+        train.save_checkpoint = save_and_keep
+    if "SLOW" in os.environ:
+        next_batch = train.next_batch
+        train.next_batch = lambda loader: time.sleep(0.4) or next_batch(loader)
     train.main(sys.argv[1:])
 """
 
@@ -46,9 +60,9 @@ def few_images(monkeypatch):
 def script(tmp_path):
     """script(arguments, processes): starts a run with three images to evaluate on, in processes of its own."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def start(arguments, processes=1):
+    def start(arguments, processes=1, **environment):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), tmp_path / "driver.py", *SMALL,
                                  *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE,
@@ -114,21 +128,24 @@ class InterruptedAfter(train.Interruption):
 
 # ----------------------------------------------------------------------------------------------------------- launch
 
-def test_two_processes_compute_what_one_does(script, tmp_path):
-    """Losses over 6 steps with stochastic depth, saliency's weights and the logarithms all of the whole batch."""
-    runs = [script([*SWIN, "--lr", 1e-4, "--accumulate", 2, "--out", tmp_path / str(n)], n) for n in (1, 2)]
-    for process in runs:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-    one, two = (log(tmp_path / n, "losses") for n in "12")
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two):
-        assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
-    weights, expected = (load(tmp_path / n / "last.pt")["model"] for n in "21")
-    assert list(weights) == list(expected)    # without prefixes of the wrapper
-    for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)
-    assert json.loads((tmp_path / "2/log.jsonl").read_text().splitlines()[0])["processes"] == 2
+def test_processes_and_parts_change_nothing(script, tmp_path):
+    """Losses of 6 steps and the weights after them, with stochastic depth in the encoder and the decoder."""
+    arguments = [*SWIN, "--lr", "1e-4"]
+    two = script([*arguments, "--out", tmp_path / "two processes"], 2)
+    for parts in (1, 2, 4):
+        run(tmp_path / str(parts), *arguments, "--accumulate", parts)
+    _, error = two.communicate()
+    assert two.returncode == 0, error
+    assert "strides" not in error    # of gradients, of which DDP would warn
+    expected, weights = log(tmp_path / "1", "losses"), load(tmp_path / "1/last.pt")["model"]
+    for name in ("two processes", "2", "4"):
+        for ours, line in zip(log(tmp_path / name, "losses"), expected, strict=True):
+            assert ours["losses"] == pytest.approx(line["losses"], rel=1e-6)
+        content = load(tmp_path / name / "last.pt")["model"]
+        assert list(content) == list(weights)    # without prefixes of the wrapper
+        for key in weights:
+            torch.testing.assert_close(content[key], weights[key], rtol=1e-4, atol=2e-5)    # of 6e-4 that they moved
+    assert json.loads((tmp_path / "two processes/log.jsonl").read_text().splitlines()[0])["processes"] == 2
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -136,9 +153,9 @@ class Numbered(torch.utils.data.Dataset):
         return 7
 
 
-def shares(start, rank=0, world=1, accumulate=1, dataset=Numbered(), seed=0):
+def shares(start, rank=0, world=1, accumulate=1, dataset=None, seed=0):
     args = argparse.Namespace(seed=seed, batch_size=12, accumulate=accumulate, iterations=5)
-    return list(train.batch_shares(dataset, args, start, rank, world))
+    return list(train.batch_shares(dataset or Numbered(), args, start, rank, world))
 
 
 def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
@@ -205,7 +222,7 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
 
 def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
     """SIGKILL anywhere: in a step, in a save, in an evaluation; with a worker, in the midst of accumulating."""
-    arguments = [*SWIN, "--iterations", 40, "--accumulate", 2, "--save-every", 3, "--eval-every", 10, "--workers", 1]
+    arguments = [*SWIN, "--iterations", 16, "--accumulate", 2, "--save-every", 2, "--eval-every", 5, "--workers", 1]
     straight = script([*arguments, "--out", tmp_path / "straight"])
     kills = 0
     while kills < 2:
@@ -230,24 +247,86 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(script, tmp_path):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_ends_cleanly(number, processes, script, tmp_path):
-    """In a run of two processes, a signal to one of them stops both after the same iteration."""
-    process = script(["--variant", "stm1", "--iterations", 10_000, "--out", tmp_path / "run", "--workers", 1],
-                     processes)
-    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run", "losses")) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    if processes == 1:
-        process.send_signal(number)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), number)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    iteration = load(tmp_path / "run/last.pt")["iteration"]
-    assert f"stopped after iteration {iteration} of 10000" in output and iteration < 10_000
-    assert "Traceback" not in error
+def test_terminated_by_launcher_and_cluster(script, tmp_path):
+    """SIGTERM to torchrun and its two processes, in every order and twice: the step that runs is the last one, its
+    weights are in last.pt, and --resume goes on from there, all bit for bit as without."""
+    arguments = ["--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 12, "--save-every", 1,
+                 "--workers", 1]    # without boundaries, for which evaluation would start processes of its own
+    straight = script([*arguments, "--out", tmp_path / "straight"], 2, KEEP="")
+    _, error = straight.communicate()
+    assert straight.returncode == 0, error
+    for case in ("all at once", "processes first", "launcher alone"):
+        out = tmp_path / case
+        run = script([*arguments, "--out", out, "--save-every", 100], 2, SLOW="")
+        while not (out / "log.jsonl").exists() or len(log(out, "losses")) < 2:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        before = len(log(out, "losses"))
+        for targets, pause in {"all at once": [([run.pid, *workers], 0.1)] * 2,
+                               "processes first": [(workers, 0.1), ([run.pid], 0.1)] * 2,
+                               "launcher alone": [([run.pid], 0.1)] * 2}[case]:
+            for pid in targets:
+                with contextlib.suppress(ProcessLookupError):    # it has ended by then
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(pause)
+        output, error = run.communicate(timeout=60)
+        assert run.returncode == 1    # torchrun's own, which ends with the signal
+        iteration = load(out / "last.pt")["iteration"]
+        assert f"stopped after iteration {iteration} of 12" in output, error
+        assert len(log(out, "losses")) == iteration <= before + 2    # one line waits for the next step
+        assert_same_training(load(out / "last.pt"), load(tmp_path / f"straight/{iteration}.pt"))
+    resumed = script([*arguments, "--out", out, "--resume"], 2)
+    _, error = resumed.communicate()
+    assert resumed.returncode == 0, error
+    assert_same_training(load(out / "last.pt"), load(tmp_path / "straight/last.pt"))
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """signals(iteration, *numbers): sends them to this process, once, in the midst of that iteration's step."""
+    handlers = {number: signal.getsignal(number) for number in train.Interruption.SIGNALS}
+
+    def send(iteration, *numbers, method="step"):
+        inner, unsent = getattr(train.Run, method), list(numbers)
+
+        def interrupted(self, *arguments, **options):
+            while self.iteration == iteration and unsent:
+                os.kill(os.getpid(), unsent.pop(0))
+            return inner(self, *arguments, **options)
+        monkeypatch.setattr(train.Run, method, interrupted)
+    yield send
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", train.Interruption.SIGNALS)
+def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
+    twice = () if number == signal.SIGINT else (number, signal.SIGTERM)
+    signals(3, number, *twice)
+    assert run(tmp_path, "--variant", "stm1") == {}
+    assert load(tmp_path / "last.pt")["iteration"] == 4
+    assert "stopped after iteration 4 of 6" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_at_once(signals, tmp_path, capsys):
+    signals(3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path, "--variant", "stm1")
+    assert exit.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_signal_during_an_evaluation(signals, tmp_path):
+    """The weights are on the disk then, so it is given up; resumed, the run evaluates anew."""
+    arguments = ["--variant", "stm1", "--eval-every", 3]
+    run(tmp_path / "straight", *arguments)
+    signals(3, signal.SIGTERM, method="evaluate")
+    assert run(tmp_path / "halves", *arguments) == {}
+    assert load(tmp_path / "halves/last.pt")["iteration"] == 3 and not (tmp_path / "halves/best.pt").exists()
+    run(tmp_path / "halves", *arguments, "--resume")
+    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
+    assert log(tmp_path / "halves", "delta_m") == log(tmp_path / "straight", "delta_m")
 
 
 def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
@@ -257,7 +336,7 @@ def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
         patch.setattr(train, "Interruption", InterruptedAfter)
         assert run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1") == {}
     half = load(tmp_path / "halves/last.pt")
-    assert half["scaler"]["_growth_tracker"] == half["iteration"] == 3    # the flag is read one step later
+    assert half["scaler"]["_growth_tracker"] == half["iteration"] == 1
     run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1", "--resume")
     whole = load(tmp_path / "halves/last.pt")
     assert whole["scaler"]["_growth_tracker"] == 6
@@ -270,7 +349,7 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
     message = fails(capsys, 2, out, "--variant", "stm1", "--resume", "--lr", 1e-4, "--seed", 3)
     assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
-    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])    # now the newest file
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
     (out / "best.pt").unlink()
     run(out, "--variant", "stm1", "--save-every", 2, "--resume")
     captured = capsys.readouterr()
@@ -284,13 +363,42 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "none of the checkpoints" in fails(capsys, 2, out, "--variant", "stm1", "--resume")
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    train.save_checkpoint(path, {"iteration": 1})
-    monkeypatch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError):
-        train.save_checkpoint(path, {"iteration": 2}, tmp_path / "previous.pt")
-    assert load(path) == {"iteration": 1}
+def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys):
+    """Whatever the files' times are, as copying a run changes them."""
+    for name, iteration in (("best.pt", 3), ("last.pt", 7), ("previous.pt", 5)):    # written in this order
+        torch.save(dict(model={}, config={}, optimizer={}, iteration=iteration), tmp_path / name)
+    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
+    torch.save(dict(model={}, config={}, optimizer={}, iteration=7), tmp_path / "best.pt")
+    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
+    shutil.copy(tmp_path / "last.pt", tmp_path / "saved")
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "best.pt").unlink()
+    path, content = train.find_checkpoint(tmp_path)
+    assert path.name == "previous.pt" and content["iteration"] == 5
+    assert f"cannot resume from {tmp_path / 'last.pt'}" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
+    """By a limit on the size of files, which the operating system reports in the same way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(train.RunError, match=r"cannot write .*last.pt \(.*Make room"):
+            train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)}, tmp_path / "previous.pt")
+        message = fails(capsys, 1, tmp_path / "run", "--variant", "stm1", "--tasks", "depth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(tmp_path / "last.pt") == {"iteration": 1} and [f.name for f in tmp_path.glob("*.*")] == ["last.pt"]
+    assert f"cannot write {tmp_path / 'run/last.pt'}" in message and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_what_stops_a_run_from_outside_is_told_in_one_line():
+    for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
+        assert "ulimit -n" in train.explain(full)
+    compiler = torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("Failed to find C compiler"), None)
+    assert "--no-compile" in train.explain(compiler) and "\n" not in train.explain(compiler)
+    assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
@@ -372,9 +480,83 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
 
 
 def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
-    run(tmp_path / "first", "--variant", "stm1")
-    assert "other tasks" in fails(capsys, 2, tmp_path / "second", "--variant", "stm1", "--tasks", "depth",
-                                  "--init-from", tmp_path / "first/last.pt")
+    """What fits is taken, the rest named; the cross-task blocks only where the tasks and their order are the same."""
+    first = tmp_path / "first/last.pt"
+    run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
+    arguments = ["--tasks", "depth", "semseg", "saliency", "--iterations", 1, "--init-from", first]
+    assert "--init-partial" in fails(capsys, 2, tmp_path / "second", *arguments)
+    run(tmp_path / "second", *arguments, "--init-partial", "--lr", 1e-12)
+    printed = capsys.readouterr().out
+    old, new = load(first)["model"], load(tmp_path / "second/last.pt")["model"]
+    taken = {key for key in new if key in old and old[key].shape == new[key].shape
+             and torch.allclose(new[key], old[key], atol=1e-9)}
+    fresh = {key for key in new if ".ctm." in key or "saliency" in key}
+    constants = {key for key in fresh if not new[key].is_floating_point() or new[key].unique().numel() == 1}
+    assert taken - constants == set(new) - fresh and f"took {len(set(new) - fresh)} tensors of {first}" in printed
+    assert "new, not in the file: heads.saliency.expand (3)" in printed
+    assert "left in the file: stages.0.ctm (" in printed
+    assert "name it with --init-from" in fails(capsys, 2, tmp_path / "third", "--init-partial")
+
+
+def test_weights_of_tasks_in_another_order_are_refused(tmp_path, capsys):
+    run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
+    message = fails(capsys, 2, tmp_path / "second", "--tasks", "depth", "semseg", "--init-from",
+                    tmp_path / "first/last.pt")
+    assert "in the order ['semseg', 'depth']" in message
+
+
+def test_a_part_of_a_published_checkpoint(data, tmp_path, capsys):
+    """Into a model of two of its tasks, one of them with fewer classes."""
+    torch.save({"model": published_state(data("published_nyud_tiny.npz"))}, tmp_path / "published.pth")
+    torch.manual_seed(1)
+    model = MTMamba({"semseg": 13, "depth": 1}, encoder="swin-tiny", encoder_kwargs=TINY_SWIN)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train.load_fitting_weights(model, tmp_path / "published.pth", "swin-large", TINY_SWIN)
+    whole, _ = evaluate.load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
+    state, kept = whole.state_dict(), ("heads.semseg.project", ".ctm.")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if any(name in key for name in kept) else state[key]), key
+    assert "heads.semseg.project (2)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing that fits"):
+        other = MTMamba({"saliency": 2}, encoder="convnext_atto", encoder_kwargs=dict(dims=(4,) * 4, depths=(1,) * 4))
+        train.load_fitting_weights(other, tmp_path / "published.pth", "swin-large", TINY_SWIN)
+
+
+class WithoutLabels(Synthetic):
+    """Held-out scenes without a label of depth, and with nothing salient."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["depth"].fill_(datasets.IGNORE)
+        sample["saliency"].zero_()
+        return sample
+
+
+def test_tasks_that_cannot_be_compared_are_named_before_the_first_iteration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "held_out", lambda size, tasks: WithoutLabels(3, size, 1, tasks))
+    monkeypatch.setattr(train, "held_out", evaluate.held_out)
+    results = run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "saliency", "depth", "--iterations", 2)
+    printed = capsys.readouterr().out
+    assert "saliency plays no part in choosing best.pt: a maxF of 0 of the best constant" in printed
+    assert "depth plays no part in choosing best.pt: no pixel with a label" in printed
+    assert printed.index("depth plays no part") < printed.index("best.pt will be")
+    assert list(results["trained"]) == ["semseg", "saliency"] and (tmp_path / "best.pt").exists()
+
+
+def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, monkeypatch):
+    render = Synthetic.__getitem__
+
+    def blank(self, index):
+        sample = render(self, index)
+        if index % 2:
+            sample["semseg"].fill_(datasets.IGNORE)
+        sample["depth"].fill_(datasets.IGNORE)
+        return sample
+    monkeypatch.setattr(Synthetic, "__getitem__", blank)
+    monkeypatch.setattr(train, "task_loss", lambda task, output, target: torch.where(
+        train.valid_pixels(target).flatten(1).any(1), 3 + 0 * output.mean(), 0 * output.mean()))
+    run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 2, "--log-every", 2)
+    assert log(tmp_path, "losses")[0]["losses"] == {"semseg": 3.0, "depth": None}
 
 
 @pytest.mark.parametrize("kind", ["pascal", "nyud"])
@@ -404,12 +586,16 @@ def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
     assert f"JPEGImages/{name}.jpg" in message
 
 
+OWN = ["--img-size", "64", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
+       json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1))), "--no-pretrained", "--variant", "stm1",
+       "--workers", "0", "--iterations", "2", "--batch-size", "2"]
+
+
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
     """The class in the README, as it stands there."""
-    code = re.search(r"```python\n(class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert len(code.splitlines()) <= 30
-    namespace = dict(vars(datasets))
-    exec(code, namespace)
+    code = re.search(r"```python\n([^`]*class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (tmp_path / "rooms.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for folder, shape, kind in (("rgb", (40, 50, 3), np.uint8), ("class", (40, 50), np.uint8),
@@ -418,11 +604,41 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
             for i in range(3):
                 pixels = rng.integers(0, 12, shape).astype(kind) * (300 if folder == "depth" else 1)
                 Image.fromarray(pixels).save(tmp_path / "rooms" / split / folder / f"{i}.png")
-    rooms = [namespace["Rooms"](split, tmp_path / "rooms", (64, 64)) for split in ("train", "val")]
-    assert rooms[1][0]["size"] == (40, 50) and rooms[1][0]["semseg"][0, 12:52, 7:57].max() < 12
-    assert (rooms[1][0]["semseg"] == 255).sum() == 64 * 64 - 40 * 50
-    monkeypatch.setattr(train, "build_datasets", lambda args: rooms)
-    monkeypatch.setitem(train.PRESETS, "rooms", train.PRESETS["synthetic"])
-    results = run(tmp_path / "run", "--variant", "stm1", "--dataset", "rooms", "--iterations", 2)
+    results = train.main(["--dataset", "rooms.py:Rooms", *OWN, "--out", "run"])
     assert list(results) == ["trained", "untrained", "best constant"]
     assert list(results["trained"]) == ["semseg", "depth"]
+    assert evaluate.main(["--checkpoint", "run/last.pt", "--dataset", "rooms.py:Rooms", "--workers", "0"]) == (
+        results["trained"])
+
+
+PLAIN = """
+import torch
+class Plain(torch.utils.data.Dataset):
+    TASKS = {"semseg": 3, "depth": 1}
+    def __init__(self, split, size):
+        self.size, self.faulty = size, split == "train"
+    def __len__(self):
+        return 20
+    def __getitem__(self, index):
+        index = index[1] if isinstance(index, tuple) else index
+        depth = torch.ones(1, *self.size)
+        if self.faulty and index == 18:
+            depth[0, 5, 7] = float("nan")
+        return {"image": torch.zeros(3, *self.size), "semseg": torch.zeros(1, *self.size, dtype=torch.int64),
+                "depth": depth, "name": f"scene {index}", "size": self.size}
+class TwiceAsLarge(Plain):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"semseg": torch.zeros(1, 128, 128, dtype=torch.int64)}
+"""
+
+
+def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
+    """Of a class that derives from nothing here: at the start, or when they are met, after which the run ends."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    message = fails(capsys, 1, tmp_path / "a", "--dataset", f"{tmp_path / 'plain.py'}:TwiceAsLarge", *OWN)
+    assert "scene 0, semseg: expected the shape (64, 64)" in message and "128" in message
+    message = fails(capsys, 1, tmp_path / "b", "--dataset", f"{tmp_path / 'plain.py'}:Plain", *OWN, "--iterations", 10)
+    assert "scene 18, depth: expected depths above 0" in message and "nan" in message and "--lr" not in message
+    assert "expected a class 'Nothing'" in fails(capsys, 2, tmp_path / "c", "--dataset",
+                                                 f"{tmp_path / 'plain.py'}:Nothing", *OWN)

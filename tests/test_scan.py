@@ -14,7 +14,7 @@ import torch
 
 import mtmamba
 from gpu import LAYOUTS
-from mtmamba import K, SS2D, s6, scan_orders, selective_scan_2d
+from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
 SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), (1, 40, 1, 1, 2), (2, 11, 6, 4, 16)]

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_metrics import TASKS, pixels, random_case
 from torch.utils.data import default_collate
 
 import evaluate
 import train
 from datasets import IGNORE, Synthetic
 from mtmamba import MTMamba
-from test_metrics import TASKS, pixels, random_case
 
 ROOT = Path(train.__file__).parent
 
@@ -35,26 +35,43 @@ def brute_force_loss(task, output, target):
 
 
 @pytest.mark.parametrize("task, channels", TASKS.items())
-def test_loss_equals_brute_force(task, channels):
+def test_loss_of_each_image_equals_brute_force(task, channels):
     output, target = random_case(task, channels)
     ours = train.task_loss(task, torch.as_tensor(output), torch.as_tensor(target))
-    assert ours.item() == pytest.approx(brute_force_loss(task, output, target), rel=1e-5)
+    assert ours.shape == (len(output),) and len(output) > 1
+    for i, loss in enumerate(ours.tolist()):
+        assert loss == pytest.approx(brute_force_loss(task, output[i:i + 1], target[i:i + 1]), rel=1e-5)
+    alone = train.task_loss(task, torch.as_tensor(output[1:2]), torch.as_tensor(target[1:2]))
+    assert alone.item() == pytest.approx(ours[1].item(), rel=1e-6)
     rounded = train.task_loss(task, torch.as_tensor(output).bfloat16(), torch.as_tensor(target))
     assert rounded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("task, channels", TASKS.items())
-def test_loss_without_valid_pixels_is_zero(task, channels):
-    output, target = random_case(task, channels)
-    output = torch.as_tensor(output).requires_grad_()
-    loss = train.task_loss(task, output, torch.full_like(torch.as_tensor(target), IGNORE))
-    train.total_loss({task: loss}).backward()
-    assert loss == 0 and (output.grad == 0).all()
+def test_an_image_without_valid_pixels_has_loss_0_and_no_gradient(task, channels):
+    output, target = (torch.as_tensor(array) for array in random_case(task, channels))
+    target[0] = IGNORE
+    output.requires_grad_()
+    loss = train.task_loss(task, output, target)
+    total = train.total_loss({task: loss})
+    total.backward()
+    assert loss[0] == 0 and loss[1] > 0 and (output.grad[0] == 0).all() and output.grad[1].abs().sum() > 0
+    # It counts in the number of images that the total is divided by.
+    assert total.item() == pytest.approx((math.log(1e-8) + loss[1:].log().sum().item()) / len(loss), rel=1e-5)
 
 
-def test_total_is_the_sum_of_logarithms():
-    losses = {"a": torch.tensor(0.5), "b": torch.tensor(2.0), "c": torch.tensor(0.0)}
-    assert train.total_loss(losses).item() == pytest.approx(math.log(0.5) + math.log(2.0) + math.log(1e-8), rel=1e-5)
+@pytest.mark.parametrize("value", [0, 1])
+def test_saliency_of_one_kind_has_loss_0_and_no_gradient(value):
+    output = torch.randn(2, 2, 4, 5, requires_grad=True)
+    loss = train.task_loss("saliency", output, torch.full((2, 1, 4, 5), value))
+    train.total_loss({"saliency": loss}).backward()
+    assert (loss == 0).all() and (output.grad == 0).all()
+
+
+def test_total_is_the_mean_over_images_of_the_sum_of_logarithms():
+    losses = {"a": torch.tensor([0.5, 3.0]), "b": torch.tensor([2.0, 0.0])}
+    expected = (math.log(0.5) + math.log(2.0) + math.log(3.0) + math.log(1e-8)) / 2
+    assert train.total_loss(losses).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_polynomial_decay():
@@ -74,13 +91,13 @@ def test_thirty_steps_lower_every_loss(monkeypatch, tmp_path):
     monkeypatch.setattr(Synthetic, "__getitem__", lambda self, i: render(self, i % 2 if i < len(self) else i))
     losses = []
 
-    def record(model, *arguments, evaluate_once=evaluate.evaluate):
+    def record(model, *arguments, evaluate_once=evaluate.evaluate, **options):
         model.eval()
         with torch.no_grad():
             outputs = model(two_scenes["image"])
-        losses.append({t: train.task_loss(t, outputs[t], two_scenes[t]).item() for t in outputs})
-        return evaluate_once(model, *arguments)
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: record(*arguments))
+        losses.append({t: train.task_loss(t, outputs[t], two_scenes[t]).mean().item() for t in outputs})
+        return evaluate_once(model, *arguments, **options)
+    monkeypatch.setattr(train, "evaluate", record)
     train.main([*TINY, "--out", str(tmp_path)])
     before, after = losses
     assert set(before) == set(TASKS)
@@ -121,7 +138,7 @@ def test_best_constant_beats_other_constants():
 
 
 @pytest.mark.parametrize("main, arguments, message", [
-    (train.main, ["--dataset", "cityscapes"], "cityscapes"),
+    (train.main, ["--dataset", "kitti"], "kitti"),
     (train.main, ["--variant", "stm9"], "stm9"),
     (train.main, ["--encoder", "swan"], "unknown encoder 'swan'"),
     (train.main, ["--encoder", "vit_tiny_patch16_224"], "hierarchical"),

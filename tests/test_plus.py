@@ -1,0 +1,185 @@
+"""MTMamba++: equality with the published implementation, its parts against plain torch, sizes, training and cost."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import published_shapes, published_state
+from timm.layers import convert_sync_batchnorm
+
+from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
+from evaluate import load_checkpoint, published_config
+from mtmamba import SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
+
+CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
+
+
+@pytest.mark.parametrize("name, variant", [("published_plus_cityscapes_tiny.npz", "mtmamba++"),
+                                           ("published_cityscapes_tiny.npz", "mtmamba")])
+def test_equals_the_published_implementation(data, tmp_path, capsys, name, variant):
+    """Every stage, and the outputs at twice the image's size: a grid over all of them, and each pixel of a corner."""
+    archive = data(name)
+    state = published_state(archive)
+    torch.save({"model": state}, tmp_path / "published.pth")
+    model, config = load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
+    assert f"loaded {len(state)}/{len(state)} tensors" in capsys.readouterr().out
+    assert (config["variant"], config["output_scale"], config["tasks"]) == (variant, 2, CITYSCAPES_TASKS)
+    stages = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda module, inputs, output: stages.append(output))
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(archive["x"]).float())
+
+    def close(ours, key):
+        torch.testing.assert_close(ours, torch.from_numpy(archive[key]), rtol=0, atol=1e-4)
+    for task, output in outputs.items():
+        for i, stage in enumerate(stages):
+            close(stage[task].permute(0, 3, 1, 2)[:, :, ::2**i, ::2**i], f"stage/{i}/{task}")
+        close(output[:, :, ::4, ::4], f"out/{task}")
+        close(output[:, :, -24:, -24:], f"corner/{task}")
+
+
+@pytest.mark.parametrize("name, tasks, variant, tensors", [
+    ("plus_nyud", NYUD_TASKS, "mtmamba++", 951), ("plus_pascal", PASCAL_TASKS, "mtmamba++", 1095),
+    ("plus_cityscapes", CITYSCAPES_TASKS, "mtmamba++", 663), ("cityscapes", CITYSCAPES_TASKS, "mtmamba", 673)])
+def test_every_published_tensor_has_its_place(request, name, tasks, variant, tensors):
+    shapes = published_shapes(request.path.parent / "data" / f"published_keys_{name}.txt")
+    config = published_config(shapes)
+    assert config == dict(tasks=tasks, variant=variant, output_scale=2 if "cityscapes" in name else 1)
+    assert list(config["tasks"]) == list(tasks)
+    with torch.device("meta"):
+        model = MTMamba(**config)
+    assert load_published_checkpoint(model, shapes) == len(shapes) == tensors
+
+
+def test_another_variant_is_named(tiny_model, data):
+    state = published_state(data("published_plus_cityscapes_tiny.npz"))
+    with pytest.raises(ValueError, match=r"of the variant mtmamba\+\+, does not fit"):
+        load_published_checkpoint(tiny_model(CITYSCAPES_TASKS), state)
+
+
+def test_the_gates_of_sctm_keep_their_sign(tiny_model, data):
+    state = published_state(data("published_plus_cityscapes_tiny.npz"))
+    model = tiny_model(CITYSCAPES_TASKS, variant="mtmamba++")
+    load_published_checkpoint(model, state)
+    stacked = state["module.block_ctm.0.0.op.depth.in_proj.weight"]
+    ctm = model.stages[0].ctm
+    assert torch.equal(stacked, torch.cat([ctm.mfe["depth"].linear.weight, ctm.gate["depth"].weight]))
+
+
+def test_the_second_map_gives_delta_b_and_c():
+    torch.manual_seed(0)
+    ss2d = SS2D(8, d_state=3, dt_rank=2)
+    x, c = torch.randn(2, 2, 4, 5, 8)
+    with torch.no_grad():
+        assert torch.equal(ss2d(x, x), ss2d(x))
+        low, B, C = torch.einsum("bhwd,kjd->bhwkj", c, ss2d.x_proj_weight).split([2, 3, 3], dim=-1)
+        delta = torch.einsum("bhwkr,kdr->bhwkd", low, ss2d.dt_weight)
+        expected = selective_scan_2d(x, delta, -ss2d.A_log.exp(), B, C, ss2d.D, ss2d.dt_bias, backend="reference")
+        torch.testing.assert_close(ss2d(x, c), expected)
+
+
+def test_lite_head_by_hand():
+    torch.manual_seed(0)
+    head = LiteHead(8, 5)
+    assert head.conv.weight.shape == (96, 8, 3, 3)
+    assert head.conv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    z = torch.randn(2, 6, 7, 8)
+    with torch.no_grad():
+        y = F.conv2d(z.permute(0, 3, 1, 2), head.conv.weight, head.conv.bias, padding=1)
+        mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+
+        def rest(y, mean, var):
+            y = ((y - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt()).relu()
+            return F.conv2d(y, head.project.weight[:, :, None, None], head.project.bias).permute(0, 2, 3, 1)
+        torch.testing.assert_close(head(z), rest(y, mean, var), rtol=1e-4, atol=1e-5)
+        running = 0.1 * mean, 0.9 + 0.1 * y.var((0, 2, 3))
+        torch.testing.assert_close((head.norm.running_mean, head.norm.running_var), running)
+        torch.testing.assert_close(head.eval()(z), rest(y, *running), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++"])
+def test_one_resize_and_then_the_crop(tiny_model, variant):
+    """Of outputs whose padded size is four times (lite head) or once (dense head) that of its last layer, times 2."""
+    model = tiny_model({"semseg": 5, "depth": 1}, variant=variant, output_scale=2).eval()
+    image = torch.randn(1, 3, 40, 70)
+    with torch.no_grad():
+        outputs, z = model(image), model.decode(image)
+        for task, output in outputs.items():
+            y = model.heads[task](z[task]).permute(0, 3, 1, 2)
+            y = F.interpolate(y, (128, 192), mode="bilinear", align_corners=False)
+            assert output.shape == (1, model.tasks[task], 80, 140)
+            torch.testing.assert_close(output, y[:, :, :80, :140])
+
+
+@pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++"])
+def test_training_and_its_compilation(tiny_model, variant):
+    """Two steps in training mode, without stochastic depth, which draws anew each time."""
+    image, target = torch.randn(2, 3, 32, 64), torch.randn(2, 1, 64, 128)
+    ends = []
+    for compiled in (False, True) if variant == "mtmamba++" else (False,):    # the other is compiled in test_model.py
+        model = tiny_model({"depth": 1}, variant=variant, output_scale=2)
+        for module in model.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
+        for _ in range(2):
+            losses.append((run(image)["depth"] - target).square().mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+        assert losses[1] < losses[0]
+        ends.append(model.state_dict())
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[-1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_resize_is_in_float32(tiny_model):
+    model = tiny_model({"depth": 1}, variant="mtmamba++")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(1, 3, 32, 32))["depth"].dtype == torch.float32
+    with torch.no_grad():
+        assert model.double()(torch.zeros(1, 3, 32, 32).double())["depth"].dtype == torch.float64
+
+
+def test_the_heads_width_is_not_the_encoders():
+    model = MTMamba({"depth": 1}, (64, 64), "convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40), depths=[1] * 4),
+                    variant="mtmamba++", d_state=1)
+    assert model.heads["depth"].conv.weight.shape == (96, 8, 3, 3)
+    assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
+
+
+def test_synchronised_batch_norm_takes_its_place(tiny_model):
+    """As train.py has it with several processes on CUDA; where it runs as one process it is the plain one."""
+    model, plain = (tiny_model({"depth": 1}, variant="mtmamba++") for _ in range(2))
+    parameters = list(model.parameters())
+    assert convert_sync_batchnorm(model) is model
+    assert isinstance(model.heads["depth"].norm, torch.nn.SyncBatchNorm)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    model.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image)["depth"], plain.eval()(image)["depth"])
+
+
+@pytest.mark.parametrize("scale", [0, 1.5, -1])
+def test_rejects_bad_output_scales(scale):
+    with pytest.raises(ValueError, match=f"output_scale to be a whole number from 1 up, found {scale}"):
+        MTMamba({"depth": 1}, encoder_kwargs=TINY_SWIN, output_scale=scale)
+
+
+# Millions of parameters and 1e9 FLOPs with Swin-Large.
+SIZES = {"nyud": (NYUD_TASKS, (448, 576), 1), "pascal": (PASCAL_TASKS, (512, 512), 1),
+         "cityscapes": (CITYSCAPES_TASKS, (512, 1024), 2)}
+
+
+@pytest.mark.parametrize("name, variant, expected", [
+    ("nyud", "f-ctm-lite", (306.2987, 510.315)), ("nyud", "s-ctm-dense", (316.7217, 554.394)),
+    ("pascal", "mtmamba++", (343.2316, 609.550)), ("cityscapes", "mtmamba", (252.2717, 758.018))])
+def test_cost(name, variant, expected):
+    tasks, size, scale = SIZES[name]
+    with torch.device("meta"):
+        model = MTMamba(tasks, variant=variant, output_scale=scale)
+    parameters, flops = count_cost(model, size)
+    assert (round(parameters / 1e6, 4), round(flops / 1e9, 3)) == expected
