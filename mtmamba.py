@@ -1148,12 +1148,12 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
 # - All arithmetic and all sums are in float32. No sum depends on the order in which programs run, none is atomic: equal
 #   inputs give equal bits.
 # - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and all
-#   states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. The lanes exchange nothing but
-#   the sums over channels in the gradients of B and C, and there one state's B and C.
+#   states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. Lanes exchange something only
+#   in _triton_gradients: B and C, which it keeps one state per lane, and the sums over channels in their gradients.
 # - What a program writes and reads back (y, gx, g_ends, gA) is its own; a barrier stands between the two.
-# - Lanes beyond the last channel work on zeros or on the last channel again, and write nothing.
+# - Lanes beyond the last channel work on zeros and write nothing.
 # - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
-#   how channels lie in threads, and counts what they cost.
+#   how channels lie in threads, and counts what they cost; tests/gpu.py checks and measures them on a GPU.
 SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
 STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENT_MIN
@@ -1167,7 +1167,9 @@ LOG2_E = constexpr and constexpr(math.log2(math.e))
 def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
-    return triton.jit(kernel, do_not_specialize=["D", "pair", "delta_pixel", "delta_k"]) if triton else kernel
+    # And no other size of the map or batch is worth compiling for again.
+    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch", "pair"]
+    return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
 @_jit

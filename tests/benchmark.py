@@ -12,6 +12,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets import PascalContext, Synthetic, export, prepare
 from metrics import boundary_counts
 from mtmamba import K, MTMamba, has_mamba_ssm, selective_scan_2d, triton
+from train import checkpoint_activations
 
 if triton:
     import triton.language as tl
@@ -108,26 +110,31 @@ def report(rows: list[dict], path: Path | None):
         path.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
 
 
-def scan(full: bool, dtype: str | None, json_file: Path | None):
-    """The scan from the expanded step size, N = 16.
+def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = None, sizes: list | None = None,
+         backends: dict[str, int] | None = None, N: int = 16) -> list[dict]:
+    """The scan from the expanded step size.
+
+    sizes: (batch, H, W, D) of each; backends: the repeats of each; by default what fits the machine.
 
     Floors: B K D L N exponentials, computed once (a backward pass that does not store all states needs them a second
     time); and every input read and every output and gradient written once. "x floor" is the time over the larger one,
     "x the slowest" the speed, forward and backward, over that of the slowest backend.
     """
     dtype = getattr(torch, dtype or ("bfloat16" if DEVICE == "cuda" else "float32"))
-    sizes = [(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else (
-        [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
-    backends = {"torch": 7, "reference": 1} if DEVICE == "cpu" else {"torch": 3}    # with their repeats
-    if DEVICE == "cuda":
-        backends = {"triton": 20} * bool(triton) | {"mamba_ssm": 20} * has_mamba_ssm() | backends
+    sizes = sizes or ([(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else
+                      [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
+    if DEVICE == "cpu":
+        backends = backends or {"torch": 7, "reference": 1}
+    else:
+        fast = ["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm()
+        backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
     exponentials, bandwidth = rates()
     rate = "not measured, no Triton" if exponentials is None else f"{exponentials / 1e6:.2f} per ns"
     print(f"{hardware()}, {str(dtype)[6:]}\nexponentials {rate}, memory {bandwidth / 1e6:.0f} GB/s")
     rows = []
     for batch, H, W, D in sizes:
         torch.manual_seed(0)
-        N, steps = 16, batch * H * W * K
+        steps = batch * H * W * K
         matrix = (batch, H, W, K, N)
         shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), matrix, matrix, (K, D), (K, D)]
         x, delta, A, B, C, skip, bias = (torch.randn(shape, device=DEVICE) for shape in shapes)
@@ -155,22 +162,32 @@ def scan(full: bool, dtype: str | None, json_file: Path | None):
         slowest = max(row["fwd+bwd ms"] for row in size_rows)
         rows += [row | {"x the slowest": slowest / row["fwd+bwd ms"]} for row in size_rows]
     report(rows, json_file)
+    return rows
 
 
-def model(batch: int | None, compile: bool, json_file: Path | None):
+def model(batch: int | None = None, compile: bool = False, json_file: Path | None = None, checkpoint: bool = False,
+          backends: list[str] | None = None, size: tuple[int, int] | None = None,
+          repeats: int | None = None) -> list[dict]:
     """Inference and training steps (AdamW, mean square of the outputs as the loss) of mtmamba, NYUDv2's tasks.
 
     On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32.
+    checkpoint: keeps only the inputs of blocks for the backward pass. The scan's share is that of a training step.
+    Compiled, two graphs are expected, one per mode; more are recompilations.
     """
-    encoder, size = ("swin-large", (448, 576)) if DEVICE == "cuda" else ("swin-tiny", (128, 160))
-    batch = batch or (8 if DEVICE == "cuda" else 1)
-    backends = ["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []
+    encoder, usual_size = ("swin-large", (448, 576)) if DEVICE == "cuda" else ("swin-tiny", (128, 160))
+    size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
+    if backends is None:
+        backends = (["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []) + ["torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
-    for backend in [*backends, "torch"]:
+    for backend in backends:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
         network = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}, size, encoder, backend=backend)
         network.to(DEVICE)
+        if checkpoint:
+            checkpoint_activations(network)
         run_network = torch.compile(network) if compile else network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
         image = torch.randn(batch, 3, *size, device=DEVICE)
@@ -188,10 +205,27 @@ def model(batch: int | None, compile: bool, json_file: Path | None):
         row = {"backend": backend}
         for name, run in (("inference", infer), ("training", train)):
             network.train(name == "training")
-            ms = median_ms(run, 10 if DEVICE == "cuda" else 3)
+            ms = median_ms(run, repeats or (10 if DEVICE == "cuda" else 3))
             row |= {f"{name} ms": ms, f"{name} images/s": 1000 * batch / ms, f"{name} MiB": peak_mib(run)}
+        counters = torch._dynamo.utils.counters
+        row |= {"scan's share, %": 100 * scan_share(train), "graphs": counters["stats"]["unique_graphs"] or None,
+                "graph breaks": sum(counters["graph_break"].values()) if compile else None}
         rows.append(row)
     report(rows, json_file)
+    return rows
+
+
+def scan_share(run) -> float:
+    """The part of run()'s time, on the device where there is one, that goes to the scan's operators."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (DEVICE == "cuda")
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+    events = profile.key_averages()
+    total, own = ("device_time_total", "self_device_time_total") if DEVICE == "cuda" else ("cpu_time_total",
+                                                                                          "self_cpu_time_total")
+    scan = sum(getattr(event, total) for event in events if re.fullmatch(r"mtmamba::selective_scan_2d(_backward)?",
+                                                                         event.key))
+    return scan / sum(getattr(event, own) for event in events)
 
 
 def synthetic(size: tuple[int, int] = (128, 160), images: int = 100):
@@ -299,6 +333,7 @@ if __name__ == "__main__":
     options["scan"].add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     options["model"].add_argument("--batch", type=int)
     options["model"].add_argument("--compile", action="store_true")
+    options["model"].add_argument("--checkpoint", action="store_true", help="activations")
     for name in ("scan", "model"):
         options[name].add_argument("--json", dest="json_file", type=Path, metavar="FILE")
     args = vars(parser.parse_args())

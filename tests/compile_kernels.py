@@ -173,7 +173,7 @@ def main():
     # Of what Triton may lay out otherwise (states beyond 16, channels that 16 does not divide, sizes of 1) the layout.
     for kernel, args, kwargs in record(torch.float16, batch=1, W=1, D=100, N=24):
         check_layout(f"{kernel.fn.__name__}, N = 24", compile_for(90, kernel, args, kwargs), shared=True)
-    sys.exit("\n".join(failed))
+    sys.exit("\n".join(failed) or 0)
 
 
 if __name__ == "__main__":

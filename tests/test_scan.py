@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mtmamba
+from gpu import LAYOUTS
 from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
@@ -137,27 +137,6 @@ def check_triton(dtype, shape):
         assert ours.dtype == dtype and relative_error(ours, reference) < tolerance
 
 
-def every_other(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """t in every other place of a wider tensor, its neighbours NaN."""
-    return torch.stack([t, torch.full_like(t, torch.nan)], dim + 1).flatten(dim, dim + 1).narrow(
-        dim, 0, 2 * t.shape[dim] - 1)[(slice(None),) * dim + (slice(None, None, 2),)]
-
-
-LAYOUTS = {    # of x, delta, B and C: (B, H, W, ...)
-    "contiguous": lambda t: t,
-    "sliced channels": lambda t: F.pad(t, (3, 2), value=torch.nan)[..., 3:-2],    # as of a projection that made several
-    "every other channel": lambda t: every_other(t, t.ndim - 1),
-    "every other column": lambda t: every_other(t, 2),
-    "channels first": lambda t: t.permute(0, *range(3, t.ndim), 1, 2).clone(memory_format=torch.contiguous_format)
-                                 .permute(0, -2, -1, *range(1, t.ndim - 2)),
-    "columns first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "expanded pixels": lambda t: t[:1, :1, :1].expand_as(t),
-    "expanded rows": lambda t: t[:, :1].expand_as(t),
-    "expanded directions": lambda t: t[..., :1, :].expand_as(t),
-    "expanded channels": lambda t: t[..., :1].expand_as(t),
-}
-
-
 @pytest.mark.parametrize("backend", ["torch", "mamba_ssm", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout, backend, small_blocks, poisoned, monkeypatch):
@@ -166,7 +145,9 @@ def test_any_strides(layout, backend, small_blocks, poisoned, monkeypatch):
         play_mamba_ssm(monkeypatch)
     def run(inputs, backend):
         x, delta, B, C = (LAYOUTS[layout](inputs[i]) for i in (0, 1, 3, 4))
-        scan = mtmamba._run_mamba_ssm if backend == "mamba_ssm" else functools.partial(selective_scan_2d, backend=backend)
+        scan = functools.partial(selective_scan_2d, backend=backend)
+        if backend == "mamba_ssm":
+            scan = mtmamba._run_mamba_ssm
         y = scan(x, delta, inputs[2], B, C, *inputs[5:])
         return y, *torch.autograd.grad(y, inputs, LAYOUTS[layout](grad).to(y))
     interpreted = backend == "triton" and DEVICE == "cpu"
