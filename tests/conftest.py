@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from mtmamba import MTMamba  # noqa: E402
+from mtmamba import MTMamba
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)

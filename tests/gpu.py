@@ -36,8 +36,9 @@ import torch.nn.functional as F
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import benchmark
-import mtmamba
 from benchmark import DEVICE, STAGES
+
+import mtmamba
 from mtmamba import SS2D, K, selective_scan_2d
 
 LIMITS = {"correctness": 130, "scan": 45, "sweep": 90, "model": 175, "train": 85}    # seconds

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
-import gpu
 import mtmamba
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu import LAYOUTS
 
 import mtmamba
-from gpu import LAYOUTS
 from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns.
