@@ -594,7 +594,7 @@ OWN = ["--img-size", "64", "64", "--encoder", "convnext_atto", "--encoder-kwargs
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
     """The class in the README, as it stands there."""
     code = re.search(r"```python\n([^`]*class Rooms.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    (tmp_path / "rooms.py").write_text(code)
+    (tmp_path / "my_rooms.py").write_text(code)    # a module's name is taken once per process
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -604,10 +604,10 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
             for i in range(3):
                 pixels = rng.integers(0, 12, shape).astype(kind) * (300 if folder == "depth" else 1)
                 Image.fromarray(pixels).save(tmp_path / "rooms" / split / folder / f"{i}.png")
-    results = train.main(["--dataset", "rooms.py:Rooms", *OWN, "--out", "run"])
+    results = train.main(["--dataset", "my_rooms.py:Rooms", *OWN, "--out", "run"])
     assert list(results) == ["trained", "untrained", "best constant"]
     assert list(results["trained"]) == ["semseg", "depth"]
-    assert evaluate.main(["--checkpoint", "run/last.pt", "--dataset", "rooms.py:Rooms", "--workers", "0"]) == (
+    assert evaluate.main(["--checkpoint", "run/last.pt", "--dataset", "my_rooms.py:Rooms", "--workers", "0"]) == (
         results["trained"])
 
 
