@@ -497,14 +497,14 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     def list_names(self) -> list[str]:
         """The names of the split's images, in the order of the data set."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define list_names(), its images' names")
 
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The image, uint8 (h, w, 3), and at least the labels of self.tasks, in the forms that as_label takes.
 
         Raises FileNotFoundError or ValueError, naming the file.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define read(name), an image and its labels")
 
     def __len__(self):
         return len(self.names)
