@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 try:    # comes with PyTorch for CUDA; there is none for macOS and Windows
@@ -160,7 +161,7 @@ class MTMamba(nn.Module):
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
         to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
-        if image.ndim != 4 or image.shape[1] != 3 or not len(image) or not image.is_floating_point():
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] == 0 or not image.is_floating_point():
             raise ValueError("expected a float image batch (B, 3, H, W) of at least one image, normalised with "
                              f"ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype}")
         dtype = next(iter(self.heads.values())).project.weight.dtype
@@ -171,7 +172,7 @@ class MTMamba(nn.Module):
         if H < stride or W < stride:
             raise ValueError(f"expected an image of at least {stride}x{stride} pixels (the encoder's stride), found "
                              f"{H}x{W}; enlarge it first")
-        image = F.pad(image, (0, -W % stride, 0, -H % stride))
+        image = F.pad(image, (0, round_up(W, stride) - W, 0, round_up(H, stride) - H))
 
         if self.shared_encoder:
             shared = self.encoder(image)
@@ -195,6 +196,10 @@ class MTMamba(nn.Module):
                 y = F.interpolate(y.to(_compute_dtype(y)), scale_factor=factor, mode="bilinear", align_corners=False)
             outputs[t] = y[:, :, :H, :W]                             # without what decode padded
         return outputs
+
+
+def round_up(n: int, multiple: int) -> int:    # the compiler simplifies this form where n is symbolic, not n + -n % multiple
+    return (n + multiple - 1) // multiple * multiple
 
 
 class DecoderStage(nn.Module):
@@ -380,18 +385,35 @@ class SS2D(nn.Module):
 def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
     """The selective state space model S6, Eq. 3-8, step by step; any float type.
 
-    u, delta: (B, L, D), delta before bias and softplus. A: (D, N). B, C: (B, L, N). D, delta_bias: (D,).
-    Returns (B, L, D). For reading and for tests: a Python loop over L.
+    u, delta: (..., L, D), delta before bias and softplus. A: (..., D, N). B, C: (..., L, N). D, delta_bias: (..., D).
+    Returns (..., L, D).
     """
-    delta = F.softplus(delta + delta_bias)                                  # Eq. 8
-    h = u.new_zeros(u.shape[0], *A.shape)                                   # (B, D, N)
+    delta = F.softplus(delta + delta_bias.unsqueeze(-2))                        # Eq. 8
+
+    def step(h, u, delta, B, C, A):    # u, delta: (..., D, 1). B, C: (..., 1, N). h, A: (..., D, N)
+        A_bar, B_bar = torch.exp(delta * A), delta * B                          # Eq. 5
+        h = A_bar * h + B_bar * u                                               # Eq. 3
+        return h.clone(), (h * C).sum(-1)                                       # Eq. 4; the operator wants a copy
+    h = u.new_zeros(*u.shape[:-2], *A.shape[-2:])
+    sequences = [t.movedim(-3, 0) for t in (u[..., None], delta[..., None], B[..., None, :], C[..., None, :])]
+    y = _run_steps(step, h, sequences, A)
+    return y.movedim(0, -2) + D.unsqueeze(-2) * u                               # the skip of Eq. 2
+
+
+def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
+    """The outputs of all steps, (L, ...): by a Python loop. While a model is compiled or exported, by PyTorch's scan
+    operator, one node for any L, which a file can hold without this project."""
+    if torch.compiler.is_dynamo_compiling():
+        from torch._higher_order_ops.scan import scan
+        return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
+    if torch.compiler.is_compiling():    # that, without a compilation of every step function
+        from torch._higher_order_ops.scan import scan_op
+        return scan_op(step, [h], sequences, (A,))[1]
     y = []
-    for t in range(u.shape[1]):
-        A_bar = torch.exp(delta[:, t, :, None] * A)                         # Eq. 5   (B, D, N)
-        B_bar = delta[:, t, :, None] * B[:, t, None, :]                     # Eq. 5   (B, D, N)
-        h = A_bar * h + B_bar * u[:, t, :, None]                            # Eq. 3
-        y.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])              # Eq. 4, with the skip of Eq. 2
-    return torch.stack(y, dim=1)
+    for now in zip(*sequences):
+        h, y_t = step(h, *now, A)
+        y.append(y_t)
+    return torch.stack(y)
 
 
 def scan_orders(H: int, W: int, device: torch.device | None = None) -> Tensor:
@@ -412,7 +434,8 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
     autocast (float64 where x is), because the state sums over thousands of steps.
 
-    backend: "reference": s6 along explicit index lists, for tests and auditors.
+    backend: "loop", also called "reference": s6 along explicit index lists; for reading, tests, exports, and derivatives
+            of any kind.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
@@ -434,19 +457,30 @@ def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
         if tensor.shape != expected:
             raise ValueError(f"selective_scan_2d: with x {tuple(x.shape)} and state size {n}, expected {name} of shape "
                              f"{expected}, found {tuple(tensor.shape)}")
-    if min(batch, H, W, d, n) < 1:
+    if 0 in (*x.shape, n):
         raise ValueError(f"selective_scan_2d: nothing to scan in x {tuple(x.shape)} with state size {n}; every "
                          "dimension must be at least 1")
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    tensors = [t for t in (x, delta, A, B, C, D, delta_bias, dt_weight) if t is not None]
+    if backend not in ("loop", "reference") and any(_is_transformed(t) for t in tensors):
+        raise RuntimeError(f"the scan backend {backend} has derivatives of autograd's reverse mode alone, found a tensor "
+                           "in forward mode or of torch.func.grad; use the backend loop, which takes them all")
     if backend in ("torch", "triton"):
         return _scan_op(x, delta, A, B, C, D, delta_bias, dt_weight, backend)[0]
     delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
-    return (_scan_reference if backend == "reference" else _scan_mamba_ssm)(x, delta, A, B, C, D, delta_bias)
+    return (_scan_mamba_ssm if backend == "mamba_ssm" else _scan_loop)(x, delta, A, B, C, D, delta_bias)
 
 
-BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
+def _is_transformed(t: Tensor) -> bool:
+    """By jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
+    if torch.compiler.is_dynamo_compiling():    # which cannot tell for a tensor
+        return forward_ad._current_level >= 0
+    return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
+
+
+BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # the first two are one
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -466,15 +500,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scan_reference(x, delta, A, B, C, D, delta_bias):
+def _scan_loop(x, delta, A, B, C, D, delta_bias):
     with torch.autocast(x.device.type, enabled=False):
         dtype = _compute_dtype(x)
-        A, D, delta_bias = A.to(dtype), D.to(dtype), delta_bias.to(dtype)
-        u, delta, B, C = (t.to(dtype).flatten(1, 2) for t in (x, delta, B, C))    # (B, L, ...)
-        y = 0
-        for k, order in enumerate(scan_orders(*x.shape[1:3], x.device)):
-            y_k = s6(u[:, order], delta[:, order, k], A[k], B[:, order, k], C[:, order, k], D[k], delta_bias[k])
-            y = y + y_k[:, order.argsort()]
+        orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
+        u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
+        directions = torch.arange(K, device=x.device)[:, None]
+        delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
+        y = s6(u, delta, A.to(dtype), B, C, D.to(dtype), delta_bias.to(dtype))         # Eq. 11   (B, K, L, D)
+        y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
     return y.view_as(x).to(x.dtype)
 
 
@@ -579,7 +613,12 @@ def _scan_autograd(ctx, grad_y, grad_states):
     return *grads, *(None,) * (9 - len(grads))
 
 
+def _scan_second_derivative(ctx, *grads):
+    raise RuntimeError("the scan backends torch and triton have no second derivatives; use the backend loop, which does")
+
+
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
+_scan_backward_op.register_autograd(_scan_second_derivative)
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
@@ -817,10 +856,15 @@ class WindowMSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
-        x = F.pad(x, (0, 0, 0, -W % self.WINDOW[1], 0, -H % self.WINDOW[0]))
-        padded = x.shape[1:3]
+        x = pad_to_windows(x, self.WINDOW)
         windows = self.attn(window_partition(x, self.WINDOW).flatten(1, 2)).unflatten(1, self.WINDOW)
-        return window_reverse(windows, self.WINDOW, *padded)[:, :H, :W]
+        return window_reverse(windows, self.WINDOW, *x.shape[1:3])[:, :H, :W]
+
+
+def pad_to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, C), zeros at the bottom and right."""
+    H, W = (round_up(n, w) for n, w in zip(x.shape[1:3], window))
+    return F.pad(x, (0, 0, 0, W - x.shape[2], 0, H - x.shape[1]))
 
 
 def check_heads(dim: int, heads: int):
@@ -838,9 +882,7 @@ class SwinBlock(SwinTransformerBlock):
     """
 
     def _attn(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
-        x = F.pad(x, (0, 0, 0, -W % self.window_size[1], 0, -H % self.window_size[0]))
-        return super()._attn(x)[:, :H, :W]
+        return super()._attn(pad_to_windows(x, self.window_size))[:, :x.shape[1], :x.shape[2]]
 
 
 def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> SwinBlock:
