@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 IGNORE = 255    # marks the pixels of a label that do not count
 
-# The metric by which each task is compared, and the tasks where lower is better.
+# The metric by which each task is compared (Table 1), and the tasks where lower is better.
 PRIMARY = {"semseg": "mIoU", "parsing": "mIoU", "saliency": "maxF", "normal": "mErr", "boundary": "pixelF",
            "depth": "RMSE"}
 LOWER_IS_BETTER = {"normal", "depth"}

@@ -40,3 +40,16 @@ def tiny_model():
 def data(request):
     """data(name): an array archive of tests/data."""
     return lambda name: np.load(request.path.parent / "data" / name)
+
+
+@pytest.fixture
+def compare(record_property):
+    """compare(ours, expected, rtol, atol): asserts that they are close, as torch.testing.assert_close, and notes for
+    audit.py the difference that comes nearest to its tolerance, and that tolerance."""
+    def compare(ours, expected, rtol, atol):
+        ours, expected = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (ours, expected))
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+        difference, tolerance = (ours - expected).abs().flatten(), (atol + rtol * expected.abs()).flatten()
+        worst = torch.where(tolerance > 0, difference / tolerance, 0).argmax()
+        record_property("compared", (difference[worst].item(), tolerance[worst].item()))
+    return compare

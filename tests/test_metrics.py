@@ -90,13 +90,14 @@ def brute_force(task, channels, output, target):
 TASKS = {"semseg": 5, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
 
 
+@pytest.mark.paper("Table 1", against="brute force, the other metrics")
 @pytest.mark.parametrize("task, channels", TASKS.items())
-def test_equals_brute_force(task, channels):
+def test_equals_brute_force(task, channels, compare):
     case = random_case(task, channels)
     ours, expected = score(task, channels, *case), brute_force(task, channels, *case)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        assert ours[name] == pytest.approx(value, rel=1e-5), name
+        compare(ours[name], value, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("task, channels", TASKS.items())
@@ -167,6 +168,7 @@ def test_unknown_task():
 NYUD_BASELINE = (54.32, 0.5166, 19.21, 77.30)    # Table 2, single-task
 
 
+@pytest.mark.paper("Table 2-5", against="the paper's Delta_m")
 @pytest.mark.parametrize("row, expected", [
     ((53.72, 0.5239, 19.97, 76.50), -1.87), ((54.61, 0.5059, 19.00, 77.40), 0.95),    # Table 2
     ((54.66, 0.4984, 18.81, 78.20), 1.84), ((54.75, 0.5054, 18.81, 78.20), 1.55),
@@ -175,9 +177,9 @@ NYUD_BASELINE = (54.32, 0.5166, 19.21, 77.30)    # Table 2, single-task
     ((55.01, 0.4990, 18.73, 78.20), 2.08),                                            # Table 4
     ((55.37, 0.5087, 18.76, 78.30), 1.77), ((54.50, 0.4981, 18.83, 78.20), 1.76),     # Table 5
 ])
-def test_delta_m_of_the_papers_tables(row, expected):
+def test_delta_m_of_the_papers_tables(row, expected, compare):
     tasks = ("semseg", "depth", "normal", "boundary")
-    assert delta_m(dict(zip(tasks, row)), dict(zip(tasks, NYUD_BASELINE))) == pytest.approx(expected, abs=0.01)
+    compare(delta_m(dict(zip(tasks, row)), dict(zip(tasks, NYUD_BASELINE))), expected, rtol=0, atol=0.01)
 
 
 def test_delta_m_of_other_tasks_is_an_error():

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
-from mtmamba import CTM, ENCODERS, PUBLISHED_TASKS, VARIANTS, MTMamba, PatchExpand, load_published_checkpoint
+from mtmamba import CTM, PUBLISHED_TASKS, VARIANTS, MTMamba, PatchExpand, load_published_checkpoint
 
 PUBLISHED_NAMES = {ours: published for published, ours in PUBLISHED_TASKS.items()}
 
@@ -23,7 +23,8 @@ def published_shapes(path):
     return {key: torch.empty([int(n) for n in re.findall(r"\d+", shape)], device="meta") for key, shape, _ in rows}
 
 
-def test_equals_the_published_implementation(tiny_model, data):
+@pytest.mark.paper("Eq. 2-29", "Section 3.5", against="the published implementation")
+def test_equals_the_published_implementation(tiny_model, data, compare):
     archive = data("published_nyud_tiny.npz")
     model = tiny_model().eval()
     state = published_state(archive)
@@ -33,10 +34,9 @@ def test_equals_the_published_implementation(tiny_model, data):
         features, outputs = model.encoder(x), model(x)
     for i, step in enumerate([4, 2, 1, 1]):
         ours = features[i].permute(0, 3, 1, 2)[:, :, ::step, ::step]
-        torch.testing.assert_close(ours, torch.from_numpy(archive[f"feat/{i}"]), rtol=0, atol=1e-4)
+        compare(ours, archive[f"feat/{i}"], rtol=0, atol=1e-4)
     for task, output in outputs.items():
-        expected = torch.from_numpy(archive[f"out/{PUBLISHED_NAMES.get(task, task)}"])
-        torch.testing.assert_close(output[:, :, ::4, ::4], expected, rtol=0, atol=1e-4)
+        compare(output[:, :, ::4, ::4], archive[f"out/{PUBLISHED_NAMES.get(task, task)}"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, tasks, tensors", [("nyud", NYUD_TASKS, 953), ("pascal", PASCAL_TASKS, 1093)])
@@ -137,8 +137,9 @@ def test_patch_expand_puts_channels_into_rows_and_columns():
     assert y[0].tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]    # channel = (row, column, c)
 
 
+@pytest.mark.paper("Table 5", against="Eq. 24 with a saturated gate")
 @pytest.mark.parametrize("fusion, weight", [("specific", 1e4), ("shared", -1e4)])
-def test_fusion_is_the_limit_of_the_gate(fusion, weight):
+def test_fusion_is_the_limit_of_the_gate(fusion, weight, compare):
     """Table 5's rows are Eq. 24 with g = 1 and g = 0 there: a saturated gate must give the same outputs."""
     torch.manual_seed(0)
     arguments = dict(tasks=["a", "b"], dim=8, mfe="ss2d", gate="linear", drop_path=0.0, d_state=4, backend=None)
@@ -154,7 +155,7 @@ def test_fusion_is_the_limit_of_the_gate(fusion, weight):
     z = {task: torch.randn(1, 4, 5, 8) for task in "ab"}
     with torch.no_grad():
         for task, expected in adaptive(z).items():
-            torch.testing.assert_close(limit(z)[task], expected)
+            compare(limit(z)[task], expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("H, W", [(32, 32), (33, 65), (70, 47)])
@@ -180,8 +181,20 @@ def test_other_encoders(encoder, kwargs):
     assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
 
 
-def test_encoders_of_table_6_are_known_to_timm():
-    assert all(timm.is_model(name) for name in ENCODERS.values())
+@pytest.mark.paper("Table 6", against="Swin's parameters, counted by hand")
+@pytest.mark.parametrize("encoder, C, depths, window", [
+    ("swin-tiny", 96, (2, 2, 6, 2), 7), ("swin-small", 96, (2, 2, 18, 2), 7),
+    ("swin-base", 128, (2, 2, 18, 2), 12), ("swin-large", 192, (2, 2, 18, 2), 12)])
+def test_encoders_of_table_6(encoder, C, depths, window, compare):
+    with torch.device("meta"):
+        backbone = MTMamba({"depth": 1}, encoder=encoder, variant="stm1").encoder.backbone
+    count = 48 * C + 3 * C                                                           # 4x4 patches and their norm
+    for i, depth in enumerate(depths):
+        width = C * 2 ** i
+        # Two norms, attention with its table of relative positions (a head has 32 channels), and the MLP, 4 times wide.
+        count += depth * (12 * width ** 2 + 13 * width + (2 * window - 1) ** 2 * width // 32)
+        count += 0 if i == 3 else 4 * width * 2 * width + 8 * width                  # patch merging and its norm
+    compare(sum(p.numel() for p in backbone.parameters()), count, rtol=0, atol=0)
 
 
 def save_classifier(path, **drop):

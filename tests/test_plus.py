@@ -13,9 +13,11 @@ from mtmamba import SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoi
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
 
-@pytest.mark.parametrize("name, variant", [("published_plus_cityscapes_tiny.npz", "mtmamba++"),
-                                           ("published_cityscapes_tiny.npz", "mtmamba")])
-def test_equals_the_published_implementation(data, tmp_path, capsys, name, variant):
+@pytest.mark.parametrize("name, variant", [
+    pytest.param("published_plus_cityscapes_tiny.npz", "mtmamba++", marks=pytest.mark.paper(
+        "SCTM", "LiteHead", "MTMamba.predict", against="the published implementation")),
+    ("published_cityscapes_tiny.npz", "mtmamba")])
+def test_equals_the_published_implementation(data, tmp_path, capsys, compare, name, variant):
     """Every stage, and the outputs at twice the image's size: a grid over all of them, and each pixel of a corner."""
     archive = data(name)
     state = published_state(archive)
@@ -30,7 +32,7 @@ def test_equals_the_published_implementation(data, tmp_path, capsys, name, varia
         outputs = model(torch.from_numpy(archive["x"]).float())
 
     def close(ours, key):
-        torch.testing.assert_close(ours, torch.from_numpy(archive[key]), rtol=0, atol=1e-4)
+        compare(ours, archive[key], rtol=0, atol=1e-4)
     for task, output in outputs.items():
         for i, stage in enumerate(stages):
             close(stage[task].permute(0, 3, 1, 2)[:, :, ::2**i, ::2**i], f"stage/{i}/{task}")
@@ -78,7 +80,8 @@ def test_the_second_map_gives_delta_b_and_c():
         torch.testing.assert_close(ss2d(x, c), expected)
 
 
-def test_lite_head_by_hand():
+@pytest.mark.paper("LiteHead", against="its layers by hand")
+def test_lite_head_by_hand(compare):
     torch.manual_seed(0)
     head = LiteHead(8, 5)
     assert head.conv.weight.shape == (96, 8, 3, 3)
@@ -91,10 +94,10 @@ def test_lite_head_by_hand():
         def rest(y, mean, var):
             y = ((y - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt()).relu()
             return F.conv2d(y, head.project.weight[:, :, None, None], head.project.bias).permute(0, 2, 3, 1)
-        torch.testing.assert_close(head(z), rest(y, mean, var), rtol=1e-4, atol=1e-5)
+        compare(head(z), rest(y, mean, var), rtol=1e-4, atol=1e-5)
         running = 0.1 * mean, 0.9 + 0.1 * y.var((0, 2, 3))
         torch.testing.assert_close((head.norm.running_mean, head.norm.running_var), running)
-        torch.testing.assert_close(head.eval()(z), rest(y, *running), rtol=1e-4, atol=1e-5)
+        compare(head.eval()(z), rest(y, *running), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++"])

@@ -42,7 +42,8 @@ def random_inputs(batch, H, W, D, N, dtype=torch.float64, device="cpu"):
     return [t.requires_grad_() for t in (x, delta, -A.exp(), B, C, skip, bias)]
 
 
-def test_s6_equals_the_closed_form():
+@pytest.mark.paper("Eq. 2-5, 8", against="its closed form, in numpy")
+def test_s6_equals_the_closed_form(compare):
     rng = np.random.default_rng(0)
     batch, L, D, N = 2, 7, 3, 4
     shapes = [(batch, L, D), (batch, L, D), (batch, L, N), (batch, L, N), (D,), (D,)]
@@ -55,7 +56,7 @@ def test_s6_equals_the_closed_form():
             decay = np.exp(step[:, s + 1:t + 1].sum(1)[..., None] * A)                        # (batch, D, N)
             y[:, t] += np.einsum("bn,bdn,bd,bn->bd", C[:, t], decay, step[:, s] * u[:, s], B[:, s])
     ours = s6(*map(torch.tensor, (u, delta, A, B, C, skip, bias)))
-    np.testing.assert_allclose(ours.numpy(), y, rtol=1e-12, atol=1e-12)
+    compare(ours, y, rtol=1e-12, atol=1e-12)
 
 
 def test_scan_orders():
@@ -230,9 +231,16 @@ def test_strong_decay_stays_finite(backend, small_blocks):
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), inputs))
 
 
-def test_gradcheck():
+@pytest.mark.paper("Eq. 10-12", against="finite differences, for its gradients")
+def test_gradcheck(compare):
     inputs = random_inputs(1, 5, 7, 2, 2)    # 35 steps: two chunks
-    assert torch.autograd.gradcheck(lambda *t: selective_scan_2d(*t, backend="torch"), inputs)
+    scan = functools.partial(selective_scan_2d, backend="torch")
+    assert torch.autograd.gradcheck(scan, inputs)
+    weight, step = torch.randn(1, 5, 7, 2, dtype=torch.float64), 1e-6    # and with figures: along a line per input
+    for i, grad in enumerate(torch.autograd.grad(scan(*inputs), inputs, weight)):
+        line = torch.randn_like(grad)
+        ends = [(scan(*inputs[:i], inputs[i] + s * line, *inputs[i + 1:]) * weight).sum() for s in (step, -step)]
+        compare((grad * line).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend, dtype, rank", [
