@@ -45,7 +45,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import IGNORE, boundary_ground_truth, thin
+from metrics import IGNORE, boundary_ground_truth, boundary_pixels, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -129,7 +129,7 @@ class Synthetic(torch.utils.data.Dataset):
             "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
             "normal": np.where(sky, np.float32(IGNORE), rotate(camera.turn, normal)),
-            "boundary": instance_boundary(instance)[None],
+            "boundary": np.float32(boundary_pixels(instance))[None],
             "depth": np.where(sky, np.float32(IGNORE), depth)[None],
             "instance": instance,
             "rays": camera.rays,
@@ -449,12 +449,6 @@ def yaw(angle):
 
 def column(vector):
     return np.float32(vector).reshape(3, 1, 1)
-
-
-def instance_boundary(instance):
-    """(H, W) integers -> float32 (H, W): 1 where a pixel differs from its right, lower or lower-right neighbour."""
-    padded = np.pad(instance, ((0, 1), (0, 1)), mode="edge")
-    return np.float32((instance != padded[:-1, 1:]) | (instance != padded[1:, :-1]) | (instance != padded[1:, 1:]))
 
 
 # -------------------------------------------------------------------------- one's own, PASCAL-Context and NYUDv2
