@@ -250,6 +250,8 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
                          f"{' or '.join(map(str, nearest))}")
 
 
+# -------------------------------------------------------------------------------------------------------------- run
+
 class Run:
     """One training run: what it consists of, and in execute what happens in which order."""
 
@@ -483,73 +485,6 @@ class Run:
         print(f"resuming {path} after iteration {self.iteration}")
 
 
-class Report:
-    """An iteration's losses on their way from the device: their sums over the batch's images, and the numbers of
-    images with a label, which are those that count in a mean; both by task, (2, T)."""
-
-    def __init__(self, iteration: int, values: Tensor):
-        self.iteration, self.arrived = iteration, None
-        # Only CUDA has an event to wait for here; on other devices the copy itself waits.
-        self.values = values.to("cpu", non_blocking=values.is_cuda)
-        if values.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self, tasks: list[str]) -> np.ndarray:
-        """Waits for them. Raises RunError where a loss is not finite."""
-        if self.arrived:
-            self.arrived.synchronize()
-        for task, loss in zip(tasks, self.values[0].tolist()):
-            if not math.isfinite(loss):
-                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
-                               "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
-        return self.values.double().numpy()
-
-
-class Log:
-    """log.jsonl and, if asked for, TensorBoard, both written by the first process."""
-
-    def __init__(self, folder: Path, tasks: list[str], rank: int, tensorboard: bool):
-        self.path, self.tasks, self.active = folder / "log.jsonl", tasks, rank == 0
-        self.tensorboard = open_tensorboard(folder) if tensorboard and self.active else None
-        self.sums = np.zeros((2, len(tasks)))    # of reports since the last line
-
-    def write(self, line: dict):
-        if self.active:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def add(self, values: np.ndarray):
-        self.sums += values
-
-    def write_losses(self, iteration: int, lr: float, bar: tqdm, device: torch.device):
-        """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
-        losses = {task: total / images if images else None for task, (total, images) in zip(self.tasks, self.sums.T)}
-        self.sums[:] = 0
-        if not self.active:
-            return
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
-        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
-        rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
-        self.write(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
-                        time=time.time()))
-        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
-
-    def write_scores(self, iteration: int, results: Results, score: float | None):
-        self.write(dict(iteration=iteration, results=results, delta_m=score))
-        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()},
-                  iteration)
-
-    def plot(self, values: dict[str, float | None], iteration: int):
-        """In TensorBoard."""
-        if self.tensorboard:
-            for name, value in values.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, iteration)
-            self.tensorboard.flush()
-
-
 class Interruption:
     """Notes signals, so that the run can finish its step and save: the SIGTERM of a cluster or of torchrun, USR1 as
     Slurm warns with, HUP of a closed terminal, all of them however often; and Ctrl-C, of which a second one ends the
@@ -740,59 +675,7 @@ def align_gradients(model: MTMamba):
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
 
 
-def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
-    """What the best checkpoint is chosen against by delta_m, by task.
-
-    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
-    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
-    data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
-    training, boundaries are scored by pixelF in place of odsF.
-    """
-    if constant is None:
-        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
-        return {task: rows[dataset][task] for task in tasks}
-    figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
-    for task, figure in figures.items():
-        if not figure:
-            found = "no pixel with a label" if figure is None else f"a {PRIMARY[task]} of 0 of the best constant"
-            print(f"{task} plays no part in choosing best.pt: {found} in the held-out images. If that is not meant, "
-                  "check their labels; --tasks trains without it")
-    return {task: figure for task, figure in figures.items() if figure}
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-def load_all_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
-    """--init-from: as load_weights. Raises ValueError that names --init-partial where they do not fit."""
-    try:
-        load_weights(model, read_checkpoint(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
-
-
-def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
-    """--init-from with --init-partial: what a checkpoint, ours or published, shares with the model.
-
-    Taken are tensors of the same name and shape: of the encoder, and of the decoders of the tasks that both have. The
-    cross-task blocks concatenate the tasks' features, so they are taken where the tasks and their order are the same.
-    Prints what is left. Raises FileNotFoundError, or ValueError for another kind of file and where nothing fits.
-    encoder, encoder_kwargs: of a published checkpoint, which does not name its own.
-    """
-    named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
-    source, _ = load_checkpoint(path, torch.device("cpu"), **named)
-    state, own = source.state_dict(), model.state_dict()
-    same_tasks = list(source.tasks) == list(model.tasks)
-    taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
-             and (same_tasks or ".ctm." not in key)}
-    if not taken:
-        raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
-    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
-    print(f"took {len(taken)} tensors of {path}")
-    for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
-        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
-        if groups:
-            print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
-
+# ------------------------------------------------------------------------------------------------------ checkpoints
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
     """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there.
@@ -838,6 +721,58 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def load_all_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from: as load_weights. Raises ValueError that names --init-partial where they do not fit."""
+    try:
+        load_weights(model, read_checkpoint(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+
+
+def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from with --init-partial: what a checkpoint, ours or published, shares with the model.
+
+    Taken are tensors of the same name and shape: of the encoder, and of the decoders of the tasks that both have. The
+    cross-task blocks concatenate the tasks' features, so they are taken where the tasks and their order are the same.
+    Prints what is left. Raises FileNotFoundError, or ValueError for another kind of file and where nothing fits.
+    encoder, encoder_kwargs: of a published checkpoint, which does not name its own.
+    """
+    named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
+    source, _ = load_checkpoint(path, torch.device("cpu"), **named)
+    state, own = source.state_dict(), model.state_dict()
+    same_tasks = list(source.tasks) == list(model.tasks)
+    taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
+             and (same_tasks or ".ctm." not in key)}
+    if not taken:
+        raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
+    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
+    print(f"took {len(taken)} tensors of {path}")
+    for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
+        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
+        if groups:
+            print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+
+
+def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
+    """What the best checkpoint is chosen against by delta_m, by task.
+
+    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
+    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
+    data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
+    training, boundaries are scored by pixelF in place of odsF.
+    """
+    if constant is None:
+        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
+        return {task: rows[dataset][task] for task in tasks}
+    figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
+    for task, figure in figures.items():
+        if not figure:
+            found = "no pixel with a label" if figure is None else f"a {PRIMARY[task]} of 0 of the best constant"
+            print(f"{task} plays no part in choosing best.pt: {found} in the held-out images. If that is not meant, "
+                  "check their labels; --tasks trains without it")
+    return {task: figure for task, figure in figures.items() if figure}
+
+
 def git_commit() -> str | None:
     """Of the folder of this file, None where it is no checkout."""
     try:
@@ -845,6 +780,75 @@ def git_commit() -> str | None:
                               check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# -------------------------------------------------------------------------------------------------------------- log
+
+class Log:
+    """log.jsonl and, if asked for, TensorBoard, both written by the first process."""
+
+    def __init__(self, folder: Path, tasks: list[str], rank: int, tensorboard: bool):
+        self.path, self.tasks, self.active = folder / "log.jsonl", tasks, rank == 0
+        self.tensorboard = open_tensorboard(folder) if tensorboard and self.active else None
+        self.sums = np.zeros((2, len(tasks)))    # of reports since the last line
+
+    def write(self, line: dict):
+        if self.active:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def add(self, values: np.ndarray):
+        self.sums += values
+
+    def write_losses(self, iteration: int, lr: float, bar: tqdm, device: torch.device):
+        """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
+        losses = {task: total / images if images else None for task, (total, images) in zip(self.tasks, self.sums.T)}
+        self.sums[:] = 0
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
+        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
+        rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
+        self.write(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
+                        time=time.time()))
+        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
+
+    def write_scores(self, iteration: int, results: Results, score: float | None):
+        self.write(dict(iteration=iteration, results=results, delta_m=score))
+        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()},
+                  iteration)
+
+    def plot(self, values: dict[str, float | None], iteration: int):
+        """In TensorBoard."""
+        if self.tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.flush()
+
+
+class Report:
+    """An iteration's losses on their way from the device: their sums over the batch's images, and the numbers of
+    images with a label, which are those that count in a mean; both by task, (2, T)."""
+
+    def __init__(self, iteration: int, values: Tensor):
+        self.iteration, self.arrived = iteration, None
+        # Only CUDA has an event to wait for here; on other devices the copy itself waits.
+        self.values = values.to("cpu", non_blocking=values.is_cuda)
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self, tasks: list[str]) -> np.ndarray:
+        """Waits for them. Raises RunError where a loss is not finite."""
+        if self.arrived:
+            self.arrived.synchronize()
+        for task, loss in zip(tasks, self.values[0].tolist()):
+            if not math.isfinite(loss):
+                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
+                               "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
+        return self.values.double().numpy()
 
 
 def open_tensorboard(folder: Path):
