@@ -21,6 +21,9 @@ with only those labels that were asked for. Cityscapes' are twice as large as it
 disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
 """
 
+# Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
+# one image are read; labels and their checks; augmentation; the three commands, from main on.
+
 import argparse
 import importlib
 import inspect

@@ -10,6 +10,9 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
+# Reads top-down: the paper's figures; main and its flags; models and checkpoints; scores and tables; pictures, then
+# their colours, legends and sheets; cost; processes and files, a section that train.py shares whole.
+
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
@@ -176,7 +179,7 @@ def check_arguments(args: argparse.Namespace):
         raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------- models and checkpoints
 
 def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:

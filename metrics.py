@@ -12,7 +12,10 @@
 
 Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
 is two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
-no update waits for the device. The boundary score odsF has its own functions, at the end of this file.
+no update waits for the device. The boundary score odsF has its own functions.
+
+Reads: delta_m; Meter, a kind of it for each task, and make_meters, which chooses; odsF, from the score down to thinning
+and matching.
 """
 
 import math

@@ -14,7 +14,7 @@ runs/DATASET (elsewhere with --out): last.pt, previous.pt, best.pt, log.jsonl, p
 """
 
 # Reads top-down: presets; main and its flags; Run, from its set-up to its evaluations; data; losses and optimisation;
-# checkpoints; log. Processes and whole files are handled as in evaluate.py, in its last section.
+# checkpoints; log. evaluate.py has the reading of checkpoints, scores, tables and, last, processes and files.
 
 import os
 
