@@ -21,6 +21,9 @@ with only those labels that were asked for. Cityscapes' are twice as large as it
 disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
 """
 
+# Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
+# one image are read; labels and their checks; augmentation; the three commands, from main on.
+
 import argparse
 import importlib
 import inspect
@@ -45,7 +48,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import IGNORE, boundary_ground_truth, thin
+from metrics import IGNORE, boundary_ground_truth, boundary_pixels, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -129,7 +132,7 @@ class Synthetic(torch.utils.data.Dataset):
             "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
             "normal": np.where(sky, np.float32(IGNORE), rotate(camera.turn, normal)),
-            "boundary": instance_boundary(instance)[None],
+            "boundary": np.float32(boundary_pixels(instance))[None],
             "depth": np.where(sky, np.float32(IGNORE), depth)[None],
             "instance": instance,
             "rays": camera.rays,
@@ -451,13 +454,7 @@ def column(vector):
     return np.float32(vector).reshape(3, 1, 1)
 
 
-def instance_boundary(instance):
-    """(H, W) integers -> float32 (H, W): 1 where a pixel differs from its right, lower or lower-right neighbour."""
-    padded = np.pad(instance, ((0, 1), (0, 1)), mode="edge")
-    return np.float32((instance != padded[:-1, 1:]) | (instance != padded[1:, :-1]) | (instance != padded[1:, 1:]))
-
-
-# -------------------------------------------------------------------------- one's own, PASCAL-Context and NYUDv2
+# -------------------------------------------------------------------- one's own, PASCAL-Context, NYUDv2, Cityscapes
 
 class LabelledDataset(torch.utils.data.Dataset):
     """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
@@ -1155,6 +1152,8 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
 
+# ----------------------------------------------------------------------------------------------------------- labels
+
 def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int]) -> np.ndarray:
     """A label as a data set reads it -> a compact array that augment, pad and decode work on.
 
@@ -1367,7 +1366,52 @@ def dominated(semseg: np.ndarray) -> bool:
     return counts.max() > LARGEST_SHARE * counts.sum()
 
 
-# --------------------------------------------------------------------------------------- preparing, checking, export
+# ------------------------------------------------------------------------------------------- check, prepare, export
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in (("check", "read every file; exit code 1 where something is missing or wrong"),
+                          ("prepare", "store the labels that are slow to make; may be interrupted and run again")):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("--dataset", choices=DATASETS, required=True)
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    purpose = "write synthetic scenes in the files of a data set"
+    command = commands.add_parser("export", help=purpose, description=purpose)
+    command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
+    command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
+    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500, 425 560 or 1024 2048")
+    for command in commands.choices.values():
+        command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
+    args = parser.parse_args(argv)
+    dataset = DATASETS[args.dataset]
+    root = args.root or Path(dataset.ROOT)
+    try:
+        if args.command == "export":
+            export(args.dataset, root, args.count, args.size)
+            return 0
+        if args.workers < 1:
+            raise ValueError(f"expected --workers of at least 1, found {args.workers}")
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
+        if args.command == "check":
+            return int(check(dataset, root, args.workers) > 0)
+        if dataset is not PascalContext:
+            print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
+            return 0
+        messages = prepare(root, args.workers)
+        print_problems("not prepared", messages)
+        return int(bool(messages))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a run on bad input with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
 
 def prepare(root: Path, workers: int) -> list[str]:
     """Writes the labels of PASCAL-Context that are slow to make, one image each, to the folder prepared below root.
@@ -1593,51 +1637,6 @@ def normal_pixels(normal: np.ndarray) -> np.ndarray:
     """Unit vectors (3, h, w) -> pixels in 0..255; IGNORE becomes the normal that faces the viewer."""
     normal = np.where(normal == IGNORE, np.reshape([0, 0, 1], (3, 1, 1)), normal)
     return (normal + 1) * 255 / 2
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends a run on bad input with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in (("check", "read every file; exit code 1 where something is missing or wrong"),
-                          ("prepare", "store the labels that are slow to make; may be interrupted and run again")):
-        command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("--dataset", choices=DATASETS, required=True)
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
-    purpose = "write synthetic scenes in the files of a data set"
-    command = commands.add_parser("export", help=purpose, description=purpose)
-    command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
-    command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
-    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500, 425 560 or 1024 2048")
-    for command in commands.choices.values():
-        command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
-    args = parser.parse_args(argv)
-    dataset = DATASETS[args.dataset]
-    root = args.root or Path(dataset.ROOT)
-    try:
-        if args.command == "export":
-            export(args.dataset, root, args.count, args.size)
-            return 0
-        if args.workers < 1:
-            raise ValueError(f"expected --workers of at least 1, found {args.workers}")
-        if not root.is_dir():
-            raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
-        if args.command == "check":
-            return int(check(dataset, root, args.workers) > 0)
-        if dataset is not PascalContext:
-            print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
-            return 0
-        messages = prepare(root, args.workers)
-        print_problems("not prepared", messages)
-        return int(bool(messages))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
+# Reads top-down: the paper's figures; main and its flags; models and checkpoints; scores and tables; pictures, then
+# their colours, legends and sheets; cost; processes and files, a section that train.py shares whole.
+
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
@@ -176,28 +179,7 @@ def check_arguments(args: argparse.Namespace):
         raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
 
 
-def start(name: str) -> torch.device:
-    """The device, and under torchrun the process group. Raises ValueError for a device that there is not."""
-    distributed = "WORLD_SIZE" in os.environ
-    if distributed and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
-        raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
-    if distributed and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
-
+# ------------------------------------------------------------------------------------------- models and checkpoints
 
 def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
@@ -294,19 +276,6 @@ def published_config(state: dict[str, Tensor]) -> dict:
     return dict(tasks=tasks, variant=published_variant(state), output_scale=dataset.LABEL_SCALE)
 
 
-def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
-    """The data set with these tasks. Raises ValueError where none or several have them."""
-    fitting = [name for name in names if tasks.items() <= task_table(name).items()]
-    if len(fitting) != 1:
-        raise ValueError(f"expected the tasks (channels) of one data set, found {tasks}, which fit "
-                         f"{' and '.join(fitting) or 'none'}; name the data set with --dataset")
-    return fitting[0]
-
-
-def task_table(name: str) -> dict[str, int]:
-    return Synthetic.TASKS if name == "synthetic" else find_dataset_class(name).TASKS
-
-
 # --------------------------------------------------------------------------------------------------------- scores
 
 def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.device) -> Results:
@@ -382,6 +351,19 @@ def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
     return Synthetic(EVALUATION_IMAGES, img_size, seed=EVALUATION_SEED, tasks=list(tasks))
 
 
+def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
+    """The data set with these tasks. Raises ValueError where none or several have them."""
+    fitting = [name for name in names if tasks.items() <= task_table(name).items()]
+    if len(fitting) != 1:
+        raise ValueError(f"expected the tasks (channels) of one data set, found {tasks}, which fit "
+                         f"{' and '.join(fitting) or 'none'}; name the data set with --dataset")
+    return fitting[0]
+
+
+def task_table(name: str) -> dict[str, int]:
+    return Synthetic.TASKS if name == "synthetic" else find_dataset_class(name).TASKS
+
+
 def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
     """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
     if path is None:
@@ -423,53 +405,6 @@ def compare(results: Results, baseline: dict[str, float] | None) -> float | None
 def primary(task: str, metrics: dict[str, float]) -> str:
     """The metric by which the task is compared: odsF where it was computed."""
     return "odsF" if "odsF" in metrics else PRIMARY[task]
-
-
-def write_json(path: Path, content: dict):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
-    nothing is left where writing fails."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def check_writable(folder: Path):
-    """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
-    probe = folder / f".{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(bytes(2 ** 16))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = error.strerror
-        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-
-
-class WithTruth(Dataset):
-    """A data set's samples, each with the boundaries that odsF scores against (None where it does not)."""
-
-    def __init__(self, dataset: Dataset, truths: bool, scored: set[str] | None):
-        self.dataset, self.truths, self.scored = dataset, truths, scored
-
-    def __getitem__(self, index):
-        sample = self.dataset[index]
-        wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
-        return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
 
 
 @torch.inference_mode()
@@ -534,12 +469,16 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     return results
 
 
-def ignore_signals(worker: int):
-    """Ctrl-C and a cluster's signals reach a loader's processes, too: what they mean is for the main process to decide,
-    with whose end they end."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+class WithTruth(Dataset):
+    """A data set's samples, each with the boundaries that odsF scores against (None where it does not)."""
+
+    def __init__(self, dataset: Dataset, truths: bool, scored: set[str] | None):
+        self.dataset, self.truths, self.scored = dataset, truths, scored
+
+    def __getitem__(self, index):
+        sample = self.dataset[index]
+        wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
+        return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
 
 
 def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
@@ -555,11 +494,16 @@ def own_area(sample: dict, scale: int = 1) -> tuple:
                    for part in centred(sample["image"].shape[1:], sample["size"])))
 
 
-def add_up(sums: Tensor) -> Tensor:
-    """The sum over the processes, in place."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(sums)
-    return sums
+def prediction(task: str, output: Tensor) -> Tensor:
+    """Raw output (B, C_t, H, W) -> a map in the form of the task's labels (B, 1 or 3, H, W); probabilities for
+    saliency and boundary."""
+    if task in ("semseg", "parsing"):
+        return output.argmax(1, keepdim=True)
+    if task == "saliency":
+        return output.softmax(1)[:, 1:]
+    if task == "boundary":
+        return output.sigmoid()
+    return F.normalize(output, dim=1) if task == "normal" else output.clamp(min=0)
 
 
 def to_bytes(probability: Tensor) -> np.ndarray:
@@ -671,139 +615,11 @@ def print_paper_table(results: Results, paper: dict[str, float], depth: str = "d
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
-# Anchors of a colour map of even perceived steps, dark blue over green to yellow, for depth from near to far.
-COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
-                      (160, 218, 57), (253, 231, 37)])
-
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, "
-                "desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
-                "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
-                "bathtub, bag, other structure, other furniture, other prop").split(", ")
-CITYSCAPES_CLASSES = {
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
-    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
-    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
-    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
-    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
-CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
-                                                 CITYSCAPES_CLASSES)}    # by channels
 PICTURES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif tiff "
             "webp").split()    # what is taken for a picture in folders; those that Pillow cannot read are skipped
 MAX_SIDE = 1024    # pixels
 CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
 SMALL_CELL = 240    # pictures of a data set are enlarged as far as they stay within it
-
-
-def voc_palette(classes: int = 256) -> np.ndarray:
-    """PASCAL VOC's colours, (classes, 3): the class's bits, taken by threes, are the colour's highest bits first."""
-    index = np.arange(classes)
-    palette = np.zeros((classes, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
-
-
-def palette(channels: int) -> np.ndarray:
-    """The colours of classes, (256, 3): Cityscapes' own with black for what is ignored, or PASCAL VOC's."""
-    if channels != len(CITYSCAPES_CLASSES):
-        return voc_palette()
-    return np.array([*CITYSCAPES_CLASSES.values(), *[(0, 0, 0)] * (256 - channels)], np.uint8)
-
-
-def depth_name(model: MTMamba) -> str:
-    """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
-    on_cityscapes = model.output_scale == Cityscapes.LABEL_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
-    return "disparity" if on_cityscapes else "depth"
-
-
-def prediction(task: str, output: Tensor) -> Tensor:
-    """Raw output (B, C_t, H, W) -> a map in the form of the task's labels (B, 1 or 3, H, W); probabilities for
-    saliency and boundary."""
-    if task in ("semseg", "parsing"):
-        return output.argmax(1, keepdim=True)
-    if task == "saliency":
-        return output.softmax(1)[:, 1:]
-    if task == "boundary":
-        return output.sigmoid()
-    return F.normalize(output, dim=1) if task == "normal" else output.clamp(min=0)
-
-
-def colorize(task: str, label: np.ndarray, channels: int, depth_range: tuple[float, float]) -> np.ndarray:
-    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels and those without a
-    disparity are black, of classes as in the palette.
-
-    channels: C_t. depth_range: metres or pixels of disparity, (lowest, highest).
-    """
-    if task in ("semseg", "parsing"):
-        return palette(channels)[label[0]]
-    valid = ((label != IGNORE) & ((label >= 0) | (task != "depth"))).all(0)[..., None]
-    if task == "depth":
-        picture = color_map(label[0], depth_range)
-    elif task == "normal":
-        picture = 255 * (label.transpose(1, 2, 0) + 1) / 2
-    else:
-        picture = 255 * np.repeat(label.transpose(1, 2, 0), 3, axis=2)
-    return np.where(valid, picture, 0).astype(np.uint8)
-
-
-def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
-    """(H, W) -> (H, W, 3) in 0..255, from the first to the last colour of COLOR_MAP."""
-    low, high = bounds
-    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOR_MAP) - 1)
-    return np.stack([np.interp(position, np.arange(len(COLOR_MAP)), COLOR_MAP[:, c]) for c in range(3)], axis=-1)
-
-
-def value_range(depth: np.ndarray) -> tuple[float, float]:
-    """Of the valid pixels."""
-    valid = depth[(depth != IGNORE) & (depth >= 0)]
-    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
-
-
-def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures in columns with titles; cells are as large as the column's and row's largest."""
-    gap, caption = 4, 16
-    widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
-    heights = [max(picture.height for picture in row) + gap for row in rows]
-    sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), title, fill="black")
-        for i, row in enumerate(rows):
-            sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
-    return sheet
-
-
-def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
-    """Lines of text, each behind a square of its colour if it has one."""
-    picture = Image.new("RGB", (160, 16 * len(lines) + 2), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (text, color) in enumerate(lines):
-        if color is not None:
-            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color)
-        draw.text((18 if color is not None else 2, 16 * i + 2), text, fill="black")
-    return picture
-
-
-def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: str = "") -> Image.Image:
-    """The legend of a map (1 or 3, H, W): the classes that occur in it, the depth's range in its unit, directions, or
-    probabilities; and one more line."""
-    if task in ("semseg", "parsing"):
-        names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist()))
-                 for i in np.unique(label)]
-    elif task == "depth":
-        steps = np.linspace(*value_range(label), 5)
-        colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
-        lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
-    elif task == "normal":
-        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
-                      "to the viewer": (0, 0, 1)}
-        lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
-    else:
-        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
-    return legend(lines + [(more, None)] * bool(more))
 
 
 @torch.inference_mode()
@@ -1020,10 +836,130 @@ def enlarge(task: str, values: Tensor, size: tuple[int, int]) -> Tensor:
     return F.normalize(values, dim=0) if task == "normal" else values
 
 
+# ----------------------------------------------------------------------------------------- colours, legends, sheets
+
+# Anchors of a colour map of even perceived steps, dark blue over green to yellow, for depth from near to far.
+COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
+                      (160, 218, 57), (253, 231, 37)])
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, "
+                "desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
+                "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
+                "bathtub, bag, other structure, other furniture, other prop").split(", ")
+CITYSCAPES_CLASSES = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
+CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
+                                                 CITYSCAPES_CLASSES)}    # by channels
+
+
+def voc_palette(classes: int = 256) -> np.ndarray:
+    """PASCAL VOC's colours, (classes, 3): the class's bits, taken by threes, are the colour's highest bits first."""
+    index = np.arange(classes)
+    palette = np.zeros((classes, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def palette(channels: int) -> np.ndarray:
+    """The colours of classes, (256, 3): Cityscapes' own with black for what is ignored, or PASCAL VOC's."""
+    if channels != len(CITYSCAPES_CLASSES):
+        return voc_palette()
+    return np.array([*CITYSCAPES_CLASSES.values(), *[(0, 0, 0)] * (256 - channels)], np.uint8)
+
+
+def depth_name(model: MTMamba) -> str:
+    """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
+    on_cityscapes = model.output_scale == Cityscapes.LABEL_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
+    return "disparity" if on_cityscapes else "depth"
+
+
+def colorize(task: str, label: np.ndarray, channels: int, depth_range: tuple[float, float]) -> np.ndarray:
+    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels and those without a
+    disparity are black, of classes as in the palette.
+
+    channels: C_t. depth_range: metres or pixels of disparity, (lowest, highest).
+    """
+    if task in ("semseg", "parsing"):
+        return palette(channels)[label[0]]
+    valid = ((label != IGNORE) & ((label >= 0) | (task != "depth"))).all(0)[..., None]
+    if task == "depth":
+        picture = color_map(label[0], depth_range)
+    elif task == "normal":
+        picture = 255 * (label.transpose(1, 2, 0) + 1) / 2
+    else:
+        picture = 255 * np.repeat(label.transpose(1, 2, 0), 3, axis=2)
+    return np.where(valid, picture, 0).astype(np.uint8)
+
+
+def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """(H, W) -> (H, W, 3) in 0..255, from the first to the last colour of COLOR_MAP."""
+    low, high = bounds
+    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOR_MAP) - 1)
+    return np.stack([np.interp(position, np.arange(len(COLOR_MAP)), COLOR_MAP[:, c]) for c in range(3)], axis=-1)
+
+
+def value_range(depth: np.ndarray) -> tuple[float, float]:
+    """Of the valid pixels."""
+    valid = depth[(depth != IGNORE) & (depth >= 0)]
+    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+
+
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     """A heat map (h, w), from its minimum to its maximum, in colour over the image."""
     colors = color_map(heat.cpu().numpy(), (heat.min().item(), heat.max().item()))
     return Image.blend(image, Image.fromarray(colors.astype(np.uint8)), 0.6)
+
+
+def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in columns with titles; cells are as large as the column's and row's largest."""
+    gap, caption = 4, 16
+    widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
+    heights = [max(picture.height for picture in row) + gap for row in rows]
+    sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), title, fill="black")
+        for i, row in enumerate(rows):
+            sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
+    return sheet
+
+
+def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
+    """Lines of text, each behind a square of its colour if it has one."""
+    picture = Image.new("RGB", (160, 16 * len(lines) + 2), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (text, color) in enumerate(lines):
+        if color is not None:
+            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color)
+        draw.text((18 if color is not None else 2, 16 * i + 2), text, fill="black")
+    return picture
+
+
+def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: str = "") -> Image.Image:
+    """The legend of a map (1 or 3, H, W): the classes that occur in it, the depth's range in its unit, directions, or
+    probabilities; and one more line."""
+    if task in ("semseg", "parsing"):
+        names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
+        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist()))
+                 for i in np.unique(label)]
+    elif task == "depth":
+        steps = np.linspace(*value_range(label), 5)
+        colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
+        lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
+    elif task == "normal":
+        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
+                      "to the viewer": (0, 0, 1)}
+        lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
+    else:
+        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+    return legend(lines + [(more, None)] * bool(more))
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1041,6 +977,81 @@ def print_cost(args: argparse.Namespace):
         paper = [f"{value:.2f}" for value in PAPER_COST.get(variant, ())] if as_in_paper else []
         first, second = paper or ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
+
+
+# ------------------------------------------------------------------------ processes and files, shared with train.py
+
+def start(name: str) -> torch.device:
+    """The device, and under torchrun the process group. Raises ValueError for a device that there is not."""
+    distributed = "WORLD_SIZE" in os.environ
+    if distributed and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
+        raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    if distributed and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def add_up(sums: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def ignore_signals(worker: int):
+    """Ctrl-C and a cluster's signals reach a loader's processes, too: what they mean is for the main process to decide,
+    with whose end they end."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def check_writable(folder: Path):
+    """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(2 ** 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror
+        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
+    nothing is left where writing fails."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@
         meter.update(outputs[task], targets[task])       # raw outputs (B, C_t, H, W), labels (B, 1 or 3, H, W)
     results = {task: meter.compute() for task, meter in meters.items()}
 
-    counts = boundary_counts_parallel(items, max_dist=0.0075, workers=8)    # items: (prediction_u8, ground_truth) pairs
+    counts = sum(boundary_counts_each(pairs, max_dist=0.0075, workers=8))    # (prediction_u8, ground_truth) of images
     odsF = 100 * ods_f(counts)
 
     delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
 Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
 is two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
-no update waits for the device. The boundary score odsF has its own functions, at the end of this file.
+no update waits for the device. The boundary score odsF has its own functions.
+
+Reads: delta_m; Meter, a kind of it for each task, and make_meters, which chooses; odsF, from the score down to thinning
+and matching.
 """
 
 import math
@@ -27,7 +30,6 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import Tensor
-from tqdm import tqdm
 
 IGNORE = 255    # marks the pixels of a label that do not count
 
@@ -285,22 +287,13 @@ def ods_f(counts: np.ndarray) -> float:
     return float((2 * precision * recall / np.where(total > 0, total, 1)).max())
 
 
-def boundary_counts_parallel(items: Iterable, max_dist: float, workers: int) -> np.ndarray:
-    """boundary_counts summed over the images, on `workers` processes (0: in this one), with a progress bar: (101, 4).
+def boundary_counts_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
+    """boundary_counts (101, 4) of each image, in their order, on `workers` processes (0: in this one).
 
     items: yields the pairs (prediction_u8, ground_truth) and is read only a few images ahead, so it may load or predict
     as it goes. The processes are spawned (a forked copy of a process that uses CUDA or threads may hang), so a script
-    calls this under `if __name__ == "__main__":`. Raises ValueError where items is empty.
+    calls this under `if __name__ == "__main__":`.
     """
-    length = len(items) if hasattr(items, "__len__") else None
-    total = sum(tqdm(boundary_counts_each(items, max_dist, workers), desc="odsF", total=length, unit="image"))
-    if np.ndim(total) == 0:
-        raise ValueError("there is no image to score: items is empty; check the data set's path and split")
-    return total
-
-
-def boundary_counts_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
-    """boundary_counts of the items, in their order; arguments as those of boundary_counts_parallel."""
     if workers == 0:
         for prediction, truth in items:
             yield boundary_counts(prediction, truth, max_dist)
@@ -341,18 +334,22 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
 
 
 def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
-    """True boundaries of a label map (H, W): (H, W) bool, thinned.
+    """True boundaries of a label map (H, W): (H, W) bool, boundary_pixels thinned.
 
-    A pixel is a boundary where its label differs from that of its right, lower or lower-right neighbour; the last row
-    and column repeat. PASCAL-Context: the map of 459 classes, not the training label. NYUDv2: the 0/255 edge image.
-    Raises ValueError on an array that is not 2-dimensional.
+    PASCAL-Context: the map of 459 classes, not the training label. NYUDv2: the 0/255 edge image.
     """
+    return thin(boundary_pixels(label_map))
+
+
+def boundary_pixels(label_map: np.ndarray) -> np.ndarray:
+    """Where the label of a map (H, W) differs from that of the right, lower or lower-right neighbour: (H, W) bool; the
+    last row and column repeat. Raises ValueError on an array that is not 2-dimensional."""
     label_map = np.asarray(label_map)
     if label_map.ndim != 2:
         raise ValueError(f"a label map must have the shape (H, W), found {label_map.shape}; pass one image, without "
                          "batch or channel axes")
     padded = np.pad(label_map, ((0, 1), (0, 1)), mode="edge")
-    return thin((label_map != padded[:-1, 1:]) | (label_map != padded[1:, :-1]) | (label_map != padded[1:, 1:]))
+    return (label_map != padded[:-1, 1:]) | (label_map != padded[1:, :-1]) | (label_map != padded[1:, 1:])
 
 
 def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:

@@ -13,6 +13,9 @@ Losses, optimiser and schedule are the paper's and, where it is silent, the publ
 runs/DATASET (elsewhere with --out): last.pt, previous.pt, best.pt, log.jsonl, pictures/, and at its end results.json.
 """
 
+# Reads top-down: presets; main and its flags; Run, from its set-up to its evaluations; data; losses and optimisation;
+# checkpoints; log. evaluate.py has the reading of checkpoints, scores, tables and, last, processes and files.
+
 import os
 
 # Bounds the spinning of PyTorch's threads on a CPU, for the reason told in evaluate.py; before torch is imported.
@@ -250,6 +253,8 @@ def resolve(args: argparse.Namespace, device: torch.device, world: int):
                          f"{' or '.join(map(str, nearest))}")
 
 
+# -------------------------------------------------------------------------------------------------------------- run
+
 class Run:
     """One training run: what it consists of, and in execute what happens in which order."""
 
@@ -264,10 +269,10 @@ class Run:
 
         torch.manual_seed(args.seed)
         self.train_set, self.held_out = build_datasets(args)
-        self.model_config = dict(tasks=self.train_set.tasks, img_size=args.img_size, encoder=args.encoder,
-                                 encoder_kwargs=args.encoder_kwargs, variant=args.variant,
-                                 output_scale=getattr(self.train_set, "LABEL_SCALE", 1), d_state=args.d_state)
-        self.model = MTMamba(**self.model_config, pretrained=args.pretrained and found is None)
+        model_config = dict(tasks=self.train_set.tasks, img_size=args.img_size, encoder=args.encoder,
+                            encoder_kwargs=args.encoder_kwargs, variant=args.variant,
+                            output_scale=getattr(self.train_set, "LABEL_SCALE", 1), d_state=args.d_state)
+        self.model = MTMamba(**model_config, pretrained=args.pretrained and found is None)
         if args.init_from and found is None:
             load = load_fitting_weights if args.init_partial else load_all_weights
             load(self.model, args.init_from, args.encoder, args.encoder_kwargs)
@@ -281,15 +286,17 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                            betas=(0.9, 0.999), fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
-        self.iteration, self.evaluated, self.best = 0, 0, -math.inf
+        self.iteration, self.evaluated = 0, 0    # the iterations that are done, and when they were last evaluated
 
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
                              commit=git_commit())
+        about = dict(config=model_config, training=self.config, versions=self.versions)
+        self.checkpoints = Checkpoints(args.out, self.rank, self.model, self.optimizer, self.scaler, about)
         if found:
-            self.restore(*found)
+            self.iteration, self.evaluated = self.checkpoints.restore(*found)
         check_writable(args.out)
-        self.log = Log(args.out, list(self.model.tasks), self.rank, args.tensorboard)
+        self.log = Log(args, self.rank, self.model, self.held_out, device)
 
         synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
         # PyTorch cannot trace its synchronised batch norm, which leaves the rest in several graphs.
@@ -325,56 +332,37 @@ class Run:
                       "--resume")
                 return {}
             results = {"trained": trained, **others}
-            if self.rank == 0:
-                self.print_results(results)
+            self.log.write_results(results)
         return results
 
     def train(self, interruption: "Interruption") -> bool:
         """Iterates from self.iteration to the end; False where it was interrupted. Saves in either case."""
-        args = self.args
-        order = batch_shares(self.train_set, args, self.iteration, self.rank, self.world)
-        checked = isinstance(self.train_set, (Synthetic, LabelledDataset))
-        collate = None if checked else functools.partial(collate_checked, tasks=self.model.tasks,
-                                                         label_scale=self.model.output_scale)
-        loader = iter(DataLoader(self.train_set, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
-                                 pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals))
-        bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
-                   unit="img", disable=self.rank > 0, dynamic_ncols=True)
-        unread, saved = [], True
-
-        def read_reports():
-            while unread:
-                report = unread.pop()
-                self.log.add(report.read(list(self.model.tasks)))
-                if (report.iteration + 1) % args.log_every == 0:
-                    lr = learning_rate(args.lr, report.iteration, args.iterations)
-                    self.log.write_losses(report.iteration + 1, lr, bar, self.device)
-
+        args, saved = self.args, True
+        loader = open_loader(self.train_set, args, self.iteration, self.rank, self.world, self.device)
         self.model.train()
         try:
-            with bar:
+            with self.log.open_bar(self.iteration) as bar:
                 while self.iteration < args.iterations:
                     if self.evaluation_is_due():
                         self.evaluate_and_keep_best(interruption)
                     if self.any_process(interruption.noted):
                         break
-                    report = self.step(loader)
-                    # An iteration's losses are read during the next one, so that the device always has work queued.
-                    read_reports()
-                    unread.append(report)
+                    self.log.add(self.step(loader))
                     self.iteration += 1
                     saved = self.iteration % args.save_every == 0 or self.evaluation_is_due()
                     bar.update(args.batch_size)
                     if saved:
-                        read_reports()    # before weights are saved: never those after a loss that is not finite
-                        self.save("last.pt")
-                read_reports()
+                        self.save_last()
                 if not saved:
-                    self.save("last.pt")
+                    self.save_last()
         finally:
             if args.workers:    # they ignore signals, so nothing else would end them
                 loader._shutdown_workers()
         return self.iteration == args.iterations
+
+    def save_last(self):
+        self.log.read()    # before weights are saved: never those after a loss that is not finite
+        self.checkpoints.save("last.pt", self.iteration, self.evaluated)
 
     def evaluation_is_due(self) -> bool:
         """Not at the end, which is scored in any case."""
@@ -392,8 +380,9 @@ class Run:
     def step(self, loader: Iterator[dict]) -> "Report":
         """One iteration: forward, backward, update. Reports the losses of the batch, of all processes together."""
         args, sums = self.args, 0
+        lr = learning_rate(args.lr, self.iteration, args.iterations)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, self.iteration, args.iterations)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):
             batch = next_batch(loader)
@@ -413,7 +402,7 @@ class Run:
                                  torch.stack([images.sum() for images in labelled])])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return Report(self.iteration, add_up(sums))
+        return Report(self.iteration, lr, add_up(sums))
 
     def evaluate(self, description: str = "evaluating", final: bool = False, stop=None) -> Results | None:
         """On all held-out images, in float32; with odsF only in the final one, as it takes longer than the rest."""
@@ -434,120 +423,8 @@ class Run:
         score = delta_m(figures, {task: self.baseline[task] for task in figures}) if figures else None
         self.evaluated = self.iteration
         self.log.write_scores(self.iteration, results, score)
-        if self.rank == 0:
-            folder = self.args.out / "pictures"
-            folder.mkdir(exist_ok=True)
-            save_contact_sheet(self.model, self.held_out, self.device, folder / f"{self.iteration:06d}.png")
-        if score is not None and score > self.best:
-            self.best = score
-            self.save("best.pt")
+        self.checkpoints.keep_best(score, self.iteration)
         return results
-
-    def print_results(self, results: dict[str, Results]):
-        args, trained = self.args, results["trained"]
-        if args.dataset in PAPER:
-            print_paper_table(trained, PAPER[args.dataset], depth_name(self.model))
-        else:
-            print_table(results)
-        improvement = compare(trained, SINGLE_TASK.get(args.dataset))
-        if improvement is not None:
-            print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
-        write_json(args.out / "results.json", dict(dataset=args.dataset, checkpoint=str(args.out / "last.pt"),
-                                                   images=len(self.held_out), results=trained, delta_m=improvement))
-        print("checkpoint:", args.out / "last.pt", "(the best one: best.pt)")
-        print("results:   ", args.out / "results.json")
-        print("pictures:  ", save_contact_sheet(self.model, self.held_out, self.device, args.out / "contact_sheet.png"))
-
-    def save(self, name: str):
-        """Writes everything that a run goes on from. From last.pt, the file before is kept as previous.pt."""
-        if self.rank == 0:
-            content = dict(model=self.model.state_dict(), config=self.model_config, training=self.config,
-                           versions=self.versions, optimizer=self.optimizer.state_dict(),
-                           scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated,
-                           best=self.best)
-            previous = self.args.out / "previous.pt" if name == "last.pt" else None
-            save_checkpoint(self.args.out / name, content, previous)
-
-    def restore(self, path: Path, content: dict):
-        """Raises ValueError where the run was another one."""
-        stored = content["training"]
-        different = [f"--{key.replace('_', '-')} {stored[key]} (now {value})" for key, value in self.config.items()
-                     if key not in FREE and key in stored and stored[key] != value]
-        if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
-                             "anew in another folder with --out")
-        load_weights(self.model, content, path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.iteration, self.evaluated, self.best = (content[key] for key in ("iteration", "evaluated", "best"))
-        print(f"resuming {path} after iteration {self.iteration}")
-
-
-class Report:
-    """An iteration's losses on their way from the device: their sums over the batch's images, and the numbers of
-    images with a label, which are those that count in a mean; both by task, (2, T)."""
-
-    def __init__(self, iteration: int, values: Tensor):
-        self.iteration, self.arrived = iteration, None
-        # Only CUDA has an event to wait for here; on other devices the copy itself waits.
-        self.values = values.to("cpu", non_blocking=values.is_cuda)
-        if values.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self, tasks: list[str]) -> np.ndarray:
-        """Waits for them. Raises RunError where a loss is not finite."""
-        if self.arrived:
-            self.arrived.synchronize()
-        for task, loss in zip(tasks, self.values[0].tolist()):
-            if not math.isfinite(loss):
-                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
-                               "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
-        return self.values.double().numpy()
-
-
-class Log:
-    """log.jsonl and, if asked for, TensorBoard, both written by the first process."""
-
-    def __init__(self, folder: Path, tasks: list[str], rank: int, tensorboard: bool):
-        self.path, self.tasks, self.active = folder / "log.jsonl", tasks, rank == 0
-        self.tensorboard = open_tensorboard(folder) if tensorboard and self.active else None
-        self.sums = np.zeros((2, len(tasks)))    # of reports since the last line
-
-    def write(self, line: dict):
-        if self.active:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def add(self, values: np.ndarray):
-        self.sums += values
-
-    def write_losses(self, iteration: int, lr: float, bar: tqdm, device: torch.device):
-        """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
-        losses = {task: total / images if images else None for task, (total, images) in zip(self.tasks, self.sums.T)}
-        self.sums[:] = 0
-        if not self.active:
-            return
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
-        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
-        rate = bar.format_dict["rate"] or (bar.n - bar.initial) / max(bar.format_dict["elapsed"], 1e-9)
-        self.write(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
-                        time=time.time()))
-        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
-
-    def write_scores(self, iteration: int, results: Results, score: float | None):
-        self.write(dict(iteration=iteration, results=results, delta_m=score))
-        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()},
-                  iteration)
-
-    def plot(self, values: dict[str, float | None], iteration: int):
-        """In TensorBoard."""
-        if self.tensorboard:
-            for name, value in values.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, iteration)
-            self.tensorboard.flush()
 
 
 class Interruption:
@@ -598,6 +475,17 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         for message in messages:
             print(f"look at the {split} labels: {message}")
     return train_set, held_out_set
+
+
+def open_loader(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int,
+                device: torch.device) -> Iterator[dict]:
+    """Loads what batch_shares lists."""
+    checked = isinstance(dataset, (Synthetic, LabelledDataset))
+    collate = None if checked else functools.partial(collate_checked, tasks=dataset.tasks,
+                                                     label_scale=getattr(dataset, "LABEL_SCALE", 1))
+    return iter(DataLoader(dataset, batch_sampler=batch_shares(dataset, args, start, rank, world),
+                           num_workers=args.workers, collate_fn=collate, pin_memory=device.type == "cuda",
+                           worker_init_fn=ignore_signals))
 
 
 def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int) -> dict:
@@ -740,58 +628,48 @@ def align_gradients(model: MTMamba):
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
 
 
-def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
-    """What the best checkpoint is chosen against by delta_m, by task.
+# ------------------------------------------------------------------------------------------------------ checkpoints
 
-    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
-    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
-    data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
-    training, boundaries are scored by pixelF in place of odsF.
-    """
-    if constant is None:
-        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
-        return {task: rows[dataset][task] for task in tasks}
-    figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
-    for task, figure in figures.items():
-        if not figure:
-            found = "no pixel with a label" if figure is None else f"a {PRIMARY[task]} of 0 of the best constant"
-            print(f"{task} plays no part in choosing best.pt: {found} in the held-out images. If that is not meant, "
-                  "check their labels; --tasks trains without it")
-    return {task: figure for task, figure in figures.items() if figure}
+class Checkpoints:
+    """last.pt, previous.pt and best.pt, which the first process writes: each has everything that a run goes on from."""
 
+    def __init__(self, folder: Path, rank: int, model: MTMamba, optimizer: torch.optim.Optimizer,
+                 scaler: torch.amp.GradScaler, about: dict):
+        """about: what else a checkpoint tells: MTMamba's arguments (config), the run's flags (training), versions."""
+        self.folder, self.active, self.about = folder, rank == 0, about
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.best = -math.inf    # delta_m of best.pt
 
-# ------------------------------------------------------------------------------------------------------------- files
+    def save(self, name: str, iteration: int, evaluated: int):
+        """From last.pt, the file before is kept as previous.pt."""
+        if self.active:
+            content = dict(model=self.model.state_dict(), **self.about, optimizer=self.optimizer.state_dict(),
+                           scaler=self.scaler.state_dict(), iteration=iteration, evaluated=evaluated, best=self.best)
+            previous = self.folder / "previous.pt" if name == "last.pt" else None
+            save_checkpoint(self.folder / name, content, previous)
 
-def load_all_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
-    """--init-from: as load_weights. Raises ValueError that names --init-partial where they do not fit."""
-    try:
-        load_weights(model, read_checkpoint(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+    def keep_best(self, score: float | None, iteration: int):
+        """Saves the weights that were just evaluated, if they are the best so far. score: their delta_m."""
+        if score is not None and score > self.best:
+            self.best = score
+            self.save("best.pt", iteration, iteration)
 
-
-def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
-    """--init-from with --init-partial: what a checkpoint, ours or published, shares with the model.
-
-    Taken are tensors of the same name and shape: of the encoder, and of the decoders of the tasks that both have. The
-    cross-task blocks concatenate the tasks' features, so they are taken where the tasks and their order are the same.
-    Prints what is left. Raises FileNotFoundError, or ValueError for another kind of file and where nothing fits.
-    encoder, encoder_kwargs: of a published checkpoint, which does not name its own.
-    """
-    named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
-    source, _ = load_checkpoint(path, torch.device("cpu"), **named)
-    state, own = source.state_dict(), model.state_dict()
-    same_tasks = list(source.tasks) == list(model.tasks)
-    taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
-             and (same_tasks or ".ctm." not in key)}
-    if not taken:
-        raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
-    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
-    print(f"took {len(taken)} tensors of {path}")
-    for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
-        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
-        if groups:
-            print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+    def restore(self, path: Path, content: dict) -> tuple[int, int]:
+        """The iterations that are done and when they were last evaluated. Raises ValueError where the run was another
+        one."""
+        stored = content["training"]
+        different = [f"--{key.replace('_', '-')} {stored[key]} (now {value})"
+                     for key, value in self.about["training"].items()
+                     if key not in FREE and key in stored and stored[key] != value]
+        if different:
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
+                             "anew in another folder with --out")
+        load_weights(self.model, content, path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.best = content["best"]
+        print(f"resuming {path} after iteration {content['iteration']}")
+        return content["iteration"], content["evaluated"]
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
@@ -838,6 +716,58 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def load_all_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from: as load_weights. Raises ValueError that names --init-partial where they do not fit."""
+    try:
+        load_weights(model, read_checkpoint(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+
+
+def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+    """--init-from with --init-partial: what a checkpoint, ours or published, shares with the model.
+
+    Taken are tensors of the same name and shape: of the encoder, and of the decoders of the tasks that both have. The
+    cross-task blocks concatenate the tasks' features, so they are taken where the tasks and their order are the same.
+    Prints what is left. Raises FileNotFoundError, or ValueError for another kind of file and where nothing fits.
+    encoder, encoder_kwargs: of a published checkpoint, which does not name its own.
+    """
+    named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
+    source, _ = load_checkpoint(path, torch.device("cpu"), **named)
+    state, own = source.state_dict(), model.state_dict()
+    same_tasks = list(source.tasks) == list(model.tasks)
+    taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
+             and (same_tasks or ".ctm." not in key)}
+    if not taken:
+        raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
+    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
+    print(f"took {len(taken)} tensors of {path}")
+    for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
+        groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.\w+)|\w+\.\w+(\.\w+)?", key)[0] for key in sorted(keys))
+        if groups:
+            print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+
+
+def selection_baseline(dataset: str, tasks: dict[str, int], constant: Results | None) -> dict[str, float]:
+    """What the best checkpoint is chosen against by delta_m, by task.
+
+    NYUDv2: Table 2's single-task row; PASCAL-Context, which has none in the paper: its own row of Table 1; Cityscapes,
+    which has neither: round figures of the size to expect, so that relative changes of its tasks count alike; any other
+    data set: the best constant prediction, less the tasks, named here, of which it has no figure to divide by. While
+    training, boundaries are scored by pixelF in place of odsF.
+    """
+    if constant is None:
+        rows = {**PAPER, **SINGLE_TASK, "cityscapes": {"semseg": 80.0, "depth": 5.0}}
+        return {task: rows[dataset][task] for task in tasks}
+    figures = {task: constant[task][PRIMARY[task]] if task in constant else None for task in tasks}
+    for task, figure in figures.items():
+        if not figure:
+            found = "no pixel with a label" if figure is None else f"a {PRIMARY[task]} of 0 of the best constant"
+            print(f"{task} plays no part in choosing best.pt: {found} in the held-out images. If that is not meant, "
+                  "check their labels; --tasks trains without it")
+    return {task: figure for task, figure in figures.items() if figure}
+
+
 def git_commit() -> str | None:
     """Of the folder of this file, None where it is no checkout."""
     try:
@@ -845,6 +775,115 @@ def git_commit() -> str | None:
                               check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# -------------------------------------------------------------------------------------------------------------- log
+
+class Log:
+    """What the first process tells of a run: log.jsonl, TensorBoard's if asked for, pictures and the final table."""
+
+    def __init__(self, args: argparse.Namespace, rank: int, model: MTMamba, held_out: Dataset, device: torch.device):
+        self.args, self.model, self.held_out, self.device, self.active = args, model, held_out, device, rank == 0
+        self.tensorboard = open_tensorboard(args.out) if args.tensorboard and self.active else None
+        self.unread = None    # the last report
+        self.sums = np.zeros((2, len(model.tasks)))    # of reports since the last line
+
+    def write(self, line: dict):
+        if self.active:
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def open_bar(self, iteration: int) -> tqdm:
+        size = self.args.batch_size
+        self.bar = tqdm(total=self.args.iterations * size, initial=iteration * size, desc="training", unit="img",
+                        disable=not self.active, dynamic_ncols=True)
+        return self.bar
+
+    def add(self, report: "Report"):
+        """An iteration's losses are read during the next one, so that the device always has work queued."""
+        self.read()
+        self.unread = report
+
+    def read(self):
+        """Writes a line where one is due. Raises RunError where a loss is not finite."""
+        if self.unread:
+            report, self.unread = self.unread, None
+            self.sums += report.read(list(self.model.tasks))
+            if (report.iteration + 1) % self.args.log_every == 0:
+                self.write_losses(report.iteration + 1, report.lr)
+
+    def write_losses(self, iteration: int, lr: float):
+        """Means over the images since the last line, None for a task of which none had a label; also to the bar."""
+        losses = {task: total / n if n else None for task, (total, n) in zip(self.model.tasks, self.sums.T)}
+        self.sums[:] = 0
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
+        self.bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
+        state = self.bar.format_dict
+        rate = state["rate"] or (self.bar.n - self.bar.initial) / max(state["elapsed"], 1e-9)
+        self.write(dict(iteration=iteration, losses=losses, lr=lr, images_per_second=rate, peak_memory_gib=memory,
+                        time=time.time()))
+        self.plot({**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr}, iteration)
+
+    def write_scores(self, iteration: int, results: Results, score: float | None):
+        self.write(dict(iteration=iteration, results=results, delta_m=score))
+        self.plot({f"{task}/{name}": value for task, metrics in results.items() for name, value in metrics.items()},
+                  iteration)
+        if self.active:
+            folder = self.args.out / "pictures"
+            folder.mkdir(exist_ok=True)
+            save_contact_sheet(self.model, self.held_out, self.device, folder / f"{iteration:06d}.png")
+
+    def write_results(self, results: dict[str, Results]):
+        """The final table, results.json and the last contact sheet."""
+        if not self.active:
+            return
+        args, trained = self.args, results["trained"]
+        if args.dataset in PAPER:
+            print_paper_table(trained, PAPER[args.dataset], depth_name(self.model))
+        else:
+            print_table(results)
+        improvement = compare(trained, SINGLE_TASK.get(args.dataset))
+        if improvement is not None:
+            print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
+        write_json(args.out / "results.json", dict(dataset=args.dataset, checkpoint=str(args.out / "last.pt"),
+                                                   images=len(self.held_out), results=trained, delta_m=improvement))
+        print("checkpoint:", args.out / "last.pt", "(the best one: best.pt)")
+        print("results:   ", args.out / "results.json")
+        print("pictures:  ", save_contact_sheet(self.model, self.held_out, self.device, args.out / "contact_sheet.png"))
+
+    def plot(self, values: dict[str, float | None], iteration: int):
+        """In TensorBoard."""
+        if self.tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.flush()
+
+
+class Report:
+    """An iteration's losses on their way from the device: their sums over the batch's images, and the numbers of
+    images with a label, which are those that count in a mean; both by task, (2, T)."""
+
+    def __init__(self, iteration: int, lr: float, values: Tensor):
+        self.iteration, self.lr, self.arrived = iteration, lr, None
+        # Only CUDA has an event to wait for here; on other devices the copy itself waits.
+        self.values = values.to("cpu", non_blocking=values.is_cuda)
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self, tasks: list[str]) -> np.ndarray:
+        """Waits for them. Raises RunError where a loss is not finite."""
+        if self.arrived:
+            self.arrived.synchronize()
+        for task, loss in zip(tasks, self.values[0].tolist()):
+            if not math.isfinite(loss):
+                raise RunError(f"the loss of {task} is {loss} in iteration {self.iteration}; nothing was saved since. "
+                               "Go on from the last checkpoint (--init-from) with a lower --lr or --amp off")
+        return self.values.double().numpy()
 
 
 def open_tensorboard(folder: Path):

@@ -6,6 +6,7 @@ import torch
 
 import datasets
 from datasets import BOX, CEILING, CYLINDER, FLOOR, IGNORE, PARTS, PERSON, SKY, SPHERE, WALL, Synthetic
+from metrics import boundary_pixels
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_labels_agree_on_what_is_where(scenes):
 
 def test_boundary_by_brute_force(scenes):
     maps = [np.random.default_rng(0).integers(0, 3, (9, 7)), scenes[0]["instance"]]
-    for instance, boundary in zip(maps, [datasets.instance_boundary(maps[0]), scenes[0]["boundary"][0]]):
+    for instance, boundary in zip(maps, [boundary_pixels(maps[0]), scenes[0]["boundary"][0]]):
         h, w = instance.shape
         for y in range(h):
             for x in range(w):
