@@ -240,7 +240,8 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
             raise ValueError(f"{path}: {summary} {first.strip()}, ...; give its encoder with --encoder") from error
         return
     state = checkpoint["model"]
-    expected, found = ({key: value.shape for key, value in tensors.items()} for tensors in (model.state_dict(), state))
+    expected, found = ({key: value.shape for key, value in tensors.items() if key != "_extra_state"}
+                       for tensors in (model.state_dict(), state))
     wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if wrong:
         raise ValueError(f"{path} holds weights of another architecture or other tasks: {len(wrong)} tensors are "
@@ -249,8 +250,11 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
     if order != list(model.tasks):    # which no shape shows
         raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
                          f"features, the model in the order {list(model.tasks)}; use the former")
-    model.load_state_dict(state)
-    print(f"loaded {len(state)}/{len(expected)} tensors of {path}")
+    try:
+        model.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    print(f"loaded {len(found)}/{len(expected)} tensors of {path}")
 
 
 def build_model(config: dict) -> MTMamba:

@@ -33,8 +33,10 @@ published checkpoints, cost. Appendix: the scan as GPU kernels.
 
 import functools
 import importlib.util
+import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -103,12 +105,13 @@ class MTMamba(nn.Module):
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: further arguments of timm.create_model.
+    encoder_kwargs: further arguments of timm.create_model, such as in_chans=4 for images of four channels.
     variant: a key of VARIANTS.
     output_scale: size of the outputs over that of the image, a whole number: 1, but 2 in the recipe of Cityscapes,
         whose images are halved and whose labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
+    An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t): predict resizes its output.
     Raises ValueError on an unknown variant, encoder or backend, no tasks, names that a task cannot have, or channel
     counts below 1 or another output_scale.
     """
@@ -132,6 +135,7 @@ class MTMamba(nn.Module):
         structure = dict(VARIANTS[variant])
         self.shared_encoder, head = structure.pop("shared_encoder"), structure.pop("head")
         self.tasks, self.output_scale = dict(tasks), output_scale
+        self.in_chans = (encoder_kwargs or {}).get("in_chans", 3)
 
         def build_encoder():
             return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
@@ -147,24 +151,26 @@ class MTMamba(nn.Module):
         build_head = DenseHead if head == "dense" else LiteHead
         self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
         output_scale.
 
         Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
+        tasks: whose heads to run; None for all. (The decoder runs for all, as its tasks exchange features.)
         Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast any float
         type but float64 will do).
         """
-        return self.predict(self.decode(image), image.shape[2:])
+        return self.predict(self.decode(image), image.shape[2:], tasks)
 
     def decode(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
         to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
-        if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] == 0 or not image.is_floating_point():
-            raise ValueError("expected a float image batch (B, 3, H, W) of at least one image, normalised with "
-                             f"ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype}")
-        dtype = next(iter(self.heads.values())).project.weight.dtype
+        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
+            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, normalised "
+                             f"with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} (other "
+                             "numbers of channels: MTMamba(..., encoder_kwargs={'in_chans': 4}))")
+        dtype = next(self.stages.parameters()).dtype
         if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
             raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
                              "them, or use torch.autocast")
@@ -175,7 +181,7 @@ class MTMamba(nn.Module):
         image = F.pad(image, (0, round_up(W, stride) - W, 0, round_up(H, stride) - H))
 
         if self.shared_encoder:
-            shared = self.encoder(image)
+            shared = self.encoder(image)                                         # Eq. 9
             features = {t: shared for t in self.tasks}
         else:
             features = {t: self.encoder[t](image) for t in self.tasks}           # Eq. 9
@@ -184,22 +190,46 @@ class MTMamba(nn.Module):
             z = stage(z, {t: f[2 - i] for t, f in features.items()})             # (B, H'/16.., W'/16.., C_3..)
         return z
 
-    def predict(self, z: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    def predict(self, z: dict[str, Tensor], size: tuple[int, int],
+                tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The heads on the features of decode -> {task: (B, C_t, s H, s W)}; size: (H, W) of the image."""
         H, W = (self.output_scale * n for n in size)
         outputs = {}
-        for t, head in self.heads.items():
-            y = head(z[t]).permute(0, 3, 1, 2)                       # (B, C_t, H' / stride, W' / stride)
-            factor = self.output_scale * head.stride
-            if factor > 1:
+        for t in self.heads if tasks is None else tasks:
+            if t not in self.heads:
+                raise ValueError(f"the model has no task {t!r}; choose from {', '.join(self.heads)}")
+            y = self.heads[t](z[t]).permute(0, 3, 1, 2)              # (B, C_t, H' / stride of the head, W' / stride)
+            padded = [4 * self.output_scale * n for n in z[t].shape[1:3]]
+            if list(y.shape[2:]) != padded:
                 # In one step and in float32: its gradients are sums over many pixels, which CUDA adds up in y's type.
-                y = F.interpolate(y.to(_compute_dtype(y)), scale_factor=factor, mode="bilinear", align_corners=False)
+                y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
             outputs[t] = y[:, :, :H, :W]                             # without what decode padded
         return outputs
 
+    def get_extra_state(self) -> Tensor:
+        """Of every state_dict: what the names and shapes of its tensors do not show, as the bytes of a JSON object."""
+        shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
+        hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
+                      output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
+                      windows=sorted({str(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
+        return torch.tensor(list(json.dumps(hidden).encode()), dtype=torch.uint8, device="cpu")
 
-def round_up(n: int, multiple: int) -> int:    # the compiler simplifies this form where n is symbolic, not n + -n % multiple
-    return (n + multiple - 1) // multiple * multiple
+    def set_extra_state(self, state: Tensor):
+        """Raises ValueError, before anything is loaded, where a state_dict is of a model that computes something else
+        with the same tensors: its tasks in another order, in which the cross-task blocks concatenate their features."""
+        found, own = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
+        different = [f"{key} {found[key]} (here {own[key]})" for key in own if found.get(key, own[key]) != own[key]]
+        if different:
+            raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded. "
+                             "Build the model as it was")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())    # files of earlier versions have none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return (n + multiple - 1) // multiple * multiple    # a form that the compiler simplifies where n is symbolic
 
 
 class DecoderStage(nn.Module):
@@ -758,8 +788,6 @@ class PatchExpand(nn.Module):
 class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
 
-    stride = 1    # of its output
-
     def __init__(self, dim: int, channels: int):
         super().__init__()
         self.expand = PatchExpand(dim, dim, factor=4)
@@ -824,7 +852,6 @@ class LiteHead(nn.Module):
     batch together in training, and those of several processes where torch.nn.SyncBatchNorm takes its place.
     """
 
-    stride = 4    # of its output
     WIDTH = 96
 
     def __init__(self, dim: int, channels: int):
@@ -1066,6 +1093,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
     own = model.state_dict()
+    del own["_extra_state"]    # which published files have not
     state = {}
     for key, value in checkpoint.items():
         if key.endswith("relative_position_index"):    # a constant, which timm computes
@@ -1128,7 +1156,7 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------------------------------------- cost
 
-def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
+def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
@@ -1165,7 +1193,7 @@ def count_cost(model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
         for ss2d in backends:
             ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
         with counter, torch.no_grad():
-            image = torch.empty(1, 3, *img_size, device="meta", dtype=next(model.parameters()).dtype)
+            image = torch.empty(1, model.in_chans, *img_size, device="meta", dtype=next(model.parameters()).dtype)
             outputs = torch.func.functional_call(model, weights, image)
     finally:
         model.train(training)

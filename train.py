@@ -300,7 +300,9 @@ class Run:
 
         synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
         # PyTorch cannot trace its synchronised batch norm, which leaves the rest in several graphs.
-        self.network = torch.compile(self.model, fullgraph=not synchronised) if args.compile else self.model
+        self.network = self.model
+        if args.compile:    # images have one size here
+            self.network = torch.compile(self.model, fullgraph=not synchronised, dynamic=False)
         if self.world > 1:
             self.between_cpus = dist.new_group(backend="gloo")    # the flag of interruption waits for no device
             align_gradients(self.model)
@@ -735,6 +737,8 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     named = {} if not is_published(read_checkpoint(path)) else dict(encoder=encoder, encoder_kwargs=encoder_kwargs)
     source, _ = load_checkpoint(path, torch.device("cpu"), **named)
     state, own = source.state_dict(), model.state_dict()
+    for tensors in (state, own):
+        del tensors["_extra_state"]    # of whole models
     same_tasks = list(source.tasks) == list(model.tasks)
     taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
              and (same_tasks or ".ctm." not in key)}
