@@ -35,6 +35,7 @@ import functools
 import importlib.util
 import math
 import re
+import typing
 from pathlib import Path
 
 import timm
@@ -544,14 +545,13 @@ def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
 
 @_scan_op.register_fake
 def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    batch, H, W, d = x.shape
     states = _triton_states if backend == "triton" else _torch_states
     return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
 
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> list[Tensor]:
+                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:    # noqa: UP006
     """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
     inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
     backward = _triton_backward if backend == "triton" else _torch_backward
@@ -905,7 +905,7 @@ class Encoder(nn.Module):
         # timm does not tell which of these models take other sizes: some do, and some do multiples of their windows.
         try:
             return self.backbone(image)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError, IndexError) as error:
             found = tuple(image.shape[2:])    # as padded by the model
@@ -1326,14 +1326,14 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
 
 
 @_jit
-def _triton_scatter_sums(values, lane, COUNT: constexpr):
-    """COUNT values (32,), a power of 2, summed over the lanes: lane l gets the sum of value l % COUNT. In each round a
-    lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges than a sum of
-    every value on its own."""
+def _triton_scatter_sums(values, lane):
+    """Values (32,), whose number is a power of 2, summed over the lanes: lane l gets the sum of value l % their number.
+    In each round a lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges
+    than a sum of every value on its own."""
     for bit in tl.static_range(5):
         upper, partner, summed = (lane >> bit) % 2 == 1, lane ^ (1 << bit), ()
-        for i in tl.static_range(0, max(COUNT >> bit, 1), 2):
-            first, second = values[i], values[min(i + 1, max(COUNT >> bit, 1) - 1)]
+        for i in tl.static_range(0, len(values), 2):
+            first, second = values[i], values[(i + 1) % len(values)]
             summed += (tl.where(upper, second, first) + tl.gather(tl.where(upper, first, second), partner, 0),)
         values = summed
     return values[0]
@@ -1417,7 +1417,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                         g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
                         gA_n += exponent * step[t]
                     g_u, g_step = g_u_n, g_step_n
-                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane, 2 * STEPS), mask=writes)
+                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), mask=writes)
                     tl.store(g_ends + row + d, g, mask=d < D)
                     tl.store(gA + row + d, gA_n, mask=d < D)
                     row += D
