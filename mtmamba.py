@@ -452,10 +452,10 @@ BACKENDS = ("reference", "torch", "triton", "mamba_ssm")
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that selective_scan_2d picks: on CUDA "mamba_ssm" where its kernel is installed, else "triton" where
-    Triton is; elsewhere, and in float64, "torch"."""
+    has_triton(); elsewhere, and in float64, "torch"."""
     if device.type != "cuda" or dtype == torch.float64:
         return "torch"
-    return "mamba_ssm" if has_mamba_ssm() else "triton" if triton else "torch"
+    return "mamba_ssm" if has_mamba_ssm() else "triton" if has_triton() else "torch"
 
 
 def has_mamba_ssm() -> bool:
@@ -551,7 +551,7 @@ def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:    # noqa: UP006
+                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
     """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
     inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
     backward = _triton_backward if backend == "triton" else _torch_backward
@@ -1162,6 +1162,14 @@ BLOCK_D_ADJOINT = 32                  # where four tiles are live
 # Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 LOG2_E = constexpr and constexpr(math.log2(math.e))
+OLDEST_TRITON = "3.3"                 # comes with PyTorch 2.7; before it there are neither tuples nor tl.gather
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed and new enough for the kernels."""
+    def release(version):
+        return [int(number) for number in version.split(".")[:2]]
+    return triton is not None and release(triton.__version__) >= release(OLDEST_TRITON)
 
 
 def _jit(kernel):
@@ -1314,7 +1322,7 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
             B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
             C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
             y_place = y + pixel * D + d
-            y_other = tl.load(y_place, mask=(d < D) & (walk > 0), other=0)
+            y_other = tl.load(y_place, mask=d < tl.where(walk > 0, D, 0), other=0)    # for `&`, Triton 3.3 lacks a type
             u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
             pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
             u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
@@ -1397,7 +1405,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                     A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
                     h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
                     g = tl.load(g_ends + row + d, mask=d < D, other=0)
-                    gA_n = tl.load(gA + row + d, mask=(d < D) & (i > 0), other=0)
+                    gA_n = tl.load(gA + row + d, mask=d < tl.where(i > 0, D, 0), other=0)
                     B_lane = tl.zeros((32,), tl.int32) + n % 16
                     A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
                     for t in tl.static_range(STEPS):
@@ -1431,7 +1439,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
                 g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
                 tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
-                gx_other = tl.load(gx + pixel_t * D + d, mask=(d < D) & (k > 0), other=0)
+                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(k > 0, D, 0), other=0)
                 tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u
                 g_bias_k += tl.where(done + t < steps, g_z, 0)
@@ -1460,6 +1468,9 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
     if triton is None:
         raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
                            "for CUDA on Linux. Use the backend torch")
+    if not has_triton():
+        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, found "
+                           f"{triton.__version__}; use the backend torch, or update PyTorch, which Triton comes with")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
