@@ -774,7 +774,7 @@ def digest(path: Path) -> str | None:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """On a CPU, PyTorch has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:

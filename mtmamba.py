@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. Reads top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. Appendix: the scan as GPU kernels.
+published checkpoints, cost. Appendix: the scan, fast, in chunks and as GPU kernels.
 """
 
 import functools
@@ -36,6 +36,7 @@ import importlib.util
 import json
 import math
 import re
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -167,9 +168,9 @@ class MTMamba(nn.Module):
         to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
-            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, normalised "
-                             f"with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} (other "
-                             "numbers of channels: MTMamba(..., encoder_kwargs={'in_chans': 4}))")
+            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, "
+                             f"normalised with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} "
+                             "(other numbers of channels: encoder_kwargs={'in_chans': 4})")
         dtype = next(self.stages.parameters()).dtype
         if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
             raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
@@ -415,10 +416,10 @@ class SS2D(nn.Module):
 def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
     """The selective state space model S6, Eq. 3-8, step by step; any float type.
 
-    u, delta: (..., L, D), delta before bias and softplus. A: (..., D, N). B, C: (..., L, N). D, delta_bias: (..., D).
-    Returns (..., L, D).
+    u, delta: (..., L, D), delta before bias and softplus. A: (..., D, N). B, C: (..., L, N). D, delta_bias: (D,) or
+    (..., 1, D). Returns (..., L, D).
     """
-    delta = F.softplus(delta + delta_bias.unsqueeze(-2))                        # Eq. 8
+    delta = F.softplus(delta + delta_bias)                                      # Eq. 8
 
     def step(h, u, delta, B, C, A):    # u, delta: (..., D, 1). B, C: (..., 1, N). h, A: (..., D, N)
         A_bar, B_bar = torch.exp(delta * A), delta * B                          # Eq. 5
@@ -427,7 +428,7 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
     h = u.new_zeros(*u.shape[:-2], *A.shape[-2:])
     sequences = [t.movedim(-3, 0) for t in (u[..., None], delta[..., None], B[..., None, :], C[..., None, :])]
     y = _run_steps(step, h, sequences, A)
-    return y.movedim(0, -2) + D.unsqueeze(-2) * u                               # the skip of Eq. 2
+    return y.movedim(0, -2) + D * u                                             # the skip of Eq. 2
 
 
 def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
@@ -464,8 +465,8 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
     autocast (float64 where x is), because the state sums over thousands of steps.
 
-    backend: "loop", also called "reference": s6 along explicit index lists; for reading, tests, exports, and derivatives
-            of any kind.
+    backend: "loop", also called "reference": s6 along explicit index lists; for reading, tests, exports and any kind of
+            derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
@@ -495,8 +496,8 @@ def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
     tensors = [t for t in (x, delta, A, B, C, D, delta_bias, dt_weight) if t is not None]
     if backend not in ("loop", "reference") and any(_is_transformed(t) for t in tensors):
-        raise RuntimeError(f"the scan backend {backend} has derivatives of autograd's reverse mode alone, found a tensor "
-                           "in forward mode or of torch.func.grad; use the backend loop, which takes them all")
+        raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
+                           "jvp or torch.func.grad; use the backend loop, which has them all")
     if backend in ("torch", "triton"):
         return _scan_op(x, delta, A, B, C, D, delta_bias, dt_weight, backend)[0]
     delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
@@ -515,10 +516,10 @@ BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # the first 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that selective_scan_2d picks: on CUDA "mamba_ssm" where its kernel is installed, else "triton" where
-    Triton is; elsewhere, and in float64, "torch"."""
+    has_triton(); elsewhere, and in float64, "torch"."""
     if device.type != "cuda" or dtype == torch.float64:
         return "torch"
-    return "mamba_ssm" if has_mamba_ssm() else "triton" if triton else "torch"
+    return "mamba_ssm" if has_mamba_ssm() else "triton" if has_triton() else "torch"
 
 
 def has_mamba_ssm() -> bool:
@@ -537,229 +538,10 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias):
         u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
         directions = torch.arange(K, device=x.device)[:, None]
         delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-        y = s6(u, delta, A.to(dtype), B, C, D.to(dtype), delta_bias.to(dtype))         # Eq. 11   (B, K, L, D)
+        A, D, delta_bias = A.to(dtype), D[:, None].to(dtype), delta_bias[:, None].to(dtype)
+        y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
         y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
     return y.view_as(x).to(x.dtype)
-
-
-def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
-    if not has_mamba_ssm():
-        raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
-                           "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
-                           "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d\n"
-                           "on a machine with the CUDA toolkit, or use the backend torch")
-    if x.device.type != "cuda" or x.dtype == torch.float64:
-        raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
-                           f"{x.dtype} on {x.device}; use the backend torch")
-    return _run_mamba_ssm(x, delta, A, B, C, D, delta_bias)
-
-
-def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    with torch.autocast(x.device.type, enabled=False):
-        # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
-        u, delta, B, C = (_to_sequences(t.float()).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
-        y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
-                              B.contiguous(), C.contiguous(), D.float().flatten(),
-                              delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
-        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])             # (B, H, W, K, D)
-    return y.sum(3).to(x.dtype)
-
-
-def _to_sequences(t: Tensor) -> Tensor:
-    """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
-    batch, H, W, k, X = t.shape
-    to_shared, to_each, _ = _rows(batch, H, W, t.device)
-    rows = t.reshape(-1, X).index_select(0, to_each if k == K else to_shared)
-    return rows.view(H * W, batch, K, X)
-
-
-def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
-    """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    batch, X = t.shape[1], t.shape[3]
-    return t.reshape(-1, X).index_select(0, _rows(batch, H, W, t.device)[2]).view(batch, H, W, K, X)
-
-
-@functools.lru_cache(maxsize=64)
-def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
-    sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
-    with torch.inference_mode(False):    # autograd refuses to save inference tensors, and a later call may train
-        order = scan_orders(H, W, device)                                                  # (K, L)
-        batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
-        shared = order.T[:, None] + H * W * batches                                        # (L, B, K)
-        back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions        # (B, L, K)
-        return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
-
-
-# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
-# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
-
-@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
-def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
-             dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """Arguments as in _selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
-    forward = _triton_forward if backend == "triton" else _torch_forward
-    with torch.autocast(x.device.type, enabled=False):
-        y, states = forward(x, delta, A, B, C, D, delta_bias, dt_weight)
-    return y.to(x.dtype), states
-
-
-@_scan_op.register_fake
-def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    batch, H, W, d = x.shape
-    states = _triton_states if backend == "triton" else _torch_states
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
-
-
-@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
-def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> list[Tensor]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
-    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
-    backward = _triton_backward if backend == "triton" else _torch_backward
-    with torch.autocast(x.device.type, enabled=False):
-        grads = backward(grad_y, states, *inputs)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs) if t is not None]
-
-
-@_scan_backward_op.register_fake
-def _(grad_y, states, *inputs):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:8] if t is not None]
-
-
-def _scan_setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _scan_autograd(ctx, grad_y, grad_states):
-    # The states leave the operator only to be saved here, so grad_states is None.
-    if grad_y is None:
-        return (None,) * 9
-    grads = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
-    return *grads, *(None,) * (9 - len(grads))
-
-
-def _scan_second_derivative(ctx, *grads):
-    raise RuntimeError("the scan backends torch and triton have no second derivatives; use the backend loop, which does")
-
-
-_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
-_scan_backward_op.register_autograd(_scan_second_derivative)
-
-
-# The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
-# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
-# and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
-# is the inputs and L / CHUNK states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
-# contiguous block, and D innermost is wide enough to vectorise.
-CHUNK = 32
-
-
-def _torch_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
-    batch, H, W, d = x.shape
-    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
-
-
-def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, _, _ = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
-    step_u = step * u
-    y = torch.empty_like(u)
-    states = _torch_states(x, n)
-    A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
-    A_steps, H_steps = A_bar.unbind(), H.unbind()
-    h = u.new_zeros(batch, K, n, d)
-    for i, start in enumerate(range(0, L, CHUNK)):
-        now = slice(start, min(start + CHUNK, L))
-        states[i] = h
-        h = states[i]    # a copy: H is about to be filled anew
-        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
-        for t in range(now.stop - start):
-            h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
-        torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
-    y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
-    y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
-    return y, states
-
-
-def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, pre_softplus, low_rank = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
-    step_u = step * u
-    gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
-    g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
-    gB, gC = torch.empty_like(B), torch.empty_like(C)
-    gA = torch.zeros_like(A)
-    A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
-    H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
-    carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
-    A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
-    for i in reversed(range(len(states))):
-        now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
-        T = now.stop - now.start
-        H[0] = states[i]
-        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
-        for t in range(T):
-            H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
-        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
-        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
-        G_steps[T - 1].add_(carry)
-        for t in range(T - 2, -1, -1):
-            G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
-        torch.mul(A_steps[0], G_steps[0], out=carry)
-        torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
-        torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
-        torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
-        # Gradient of the exponent step * A in A_bar = exp(step * A).
-        g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
-        torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
-        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
-    g_step += g_step_u * u
-    gu = g_step_u * step + gy * D.to(u.dtype)
-    g_delta = g_step * torch.sigmoid(pre_softplus)
-    g_bias, g_weight = g_delta.sum((0, 1)), None
-    if dt_weight is not None:
-        g_weight = torch.einsum("lbkd,lbkr->kdr", g_delta, low_rank)
-        g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
-    gx, g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (gu, g_delta, gB, gC))
-    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_bias, g_weight
-
-
-def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
-    """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
-    dtype = _compute_dtype(x)
-    u, delta, B, C = (_to_sequences(t.to(dtype)) for t in (x.unsqueeze(3), delta, B, C))
-    low_rank = delta
-    if dt_weight is not None:
-        delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
-    pre_softplus = delta.add_(delta_bias.to(dtype))
-    A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return u, _softplus(pre_softplus), A, B, C, pre_softplus, low_rank
-
-
-def _softplus(z: Tensor) -> Tensor:
-    """F.softplus, which on a CPU takes two to three times as long: log1p is not vectorised there.
-
-    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) e / (w - 1) with w = 1 + e rounded: the
-    quotient makes up for the rounding, so small steps keep all their digits.
-    """
-    e = z.abs().neg_().exp_()
-    w = e + 1
-    return torch.where(w == 1, e, w.log().mul_(e).div_(w - 1)).add_(z.clamp(min=0))
-
-
-def _open_chunk(step, step_u, A, B, A_bar, H):
-    """What the steps of a chunk need, for all T of them: fills A_bar[:T] with Eq. 5 and H[:T] with B_bar x of Eq. 3."""
-    T = len(step)
-    torch.mul(step.unsqueeze(3), A, out=A_bar[:T]).exp_()
-    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
 
 
 # -------------------------------------------------------------------------------------------- patch expand and head
@@ -974,7 +756,7 @@ class Encoder(nn.Module):
         # timm does not tell which of these models take other sizes: some do, and some do multiples of their windows.
         try:
             return self.backbone(image)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError, IndexError) as error:
             found = tuple(image.shape[2:])    # as padded by the model
@@ -1205,8 +987,227 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
 
-# ------------------------------------------------------------------------------------ appendix: the scan as GPU kernels
+# --------------------------------------------------------------------------------------------- appendix: the scan, fast
 #
+# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
+# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
+
+@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
+def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
+             dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Arguments as in _selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+    forward = _triton_forward if backend == "triton" else _torch_forward
+    with torch.autocast(x.device.type, enabled=False):
+        y, states = forward(x, delta, A, B, C, D, delta_bias, dt_weight)
+    return y.to(x.dtype), states
+
+
+@_scan_op.register_fake
+def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+    states = _triton_states if backend == "triton" else _torch_states
+    return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
+def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
+    """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
+    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    backward = _triton_backward if backend == "triton" else _torch_backward
+    with torch.autocast(x.device.type, enabled=False):
+        grads = backward(grad_y, states, *inputs)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs) if t is not None]
+
+
+@_scan_backward_op.register_fake
+def _(grad_y, states, *inputs):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:8] if t is not None]
+
+
+def _scan_setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _scan_autograd(ctx, grad_y, grad_states):
+    # The states leave the operator only to be saved here, so grad_states is None.
+    if grad_y is None:
+        return (None,) * 9
+    grads = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
+    return *grads, *(None,) * (9 - len(grads))
+
+
+def _scan_second_derivative(ctx, *grads):
+    raise RuntimeError("the scan backends torch and triton have no second derivatives; use the backend loop, which has")
+
+
+_scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
+_scan_backward_op.register_autograd(_scan_second_derivative)
+
+
+def _to_sequences(t: Tensor) -> Tensor:
+    """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
+    batch, H, W, k, X = t.shape
+    to_shared, to_each, _ = _rows(batch, H, W, t.device)
+    rows = t.reshape(-1, X).index_select(0, to_each if k == K else to_shared)
+    return rows.view(H * W, batch, K, X)
+
+
+def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
+    """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
+    batch, X = t.shape[1], t.shape[3]
+    return t.reshape(-1, X).index_select(0, _rows(batch, H, W, t.device)[2]).view(batch, H, W, K, X)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
+    sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
+    with torch.inference_mode(False):    # autograd refuses to save inference tensors, and a later call may train
+        order = scan_orders(H, W, device)                                                  # (K, L)
+        batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
+        shared = order.T[:, None] + H * W * batches                                        # (L, B, K)
+        back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions        # (B, L, K)
+        return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
+
+
+# The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
+# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
+# and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
+# is the inputs and L / CHUNK states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
+# contiguous block, and D innermost is wide enough to vectorise.
+CHUNK = 32
+
+
+def _torch_states(x: Tensor, n: int) -> Tensor:
+    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
+    batch, H, W, d = x.shape
+    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
+
+
+def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+    u, step, A, B, C, _, _ = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
+    L, batch, _, d = u.shape
+    n = A.shape[1]
+    step_u = step * u
+    y = torch.empty_like(u)
+    states = _torch_states(x, n)
+    A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+    A_steps, H_steps = A_bar.unbind(), H.unbind()
+    h = u.new_zeros(batch, K, n, d)
+    for i, start in enumerate(range(0, L, CHUNK)):
+        now = slice(start, min(start + CHUNK, L))
+        states[i] = h
+        h = states[i]    # a copy: H is about to be filled anew
+        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
+        for t in range(now.stop - start):
+            h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
+        torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
+    y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
+    y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
+    return y, states
+
+
+def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+    u, step, A, B, C, pre_softplus, low_rank = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
+    L, batch, _, d = u.shape
+    n = A.shape[1]
+    step_u = step * u
+    gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
+    g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
+    gB, gC = torch.empty_like(B), torch.empty_like(C)
+    gA = torch.zeros_like(A)
+    A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+    H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
+    carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
+    A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
+    for i in reversed(range(len(states))):
+        now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
+        T = now.stop - now.start
+        H[0] = states[i]
+        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
+        for t in range(T):
+            H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
+        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
+        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
+        G_steps[T - 1].add_(carry)
+        for t in range(T - 2, -1, -1):
+            G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
+        torch.mul(A_steps[0], G_steps[0], out=carry)
+        torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
+        torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
+        torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
+        # Gradient of the exponent step * A in A_bar = exp(step * A).
+        g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
+        torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
+        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
+    g_step += g_step_u * u
+    gu = g_step_u * step + gy * D.to(u.dtype)
+    g_delta = g_step * torch.sigmoid(pre_softplus)
+    g_bias, g_weight = g_delta.sum((0, 1)), None
+    if dt_weight is not None:
+        g_weight = torch.einsum("lbkd,lbkr->kdr", g_delta, low_rank)
+        g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
+    gx, g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (gu, g_delta, gB, gC))
+    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_bias, g_weight
+
+
+def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
+    """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
+    dtype = _compute_dtype(x)
+    u, delta, B, C = (_to_sequences(t.to(dtype)) for t in (x.unsqueeze(3), delta, B, C))
+    low_rank = delta
+    if dt_weight is not None:
+        delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
+    pre_softplus = delta.add_(delta_bias.to(dtype))
+    A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
+    return u, _softplus(pre_softplus), A, B, C, pre_softplus, low_rank
+
+
+def _softplus(z: Tensor) -> Tensor:
+    """F.softplus, which on a CPU takes two to three times as long: log1p is not vectorised there.
+
+    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) e / (w - 1) with w = 1 + e rounded: the
+    quotient makes up for the rounding, so small steps keep all their digits.
+    """
+    e = z.abs().neg_().exp_()
+    w = e + 1
+    return torch.where(w == 1, e, w.log().mul_(e).div_(w - 1)).add_(z.clamp(min=0))
+
+
+def _open_chunk(step, step_u, A, B, A_bar, H):
+    """What the steps of a chunk need, for all T of them: fills A_bar[:T] with Eq. 5 and H[:T] with B_bar x of Eq. 3."""
+    T = len(step)
+    torch.mul(step.unsqueeze(3), A, out=A_bar[:T]).exp_()
+    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
+
+
+def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+    if not has_mamba_ssm():
+        raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
+                           "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
+                           "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d\n"
+                           "on a machine with the CUDA toolkit, or use the backend torch")
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
+                           f"{x.dtype} on {x.device}; use the backend torch")
+    return _run_mamba_ssm(x, delta, A, B, C, D, delta_bias)
+
+
+def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    with torch.autocast(x.device.type, enabled=False):
+        # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
+        u, delta, B, C = (_to_sequences(t.float()).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
+        y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
+                              B.contiguous(), C.contiguous(), D.float().flatten(),
+                              delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
+        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])             # (B, H, W, K, D)
+    return y.sum(3).to(x.dtype)
+
+
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
 # or column-major), which one walks upwards, the other downwards. That order is cut into segments, which programs work
 # on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of its start state h,
@@ -1232,6 +1233,14 @@ BLOCK_D_ADJOINT = 32                  # where four tiles are live
 # Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 LOG2_E = constexpr and constexpr(math.log2(math.e))
+OLDEST_TRITON = "3.3"                 # comes with PyTorch 2.7; before it there are neither tuples nor tl.gather
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed and new enough for the kernels."""
+    def release(version):
+        return [int(number) for number in version.split(".")[:2]]
+    return triton is not None and release(triton.__version__) >= release(OLDEST_TRITON)
 
 
 def _jit(kernel):
@@ -1384,7 +1393,7 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
             B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
             C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
             y_place = y + pixel * D + d
-            y_other = tl.load(y_place, mask=(d < D) & (walk > 0), other=0)
+            y_other = tl.load(y_place, mask=d < tl.where(walk > 0, D, 0), other=0)    # for `&`, Triton 3.3 lacks a type
             u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
             pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
             u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
@@ -1396,14 +1405,14 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
 
 
 @_jit
-def _triton_scatter_sums(values, lane, COUNT: constexpr):
-    """COUNT values (32,), a power of 2, summed over the lanes: lane l gets the sum of value l % COUNT. In each round a
-    lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges than a sum of
-    every value on its own."""
+def _triton_scatter_sums(values, lane):
+    """Values (32,), whose number is a power of 2, summed over the lanes: lane l gets the sum of value l % their number.
+    In each round a lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges
+    than a sum of every value on its own."""
     for bit in tl.static_range(5):
         upper, partner, summed = (lane >> bit) % 2 == 1, lane ^ (1 << bit), ()
-        for i in tl.static_range(0, max(COUNT >> bit, 1), 2):
-            first, second = values[i], values[min(i + 1, max(COUNT >> bit, 1) - 1)]
+        for i in tl.static_range(0, len(values), 2):
+            first, second = values[i], values[(i + 1) % len(values)]
             summed += (tl.where(upper, second, first) + tl.gather(tl.where(upper, first, second), partner, 0),)
         values = summed
     return values[0]
@@ -1467,7 +1476,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                     A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
                     h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
                     g = tl.load(g_ends + row + d, mask=d < D, other=0)
-                    gA_n = tl.load(gA + row + d, mask=(d < D) & (i > 0), other=0)
+                    gA_n = tl.load(gA + row + d, mask=d < tl.where(i > 0, D, 0), other=0)
                     B_lane = tl.zeros((32,), tl.int32) + n % 16
                     A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
                     for t in tl.static_range(STEPS):
@@ -1487,7 +1496,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                         g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
                         gA_n += exponent * step[t]
                     g_u, g_step = g_u_n, g_step_n
-                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane, 2 * STEPS), mask=writes)
+                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), mask=writes)
                     tl.store(g_ends + row + d, g, mask=d < D)
                     tl.store(gA + row + d, gA_n, mask=d < D)
                     row += D
@@ -1501,7 +1510,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
                 g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
                 tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
-                gx_other = tl.load(gx + pixel_t * D + d, mask=(d < D) & (k > 0), other=0)
+                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(k > 0, D, 0), other=0)
                 tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u
                 g_bias_k += tl.where(done + t < steps, g_z, 0)
@@ -1530,6 +1539,9 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
     if triton is None:
         raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
                            "for CUDA on Linux. Use the backend torch")
+    if not has_triton():
+        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, found "
+                           f"{triton.__version__}; use the backend torch, or update PyTorch, which Triton comes with")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
 def explain(error: Exception) -> str | None:
     """One line for what stops a run from outside, None for what needs its traceback."""
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
     if "Too many open files" in text or "ancdata" in text:    # the second is how a process learns of the first
         return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"

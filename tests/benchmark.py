@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets import PascalContext, Synthetic, export, prepare
 from metrics import boundary_counts
-from mtmamba import K, MTMamba, has_mamba_ssm, selective_scan_2d, triton
+from mtmamba import K, MTMamba, has_mamba_ssm, has_triton, selective_scan_2d, triton
 from train import checkpoint_activations
 
 if triton:
@@ -126,7 +126,7 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     if DEVICE == "cpu":
         backends = backends or {"torch": 7, "reference": 1}
     else:
-        fast = ["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm()
+        fast = ["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm()
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
     exponentials, bandwidth = rates()
     rate = "not measured, no Triton" if exponentials is None else f"{exponentials / 1e6:.2f} per ns"
@@ -177,7 +177,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
     encoder, usual_size = ("swin-large", (448, 576)) if DEVICE == "cuda" else ("swin-tiny", (128, 160))
     size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
     if backends is None:
-        backends = (["triton"] * bool(triton) + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []) + ["torch"]
+        backends = (["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []) + ["torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
     for backend in backends:

@@ -43,7 +43,7 @@ def test_compare_notices(spoil, message, monkeypatch):
             gpu.compare((1, 2, 3, 2, 2), torch.float32)
 
 
-@pytest.mark.skipif(mtmamba.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(not mtmamba.has_triton(), reason=f"needs Triton {mtmamba.OLDEST_TRITON} or newer")
 def test_dry_run(tmp_path, monkeypatch, capsys):
     """One of its parts; all five take some minutes."""
     command = [sys.executable, Path(gpu.__file__), "--out", tmp_path / "out", "--dry-run", "--only", "scan"]

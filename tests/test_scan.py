@@ -22,7 +22,7 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 5, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3), 
 # The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 # Several images, segments and chunks, some cut short; rows, columns, a pixel; two blocks of channels or of 16 states.
 TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 10, 1, 1, 2), (1, 1, 2, 2, 18)]
-needs_triton = pytest.mark.skipif(mtmamba.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not mtmamba.has_triton(), reason=f"needs Triton {mtmamba.OLDEST_TRITON} or newer")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
 
 
@@ -200,6 +200,17 @@ def test_triton_compiles_for_gpus():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=script.parents[1])
 
 
+@pytest.mark.parametrize("version, backend", [("2.1.0", "torch"), ("3.2.0", "torch"), ("3.3.0", "triton"),
+                                              ("3.10.0+git1", "triton"), ("4.0.0", "triton")])
+def test_an_older_triton_is_passed_over(version, backend, monkeypatch):
+    monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: False)
+    monkeypatch.setattr(mtmamba, "triton", types.SimpleNamespace(__version__=version))
+    assert mtmamba.default_backend(torch.device("cuda")) == backend
+    if backend == "torch":
+        with pytest.raises(RuntimeError, match=rf"needs Triton 3\.3 or newer, found {version}; use the backend torch"):
+            selective_scan_2d(*random_inputs(1, 2, 2, 2, 2, torch.float32), backend="triton")
+
+
 def test_works_without_triton():
     code = "import sys; sys.modules['triton'] = None; import mtmamba, torch; mtmamba.SS2D(4)(torch.randn(1, 3, 3, 4))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
@@ -323,7 +334,7 @@ def test_rejects_what_does_not_fit():
     for backend in mtmamba.BACKENDS:
         with pytest.raises(ValueError, match="nothing to scan"):
             selective_scan_2d(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0], skip, bias, backend)
-    with pytest.raises(ValueError, match="choose from reference, torch, triton, mamba_ssm"):
+    with pytest.raises(ValueError, match="choose from loop, reference, torch, triton"):
         selective_scan_2d(x, delta, A, B, C, skip, bias, backend="cuda")
 
 
@@ -332,7 +343,7 @@ def test_mamba_ssm_is_never_replaced_silently(monkeypatch):
     monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: False)
     with pytest.raises(RuntimeError, match="pip install"):
         selective_scan_2d(*inputs, backend="mamba_ssm")
-    assert mtmamba.default_backend(torch.device("cuda")) == ("triton" if mtmamba.triton else "torch")
+    assert mtmamba.default_backend(torch.device("cuda")) == ("triton" if mtmamba.has_triton() else "torch")
     monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA tensors"):
         selective_scan_2d(*inputs, backend="mamba_ssm")
