@@ -1,9 +1,10 @@
-"""Scores a checkpoint, draws what it predicts, and recomputes the paper's cost tables.
+"""Scores a checkpoint, draws what it predicts, exports it, and recomputes the paper's cost tables.
 
     python evaluate.py --checkpoint runs/synthetic/last.pt                       # held-out synthetic scenes
     python evaluate.py --checkpoint X --dataset nyud --data-root data/NYUDv2     # beside Table 1 of the paper
     torchrun --nproc-per-node 8 evaluate.py --checkpoint X --dataset pascal      # the images shared by eight GPUs
     python evaluate.py --checkpoint X --image a.jpg folder/ --out pictures       # one's own pictures
+    python evaluate.py --checkpoint X --export model.onnx --img-size 448 576     # a file that runs without this project
     python evaluate.py --cost --variant all                                      # Tables 2-4: parameters and FLOPs
 
 X is a checkpoint of train.py or of the published implementation. Scores are printed and written to results.json, beside
@@ -11,7 +12,7 @@ contact sheets, next to the checkpoint (elsewhere with --out).
 """
 
 # Reads top-down: the paper's figures; main and its flags; models and checkpoints; scores and tables; pictures, then
-# their colours, legends and sheets; cost; processes and files, a section that train.py shares whole.
+# their colours, legends and sheets; export; cost; processes and files, a section that train.py shares whole.
 
 import os
 
@@ -105,7 +106,7 @@ PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (27
 
 
 def main(argv: list[str] | None = None) -> Results:
-    """The scores; empty with --cost and --image. Exit code 2 on bad input, 1 where a picture was skipped."""
+    """The scores; empty with --cost, --export and --image. Exit code 2 on bad input, 1 where a picture was skipped."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -113,6 +114,9 @@ def main(argv: list[str] | None = None) -> Results:
         check_arguments(args)
         if args.cost:
             print_cost(args)
+            return {}
+        if args.export:
+            export(args)
             return {}
         device = start(args.device)
         rank, _ = rank_and_world()
@@ -156,6 +160,11 @@ def add_arguments(parser: argparse.ArgumentParser):
                        "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
                        "%(default)s)")
     group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
+    group = parser.add_argument_group("export")
+    group.add_argument("--export", type=Path, metavar="FILE", help="write the model, for images normalised with "
+                       "ImageNet's mean and deviation, as .onnx or .pt2 (torch.export), and check it")
+    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of its images (default: as "
+                       "the model was trained)")
     group = parser.add_argument_group("cost, and the encoder of a published checkpoint")
     group.add_argument("--cost", action="store_true", help="parameters and FLOPs; needs no checkpoint")
     group.add_argument("--variant", choices=["all", *VARIANTS], help="of --cost (default: mtmamba)")
@@ -168,13 +177,16 @@ def check_arguments(args: argparse.Namespace):
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
     ignored = {"--variant": args.variant and not args.cost, "--features": args.features and not args.image,
-               "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image}
+               "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image,
+               "--img-size": args.img_size and not args.export, "--image": args.image and args.export}
     for flag in (flag for flag, given in ignored.items() if given):
         raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
     if args.max_side < 32:
         raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
     if min(args.workers or 0, args.save_images) < 0:
         raise ValueError("expected --workers and --save-images of at least 0")
+    if args.export and args.export.suffix not in EXPORTS:
+        raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
     if not isinstance(args.encoder_kwargs or {}, dict):
         raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
 
@@ -271,13 +283,18 @@ def is_published(checkpoint: object) -> bool:
 
 def published_config(state: dict[str, Tensor]) -> dict:
     """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, and
-    so the order of the tasks and the scale; the other keys tell the variant."""
+    so the order of the tasks and the scale; of another data set the heads' own order counts. The other keys tell the
+    variant. Raises ValueError for tasks that there are not."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    dataset = DATASETS[find_dataset(found, DATASETS)]
-    tasks = {task: channels for task, channels in dataset.TASKS.items() if task in found}
-    return dict(tasks=tasks, variant=published_variant(state), output_scale=dataset.LABEL_SCALE)
+    if not found.keys() <= PRIMARY.keys():
+        raise ValueError(f"expected heads of the tasks {', '.join(PRIMARY)}, found {', '.join(found)}")
+    fitting = [dataset for dataset in DATASETS.values() if found.items() <= dataset.TASKS.items()]
+    if len(fitting) == 1:
+        found = {task: channels for task, channels in fitting[0].TASKS.items() if task in found}
+    return dict(tasks=found, variant=published_variant(state),
+                output_scale=fitting[0].LABEL_SCALE if len(fitting) == 1 else 1)
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -964,6 +981,63 @@ def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: 
     else:
         lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
     return legend(lines + [(more, None)] * bool(more))
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+def export(args: argparse.Namespace):
+    """Writes the model for one image of one size as a file that runs without this project, once its outputs for a
+    random image are those of the model. Raises ValueError where they are not, or what it needs is not installed."""
+    model, config = load_checkpoint(args.checkpoint, torch.device("cpu"), args.encoder, args.encoder_kwargs)
+    choose_backend(model, "loop", torch.device("cpu"))
+    size = args.img_size or config.get("img_size")
+    if size is None:
+        raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
+    image = torch.randn(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    write, run = EXPORTS[args.export.suffix]
+    args.export.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=args.export.parent) as folder:
+        path = Path(folder) / args.export.name
+        expected = model(image)
+        try:
+            write(model, image, path)
+            outputs = run(path, image)
+        except ImportError as error:
+            raise ValueError(f"{error}; pip install -e '.[export]'") from error
+        for task, output in expected.items():
+            difference = ((outputs[task] - output).abs().max() / output.abs().max()).item()
+            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of its largest value")
+            if not difference < EXPORT_TOLERANCE:
+                raise ValueError(f"the exported model is off by {difference:.1e} of {task}'s largest value; nothing "
+                                 "was written")
+        for file in sorted(Path(folder).iterdir(), reverse=True):    # beside a large .onnx lie its weights
+            os.replace(file, args.export.parent / file.name)
+    print("exported:", args.export)
+
+
+def write_pt2(model: MTMamba, image: Tensor, path: Path):
+    torch.export.save(torch.export.export(model, (image,)), path)
+
+
+def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:
+    return torch.export.load(path).module()(image)
+
+
+def write_onnx(model: MTMamba, image: Tensor, path: Path):
+    large = sum(p.numel() * p.element_size() for p in model.parameters()) > 1.9e9    # more than the format holds
+    torch.onnx.export(model, (image,), path, input_names=["image"], output_names=list(model.tasks), dynamo=True,
+                      external_data=large, verbose=False)
+
+
+def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"image": image.numpy()})
+    return {output.name: torch.from_numpy(values) for output, values in zip(session.get_outputs(), outputs)}
+
+
+EXPORTS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
+EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
 
 
 # ----------------------------------------------------------------------------------------------------------- cost

@@ -532,15 +532,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias):
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = _compute_dtype(x)
-        orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
-        u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
-        directions = torch.arange(K, device=x.device)[:, None]
-        delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-        A, D, delta_bias = A.to(dtype), D[:, None].to(dtype), delta_bias[:, None].to(dtype)
-        y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
-        y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
+    dtype = _compute_dtype(x)    # which autocast leaves as it is in everything that s6 does
+    orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
+    u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
+    directions = torch.arange(K, device=x.device)[:, None]
+    delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
+    A, D, delta_bias = A.to(dtype), D[:, None].to(dtype), delta_bias[:, None].to(dtype)
+    y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
+    y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
     return y.view_as(x).to(x.dtype)
 
 

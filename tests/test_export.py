@@ -1,0 +1,225 @@
+"""Out of the checkout: exported files run without this project, compiled models at several sizes, weights that do not
+belong to a model are refused, and what people change in the model that they copied."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.export import Dim
+
+import evaluate
+import train
+from conftest import NYUD_TASKS
+from mtmamba import MTMamba, count_cost
+
+ATTO = dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)), d_state=2)
+
+
+def build(tasks, **kwargs):
+    torch.manual_seed(0)
+    return MTMamba(tasks, **ATTO | {"variant": "stm1"} | kwargs).eval()
+
+
+def run_alone(code, *arguments):
+    """In a process that cannot import this project."""
+    blocked = "import sys; sys.modules.update(mtmamba=None, evaluate=None, timm=None)\n"
+    subprocess.run([sys.executable, "-c", blocked + code, *map(str, arguments)], check=True, cwd="/")
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 64), variant="mtmamba++")
+    torch.manual_seed(0)
+    train.save_checkpoint(tmp_path / "last.pt", dict(model=MTMamba(**config).state_dict(), config=config))
+    return tmp_path / "last.pt"
+
+
+RUN_PT2 = """
+import torch
+image, expected = torch.load(sys.argv[2])
+outputs = torch.export.load(sys.argv[1]).module()(image)
+for task, output in expected.items():
+    torch.testing.assert_close(outputs[task], output, rtol=1e-4, atol=1e-5)
+"""
+RUN_ONNX = """
+import torch, onnxruntime
+image, expected = torch.load(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": image.numpy()})))
+for task, output in expected.items():
+    torch.testing.assert_close(torch.from_numpy(outputs[task]), output, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("suffix, code", [("pt2", RUN_PT2), ("onnx", RUN_ONNX)])
+def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_path, capsys):
+    if suffix == "onnx":
+        for name in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(name, reason="the extra export is not installed")
+    path = tmp_path / "exported" / f"model.{suffix}"
+    evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--img-size", "64", "50"])
+    printed = capsys.readouterr().out
+    assert "depth: (1, 1, 64, 50), off by" in printed
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    evaluate.choose_backend(model, "torch", torch.device("cpu"))
+    image = torch.randn(1, 3, 64, 50)
+    with torch.no_grad():
+        torch.save((image, model(image)), tmp_path / "expected.pt")
+    run_alone(code, path, tmp_path / "expected.pt")
+
+
+def test_export_of_any_size():
+    """Height, width and batch are free in one exported program."""
+    model, plain = (build({"depth": 1}, backend=backend) for backend in ("loop", "torch"))
+    height, width = Dim("height", min=2, max=32), Dim("width", min=2, max=32)
+    sizes = {0: Dim("batch", min=1, max=16), 2: 32 * height, 3: 32 * width}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sizes,)).module()
+        for shape in ((1, 3, 96, 64), (3, 3, 64, 128)):
+            image = torch.randn(shape)
+            torch.testing.assert_close(program(image)["depth"], plain(image)["depth"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys):
+    def write(model, image, path):
+        torch.save(model(image)["depth"] * 1.01, path)
+    monkeypatch.setitem(evaluate.EXPORTS, ".pt2", (write, lambda path, image: {"depth": torch.load(path)}))
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "exported/model.pt2")])
+    assert "is off by 1.0e-02 of depth's largest value; nothing was written" in capsys.readouterr().err
+    assert not list((tmp_path / "exported").iterdir())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--export", "model.pth"], "expected --export to a file that ends with .onnx or .pt2"),
+    (["--img-size", "64", "64"], "--img-size has no effect here"),
+    (["--export", "model.pt2", "--image", "a.jpg"], "--image has no effect here")])
+def test_export_flags(flags, message, checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(checkpoint), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_export_without_its_packages(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(evaluate.EXPORTS, ".onnx", (lambda model, image, path: __import__("onnxscript"), None))
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "model.onnx")])
+    assert "pip install -e '.[export]'" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- compiled
+
+def test_compiled_at_a_second_size(tiny_model):
+    """With dynamic=False, as the README has it: once per size, and exactly the eager outputs."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    model = tiny_model({"depth": 1}, variant="stm1").eval()
+    network = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    with torch.no_grad():
+        for i, size in enumerate([(64, 96), (96, 64), (64, 96)]):
+            image = torch.randn(1, 3, *size)
+            torch.testing.assert_close(network(image)["depth"], model(image)["depth"])
+            assert len(compiled) == min(i + 1, 2)
+
+
+def test_compiled_loop_has_gradients():
+    model = build({"depth": 1}, backend="loop")
+    image = torch.randn(1, 3, 32, 64)
+    gradients = []
+    for network in (model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")):
+        model.zero_grad()
+        network(image)["depth"].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+TWO = {"semseg": 3, "depth": 1}
+
+
+@pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++", "fusion-shared"])
+def test_weights_of_tasks_in_another_order_are_refused(variant):
+    """Also of those that went through a file, a copy of the dictionary, or JSON, which may sort keys."""
+    source = build(TWO, variant=variant)
+    other = build(json.loads(json.dumps(TWO, sort_keys=True)), variant=variant)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"tasks \['semseg', 'depth'\] \(here \['depth', 'semseg'\]\)"):
+            other.load_state_dict({**source.state_dict()}, strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    build(TWO, variant=variant).load_state_dict(source.state_dict())
+
+
+def test_the_order_of_tasks_that_exchange_nothing_is_free():
+    source, other = build(TWO), build(dict(reversed(TWO.items())))
+    other.load_state_dict(source.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other(image), source(image), rtol=0, atol=0)
+
+
+def test_weights_from_before_the_order_was_kept():
+    source, other = build(TWO, variant="mtmamba"), build(TWO, variant="mtmamba")
+    old = {key: value + 1 for key, value in source.state_dict().items() if key != "_extra_state"}
+    other.load_state_dict(old)
+    assert torch.equal(other.heads["depth"].project.bias, source.heads["depth"].project.bias + 1)
+
+
+@pytest.mark.parametrize("first, second, named", [
+    ({}, {"output_scale": 2}, "output_scale 1"),
+    (dict(encoder="resnet18", encoder_kwargs={}), {"encoder": "resnetblur18"}, "encoder resnet18 "),
+    (dict(encoder="swinv2_cr_tiny_224", encoder_kwargs=dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),
+                                                            window_size=4)),
+     {"encoder_kwargs": dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=8)}, "windows")])
+def test_weights_of_a_model_that_computes_something_else_are_refused(first, second, named):
+    """Every tensor fits by name and shape."""
+    source, other = (build({"depth": 1}, img_size=(256, 256), **first | change) for change in ({}, second))
+    shapes = [{key: value.shape for key, value in model.state_dict().items() if key != "_extra_state"}
+              for model in (source, other)]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match=named):
+        other.load_state_dict(source.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------- in other projects
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_head_of_ones_own(stride):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.ConvTranspose2d(8, 5, 4 // stride, 4 // stride)
+
+        def forward(self, z):
+            return self.convolution(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    model = build({"depth": 1})
+    model.heads["depth"] = Head()
+    assert model(torch.randn(2, 3, 40, 72))["depth"].shape == (2, 5, 40, 72)
+
+
+def test_images_of_four_channels():
+    model = build({"depth": 1}, encoder_kwargs=dict(ATTO["encoder_kwargs"], in_chans=4))
+    assert model(torch.randn(1, 4, 32, 32))["depth"].shape == (1, 1, 32, 32)
+    assert count_cost(model, (32, 32))[0] == count_cost(build({"depth": 1}), (32, 32))[0] + 8 * 16
+    with pytest.raises(ValueError, match=r"expected a float image batch \(B, 4, H, W\).*in_chans"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_some_of_the_tasks(tiny_model):
+    model, image = tiny_model(variant="mtmamba").eval(), torch.randn(1, 3, 32, 64)
+    whole, some = model(image), model(image, tasks=["normal", "semseg"])
+    assert list(some) == ["normal", "semseg"] and list(whole) == list(NYUD_TASKS)
+    assert all(torch.equal(some[task], whole[task]) for task in some)
+    with pytest.raises(ValueError, match="no task 'sky'; choose from semseg, depth, normal, boundary"):
+        model(image, tasks=["sky"])
