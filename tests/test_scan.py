@@ -254,6 +254,46 @@ def test_gradcheck(compare):
         compare((grad * line).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
+def test_loop_has_every_kind_of_derivative():
+    inputs = random_inputs(1, 2, 3, 2, 2)
+    scan = functools.partial(selective_scan_2d, backend="loop")
+    assert torch.autograd.gradcheck(scan, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(scan, inputs)
+    x, *others = (t.detach() for t in inputs)
+    gradient = torch.func.grad(lambda x: scan(x, *others).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(scan(*inputs).square().sum(), inputs[0])[0])
+
+
+def forward_mode(scan, x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        return scan(torch.autograd.forward_ad.make_dual(x, tangent))
+
+
+DERIVATIVES = {
+    "jvp": lambda scan, x: torch.func.jvp(scan, (x,), (x,)),
+    "jvp of a parameter's gradient": lambda scan, x: torch.func.jvp(scan, (x.clone().requires_grad_(),), (x,)),
+    "forward mode": lambda scan, x: forward_mode(scan, x, x),
+    "func.grad": lambda scan, x: torch.func.grad(lambda x: scan(x).sum())(x),
+    "func.vjp": lambda scan, x: torch.func.vjp(scan, x),
+    "jacfwd": lambda scan, x: torch.func.jacfwd(scan)(x),
+    "compiled jvp": lambda scan, x: torch.compile(lambda x: torch.func.jvp(scan, (x,), (x,)), backend="eager")(x)}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_a_derivative_that_a_backend_lacks_raises(kind):
+    """Custom operators drop tangents in silence."""
+    x, *others = (t.detach() for t in random_inputs(1, 2, 3, 2, 2))
+    with pytest.raises(RuntimeError, match="use the backend loop"):
+        DERIVATIVES[kind](lambda x: selective_scan_2d(x, *others, backend="torch"), x)
+
+
+def test_second_derivatives_raise():
+    x, *others = random_inputs(1, 2, 3, 2, 2)
+    gradient, = torch.autograd.grad(selective_scan_2d(x, *others, backend="torch").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; use the backend loop"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("backend, dtype, rank", [
     ("torch", torch.float32, 2), ("torch", torch.float64, None), ("torch", torch.bfloat16, None),
     pytest.param("triton", torch.bfloat16, 2, marks=needs_triton)])
