@@ -1,10 +1,7 @@
 """evaluate.py: tables, sharing over processes, boundary lists, raw maps, published checkpoints, own pictures, costs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,20 +219,18 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_give_exactly_the_figures_of_one(checkpoint, nyud, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_exactly_the_figures_of_one(script, checkpoint, nyud, tmp_path, monkeypatch, capsys):
     """Batches of 2, 2 and 1 images: three images in the first process, two in the second, one for boundaries."""
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
     alone = evaluate.main(arguments(checkpoint, nyud, tmp_path / "one", "--save-predictions", tmp_path / "maps1"))
     table = capsys.readouterr().out
     (tmp_path / "driver.py").write_text(DRIVER)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "driver.py",
-         *arguments(checkpoint, nyud, tmp_path / "two", "--save-predictions", tmp_path / "maps2", "--workers", "1")],
-        capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
+    run = script(tmp_path / "driver.py", *arguments(checkpoint, nyud, tmp_path / "two", "--save-predictions",
+                                                    tmp_path / "maps2", "--workers", "1"), processes=2)
+    output, error = run.communicate()
+    assert run.returncode == 0, error
     assert json.loads((tmp_path / "two/results.json").read_text())["results"] == alone
-    assert run.stdout.replace("two/results", "one/results") == table    # one process prints
+    assert output.replace("two/results", "one/results") == table    # one process prints
     maps = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*")) for d in ("maps1", "maps2")]
     assert maps[0] == maps[1] and len(maps[0]) == 4 * 5
 
@@ -525,17 +520,15 @@ def raise_or(errors, function, *arguments):
     return function(*arguments)
 
 
-def test_a_broken_picture_does_not_stop_the_other_process(checkpoint, picture, tmp_path):
+def test_a_broken_picture_does_not_stop_the_other_process(script, checkpoint, picture, tmp_path):
     """The first process has the broken one and is done at once; the second's pictures are drawn all the same."""
     for i in range(4):
         picture.save(tmp_path / f"{i}.png")
     (tmp_path / "0.png").write_bytes(b"")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "evaluate.py",
-         "--checkpoint", checkpoint, "--device", "cpu", "--out", tmp_path / "out", "--image",
-         *(tmp_path / f"{i}.png" for i in range(4))],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 1 and "1 of the pictures skipped" in run.stderr
+    run = script(ROOT / "evaluate.py", "--checkpoint", checkpoint, "--device", "cpu", "--out", tmp_path / "out",
+                 "--image", *(tmp_path / f"{i}.png" for i in range(4)), processes=2)
+    _, error = run.communicate()
+    assert run.returncode == 1 and "1 of the pictures skipped" in error
     assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
 
 
