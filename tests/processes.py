@@ -10,7 +10,9 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -18,7 +20,15 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 import metrics
 
 TESTS = Path(__file__).parent
-SERVER = multiprocessing.get_context("forkserver")
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """Its processes are forked from one that has imported the project; it is started where it does not run yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes", "train"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)])):
+        forkserver.ensure_running()
+    return context
 
 
 class Forked:
@@ -46,11 +56,9 @@ class Script(Forked):
 
     def __init__(self, files: list[Path], environment: dict, processes: int, command: list[str]):
         self.files = files
-        SERVER.set_forkserver_preload(["processes", "train"])
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])    # where the server finds it
         if processes > 1:
             command = ["--standalone", "--nproc-per-node", str(processes), *command]
-        super().__init__(SERVER, start, files, environment, torchrun if processes > 1 else python, command)
+        super().__init__(server(), start, files, environment, torchrun if processes > 1 else python, command)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)

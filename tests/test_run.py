@@ -557,11 +557,11 @@ def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ["pascal", "nyud"])
-def test_a_whole_run_on_files(kind, tmp_path, monkeypatch, capsys):
+def test_a_whole_run_on_files(kind, tmp_path, monkeypatch, capsys, forked_pools):
     """Exported files, training with workers, the table, and evaluate.py with the same figures."""
     root = tmp_path / "data"
     datasets.export(kind, root, 4, (96, 120))
-    kwargs = json.dumps(dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1)))
+    kwargs = json.dumps(dict(dims=(4, 4, 4, 4), depths=(1, 1, 1, 1)))
     results = train.main(["--dataset", kind, "--data-root", str(root), "--encoder", "convnext_atto", "--encoder-kwargs",
                           kwargs, "--no-pretrained", "--variant", "stm1", "--img-size", "64", "64", "--batch-size", "2",
                           "--iterations", "4", "--workers", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
