@@ -30,6 +30,7 @@ from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
+FEW = ["--variant", "stm1", "--tasks", "semseg", "depth"]    # blocks and tasks, where it is not about them
 # A Swin, so that stochastic depth acts in the encoder, too.
 SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN), "--no-pretrained"]
 
@@ -220,8 +221,8 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
 
 def test_killed_at_random_and_resumed_equals_uninterrupted(driver, tmp_path):
     """SIGKILL anywhere: in a step, in a save, in an evaluation; with a worker, in the midst of accumulating."""
-    arguments = [*SWIN, "--tasks", "semseg", "depth", "--iterations", 16, "--accumulate", 2, "--save-every", 2,
-                 "--eval-every", 5, "--workers", 1]
+    arguments = [*SWIN, *FEW, "--iterations", 16, "--accumulate", 2, "--save-every", 2, "--eval-every", 5,
+                 "--workers", 1]
     run(tmp_path / "straight", *arguments)
     kills = 0
     while kills < 2:
@@ -247,8 +248,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(driver, tmp_path):
 def test_terminated_by_launcher_and_cluster(driver, tmp_path):
     """SIGTERM to torchrun and its two processes, in every order and twice: the step that runs is the last one, its
     weights are in last.pt, and --resume goes on from there, all bit for bit as without."""
-    arguments = ["--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 12, "--save-every", 1,
-                 "--workers", 1]    # without boundaries, for which evaluation would start processes of its own
+    arguments = [*FEW, "--iterations", 12, "--save-every", 1, "--workers", 1]
     straight = driver([*arguments, "--out", tmp_path / "straight"], 2, KEEP="")
     _, error = straight.communicate()
     assert straight.returncode == 0, error
@@ -301,7 +301,7 @@ def signals(monkeypatch):
 def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
     twice = () if number == signal.SIGINT else (number, signal.SIGTERM)
     signals(3, number, *twice)
-    assert run(tmp_path, "--variant", "stm1") == {}
+    assert run(tmp_path, *FEW) == {}
     assert load(tmp_path / "last.pt")["iteration"] == 4
     assert "stopped after iteration 4 of 6" in capsys.readouterr().out
 
@@ -309,14 +309,14 @@ def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
 def test_a_second_interrupt_from_the_keyboard_ends_at_once(signals, tmp_path, capsys):
     signals(3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit) as exit:
-        run(tmp_path, "--variant", "stm1")
+        run(tmp_path, *FEW)
     assert exit.value.code == 130 and "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "last.pt").exists()
 
 
 def test_a_signal_during_an_evaluation(signals, tmp_path):
     """The weights are on the disk then, so it is given up; resumed, the run evaluates anew."""
-    arguments = ["--variant", "stm1", "--eval-every", 3]
+    arguments = [*FEW, "--eval-every", 3]
     run(tmp_path / "straight", *arguments)
     signals(3, signal.SIGTERM, method="evaluate")
     assert run(tmp_path / "halves", *arguments) == {}
@@ -327,14 +327,14 @@ def test_a_signal_during_an_evaluation(signals, tmp_path):
 
 
 def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
-    run(tmp_path / "straight", "--amp", "fp16", "--variant", "stm1")
+    run(tmp_path / "straight", "--amp", "fp16", *FEW)
     monkeypatch.setattr(InterruptedAfter, "steps", 2)
     with monkeypatch.context() as patch:
         patch.setattr(train, "Interruption", InterruptedAfter)
-        assert run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1") == {}
+        assert run(tmp_path / "halves", "--amp", "fp16", *FEW) == {}
     half = load(tmp_path / "halves/last.pt")
     assert half["scaler"]["_growth_tracker"] == half["iteration"] == 1
-    run(tmp_path / "halves", "--amp", "fp16", "--variant", "stm1", "--resume")
+    run(tmp_path / "halves", "--amp", "fp16", *FEW, "--resume")
     whole = load(tmp_path / "halves/last.pt")
     assert whole["scaler"]["_growth_tracker"] == 6
     assert_same_training(whole, load(tmp_path / "straight/last.pt"))
@@ -342,22 +342,22 @@ def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
 
 def test_what_cannot_be_resumed(tmp_path, capsys):
     out = tmp_path / "run"
-    run(out, "--variant", "stm1", "--save-every", 2)
-    assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
-    message = fails(capsys, 2, out, "--variant", "stm1", "--resume", "--lr", 1e-4, "--seed", 3)
+    run(out, *FEW, "--save-every", 2)
+    assert "go on with it with --resume" in fails(capsys, 2, out, *FEW)
+    message = fails(capsys, 2, out, *FEW, "--resume", "--lr", 1e-4, "--seed", 3)
     assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
     (out / "best.pt").unlink()
-    run(out, "--variant", "stm1", "--save-every", 2, "--resume")
+    run(out, *FEW, "--save-every", 2, "--resume")
     captured = capsys.readouterr()
     assert "cannot resume from" in captured.err and "truncated" in captured.err
     assert f"resuming {out / 'previous.pt'} after iteration 4" in captured.out
     assert load(out / "last.pt")["iteration"] == 6
     (out / "last.pt").unlink()    # as if killed between the two renames of a save
-    assert "go on with it with --resume" in fails(capsys, 2, out, "--variant", "stm1")
+    assert "go on with it with --resume" in fails(capsys, 2, out, *FEW)
     for path in out.glob("*.pt"):
         path.write_bytes(b"")
-    assert "none of the checkpoints" in fails(capsys, 2, out, "--variant", "stm1", "--resume")
+    assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_compiled_once(tmp_path, monkeypatch):
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, **options, backend=backend))
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
-    arguments = [*SWIN, "--tasks", "semseg", "depth", "--eval-every", 2]
+    arguments = [*SWIN, *FEW, "--eval-every", 2]
     run(tmp_path / "compiled", *arguments, "--compile")
     assert len(graphs) == 1
     run(tmp_path / "eager", *arguments)
@@ -434,13 +434,13 @@ def test_compiled_once(tmp_path, monkeypatch):
 
 def test_activations_are_recomputed_and_change_nothing(tmp_path):
     """The same masks of stochastic depth in both forward passes, so the same weights."""
-    run(tmp_path / "kept", *SWIN)
-    run(tmp_path / "recomputed", *SWIN, "--checkpoint-activations")
+    run(tmp_path / "kept", *SWIN, *FEW)
+    run(tmp_path / "recomputed", *SWIN, *FEW, "--checkpoint-activations")
     assert_same_state(*(load(tmp_path / name / "last.pt")["model"] for name in ("recomputed", "kept")))
 
 
 def test_bf16_trains(tmp_path):
-    run(tmp_path, *SWIN, "--amp", "bf16")
+    run(tmp_path, *SWIN, *FEW, "--amp", "bf16")
     content = load(tmp_path / "last.pt")
     assert {value.dtype for value in content["model"].values() if value.is_floating_point()} == {torch.float32}
     assert content["scaler"] == {}
@@ -468,12 +468,12 @@ def test_weighted_total():
 
 
 def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
-    run(tmp_path / "first", "--variant", "stm1")
+    run(tmp_path / "first", *FEW)
     started = {}
     step = train.Run.step
     monkeypatch.setattr(train.Run, "step", lambda self, *a: started.setdefault(
         self.iteration, {k: v.clone() for k, v in self.model.state_dict().items()}) and step(self, *a))
-    run(tmp_path / "second", "--variant", "stm1", "--init-from", tmp_path / "first/last.pt", "--seed", 5)
+    run(tmp_path / "second", *FEW, "--init-from", tmp_path / "first/last.pt", "--seed", 5)
     assert_same_state(started[0], load(tmp_path / "first/last.pt")["model"])
 
 
