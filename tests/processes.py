@@ -4,6 +4,7 @@ They are forked from a server, multiprocessing's, that has imported this module,
 where it would start an interpreter for each. The rest is as it is without: pids, signals, sessions, exit codes, output.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -68,7 +69,8 @@ class Script(Forked):
 def start(files, environment, function, command):
     for descriptor, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    # Where an evaluation starts processes they are forked, too.
+    # Processes that it starts itself are made as by any script; those that match boundaries are forked, too.
+    multiprocessing.set_start_method(None, force=True)
     metrics.get_context = lambda method: multiprocessing.get_context("fork")
     function(command, environment)
 
@@ -78,7 +80,10 @@ def python(command, environment):
     os.environ.update(environment)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()    # multiprocessing leaves that out
 
 
 def torchrun(command, environment):
