@@ -339,15 +339,17 @@ def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):
     assert message in fails(capsys, *arguments(checkpoint, nyud, tmp_path), *argv)
 
 
-def test_broken_file_of_the_data_set(checkpoint, nyud, tmp_path, capsys):
-    """In a worker: its traceback does not reach the user."""
+def test_broken_file_of_the_data_set(script, checkpoint, nyud, tmp_path):
+    """In a worker: its traceback does not reach the user, and the process ends although the worker ignores signals."""
     broken = tmp_path / "data"
     broken.mkdir()
     for folder in nyud.iterdir():
         (broken / folder.name).symlink_to(folder)
     (broken / "depth").unlink()
     (broken / "depth").mkdir()
-    assert "0001.npy" in fails(capsys, *arguments(checkpoint, broken, tmp_path, "--workers", "1"))
+    run = script(ROOT / "evaluate.py", *arguments(checkpoint, broken, tmp_path, "--workers", "1"))
+    _, error = run.communicate(timeout=100)
+    assert run.returncode == 2 and "Traceback" not in error and "0001.npy" in error.splitlines()[-1], error
 
 
 # -------------------------------------------------------------------------------------------------- own pictures
