@@ -22,10 +22,12 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import itertools
 import json
+import multiprocessing
 import re
 import signal
 import sys
@@ -500,6 +502,15 @@ class WithTruth(Dataset):
         sample = self.dataset[index]
         wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
         return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
+
+
+@atexit.register
+def end_loaders():
+    """After an error some may be left, to which multiprocessing would send a SIGTERM and then wait for them forever."""
+    if (loaders := [p for p in multiprocessing.active_children() if p.daemon]) and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
+        for process in loaders:
+            process.kill()
 
 
 def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:

@@ -142,35 +142,34 @@ def count(kernel, args, kwargs, compiled) -> dict[str, float]:
     return {"slots": total(""), **{kind: total(opcode) for kind, opcode in COUNTED.items()}, **resources}
 
 
-def main():
+def main(configurations):
+    """configurations: pairs of a type and a compute capability."""
     print(f"Triton {triton.__version__}. Per step of one direction, N = 16, a warp with 64 channels:\n{'kernel':<27}"
           f"{'type':>9}{'sm':>4}" + "".join(f"{title:>10}" for title in ("slots", *COUNTED, "registers", "spilled B")))
     failed = []
-    for dtype in (torch.bfloat16, torch.float32):
-        launches = record(dtype)
-        for capability in (80, 90):
-            slots, clocks = Counter(), Counter()
-            for kernel, args, kwargs in launches:
-                name = kernel.fn.__name__ + (" ADJOINT" if kwargs.get("ADJOINT") else "")
-                compiled = compile_for(capability, kernel, args, kwargs)
-                check_layout(name, compiled)
-                counts = count(kernel, args, kwargs, compiled)
-                *figures, registers, spilled = counts.values()
-                print(f"{name:<27}{str(dtype)[6:]:>9}{capability:>4}", *(f"{figure:>9.1f}" for figure in figures),
-                      f"{registers:>9}{spilled:>10}")
-                if spilled > SPILLED:
-                    failed.append(f"{name} in {dtype} spills {spilled} bytes on {capability / 10}")
-                passes = ["forward and backward"] if kwargs.get("ADJOINT") or "gradients" in name else list(LIMITS)
-                for each in passes:
-                    slots[each] += counts["slots"]
-                    clocks[each] += max(counts["slots"], CLOCKS_PER_MUFU * counts["MUFU"])
-            for each, limit in LIMITS.items():
-                times = [clocks[each] * 8 * H * W * K * D / 64 / H100 / 1e6 for H, W, D in STAGES]
-                ratio = clocks[each] / (2 * 16 * CLOCKS_PER_MUFU)
-                print(f"    {each}: {slots[each]:.0f} slots; {clocks[each]:.0f} clocks, {ratio:.2f} x the exponentials'"
-                      + (f"; H100, batch 8: {', '.join(f'{ms:.2f}' for ms in times)} ms" if capability == 90 else ""))
-                if slots[each] > limit:
-                    failed.append(f"{each} in {dtype}: {slots[each]:.0f} slots on {capability / 10}, more than {limit}")
+    for dtype, capability in configurations:
+        slots, clocks = Counter(), Counter()
+        for kernel, args, kwargs in record(dtype):
+            name = kernel.fn.__name__ + (" ADJOINT" if kwargs.get("ADJOINT") else "")
+            compiled = compile_for(capability, kernel, args, kwargs)
+            check_layout(name, compiled)
+            counts = count(kernel, args, kwargs, compiled)
+            *figures, registers, spilled = counts.values()
+            print(f"{name:<27}{str(dtype)[6:]:>9}{capability:>4}", *(f"{figure:>9.1f}" for figure in figures),
+                  f"{registers:>9}{spilled:>10}")
+            if spilled > SPILLED:
+                failed.append(f"{name} in {dtype} spills {spilled} bytes on {capability / 10}")
+            passes = ["forward and backward"] if kwargs.get("ADJOINT") or "gradients" in name else list(LIMITS)
+            for each in passes:
+                slots[each] += counts["slots"]
+                clocks[each] += max(counts["slots"], CLOCKS_PER_MUFU * counts["MUFU"])
+        for each, limit in LIMITS.items():
+            times = [clocks[each] * 8 * H * W * K * D / 64 / H100 / 1e6 for H, W, D in STAGES]
+            ratio = clocks[each] / (2 * 16 * CLOCKS_PER_MUFU)
+            print(f"    {each}: {slots[each]:.0f} slots; {clocks[each]:.0f} clocks, {ratio:.2f} x the exponentials'"
+                  + (f"; H100, batch 8: {', '.join(f'{ms:.2f}' for ms in times)} ms" if capability == 90 else ""))
+            if slots[each] > limit:
+                failed.append(f"{each} in {dtype}: {slots[each]:.0f} slots on {capability / 10}, more than {limit}")
     # Of what Triton may lay out otherwise (states beyond 16, channels that 16 does not divide, sizes of 1) the layout.
     for kernel, args, kwargs in record(torch.float16, batch=1, W=1, D=100, N=24):
         check_layout(f"{kernel.fn.__name__}, N = 24", compile_for(90, kernel, args, kwargs), shared=True)
@@ -178,4 +177,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main([(dtype, capability) for dtype in (torch.bfloat16, torch.float32) for capability in (80, 90)])

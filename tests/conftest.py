@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import metrics
 from mtmamba import MTMamba
+from processes import Script, server
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
@@ -34,6 +36,26 @@ def tiny_model():
         torch.manual_seed(0)
         return MTMamba(tasks, **{"img_size": (64, 96), "encoder_kwargs": TINY_SWIN, **kwargs})
     return build
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(path, *arguments, processes=1, **environment): a script in a process of its own, with torchrun in more."""
+    started = []
+
+    def start(*command, processes=1, **environment):
+        files = [tmp_path / f"process {len(started)} {name}" for name in ("output", "error")]
+        started.append(Script(files, os.environ | environment, processes, list(map(str, command))))
+        return started[-1]
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def forked_pools(monkeypatch):
+    """The processes that match boundaries need not import anything."""
+    monkeypatch.setattr(metrics, "get_context", lambda method: server())
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_ods_f_by_hand():
     assert ods_f([[0, 0, 0, 5], [0, 3, 0, 0], [0, 0, 0, 0]]) == 0
 
 
-def test_processes_add_up_to_the_serial_counts(chain_counts):
+def test_a_process_adds_up_to_the_serial_counts(chain_counts):
     def items():
         for i in "01":
             yield CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"]
@@ -228,10 +228,14 @@ def test_processes_add_up_to_the_serial_counts(chain_counts):
     np.testing.assert_array_equal(sum(boundary_counts_each(items(), 0.0075, workers=0)), expected)
     many = list(items()) * 5    # more than are submitted at a time
     np.testing.assert_array_equal(sum(boundary_counts_each(many, 0.0075, workers=1)), 5 * expected)
-    np.testing.assert_array_equal(sum(boundary_counts_each(items(), 0.0075, workers=2)), expected)
 
 
-def test_errors_say_what_to_do():
+def test_two_processes_add_up_to_the_serial_counts(chain_counts, forked_pools):
+    items = [(CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"]) for i in "01"]
+    np.testing.assert_array_equal(sum(boundary_counts_each(items, 0.0075, workers=2)), chain_counts["pascal"].sum(0))
+
+
+def test_errors_say_what_to_do(forked_pools):
     prediction, truth = np.zeros((6, 8), np.uint8), np.zeros((6, 8), bool)
     with pytest.raises(ValueError, match=r"found \(6, 8\) and \(6, 7\); crop"):
         boundary_counts(prediction, truth[:, 1:], 0.0075)

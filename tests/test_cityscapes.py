@@ -1,10 +1,6 @@
 """Cityscapes: the recorded data, losses and scores of the published implementation, files, training and evaluation."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,7 +174,7 @@ def test_training_and_evaluation(exported, tmp_path, capsys):
     assert results["depth"]["RMSE"] == pytest.approx(np.sqrt(np.mean(np.concatenate(errors) ** 2)), rel=1e-5)
 
 
-def test_two_processes(exported, tmp_path):
+def test_two_processes(script, exported, tmp_path):
     """mtmamba is the same as in one. Batch norm is of each process here; what is scored is what is saved."""
     (tmp_path / "driver.py").write_text("""
 import sys, train
@@ -187,9 +183,8 @@ if __name__ == "__main__":
     for variant in ("mtmamba", "mtmamba++"):
         train.main([*sys.argv[2:], "--variant", variant, "--out", f"{sys.argv[1]}/{variant}"])
 """)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    tmp_path / "driver.py", tmp_path, *ARGUMENTS, "--data-root", exported], check=True,
-                   capture_output=True, env=os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)})
+    two = script(tmp_path / "driver.py", tmp_path, *ARGUMENTS, "--data-root", exported, processes=2)
+    assert two.wait() == 0, two.communicate()
     run(exported, tmp_path / "one")
     one, two = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("one", "mtmamba"))
     for key, value in one.items():

@@ -1,10 +1,7 @@
 """tests/gpu.py without a GPU: that it notices, reports and goes on."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import gpu
 import pytest
@@ -44,15 +41,16 @@ def test_compare_notices(spoil, message, monkeypatch):
 
 
 @pytest.mark.skipif(not mtmamba.has_triton(), reason=f"needs Triton {mtmamba.OLDEST_TRITON} or newer")
-def test_dry_run(tmp_path, monkeypatch, capsys):
+def test_dry_run(script, tmp_path, monkeypatch, capsys):
     """One of its parts; all five take some minutes."""
-    command = [sys.executable, Path(gpu.__file__), "--out", tmp_path / "out", "--dry-run", "--only", "scan"]
-    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = list(map(str, [gpu.__file__, "--out", tmp_path / "out", "--dry-run", "--only", "scan"]))
+    run = script(*command)
+    output, error = run.communicate()
+    assert run.returncode == 0, output + error
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert result["failed"] == [] and result["parts"]["scan"][1]["figures"][0]["backend"] == "triton"
-    assert "| 1×2 | 4 | 1 |" in run.stdout and "all ok" in run.stdout
-    monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+    assert "| 1×2 | 4 | 1 |" in output and "all ok" in output
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit):
         gpu.main()
     assert "not empty" in capsys.readouterr().err

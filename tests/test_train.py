@@ -80,11 +80,11 @@ def test_polynomial_decay():
     assert 0 < train.learning_rate(1e-4, 49_999, 50_000) < 1e-8
 
 
-TINY = ["--iterations", "30", "--batch-size", "2", "--img-size", "32", "64", "--workers", "0"]
+TINY = ["--iterations", "10", "--batch-size", "2", "--img-size", "32", "64", "--workers", "0"]
 
 
-def test_thirty_steps_lower_every_loss(monkeypatch, tmp_path):
-    """On the scenes trained on: an average over 30 fresh pairs of scenes would need many more steps to be sure."""
+def test_ten_steps_lower_every_loss(monkeypatch, tmp_path):
+    """On the scenes trained on: an average over 10 fresh pairs of scenes would need many more steps to be sure."""
     monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 2)
     two_scenes = default_collate([Synthetic(60, (32, 64))[i] for i in range(2)])
     render = Synthetic.__getitem__
@@ -101,7 +101,7 @@ def test_thirty_steps_lower_every_loss(monkeypatch, tmp_path):
     train.main([*TINY, "--out", str(tmp_path)])
     before, after = losses
     assert set(before) == set(TASKS)
-    assert all(after[task] < before[task] for task in TASKS), (before, after)
+    assert all(after[task] < 0.7 * before[task] for task in TASKS), (before, after)
 
 
 def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys):
