@@ -198,19 +198,20 @@ def print_table(code, held):
 
 
 def print_markdown(code, held):
-    print("| Paper | What it says | Code | Compared with (test): largest difference of its tolerance |")
-    print("|---|---|---|---|")
+    """Names of mtmamba.py stand without it. The tests and tolerances are left to the other table."""
+    print("| Paper | What it says | Code | Largest difference from |\n|---|---|---|---|")
     for title, rows in GROUPS.items():
         first, *_, last = [*rows] * 2
         label = first if first == last else f"{first}–{last.split()[1]}"
-        names = dict.fromkeys(place.split(".py")[0] + "." + name for row in rows for place, name in code[row][:1])
-        tests = defaultdict(list)
+        names = dict.fromkeys((place.split(".py")[0] + "." + name).removeprefix("mtmamba.")
+                              for row in rows for place, name in code[row][:1])
+        figures = defaultdict(list)
         for row in rows:
-            for test, figure in held[row].items():
-                tests[test].append(figure)
-        print("|", " | ".join([label, title, ", ".join(f"`{name}`" for name in names) or "not code", "<br>".join(
-            f"{against} (`{test.split('::')[1]}`): {figure_text(max(figures, key=closeness))}"
-            for (test, against), figures in tests.items())]), "|")
+            for (_, against), figure in held[row].items():
+                figures[against].append(figure)
+        print("|", " | ".join([label, title, ", ".join(f"`{name}`" for name in names) or "not code", "; ".join(
+            f"{against} {figure_text(max(found, key=closeness)).split(' of ')[0]}"
+            for against, found in figures.items())]), "|")
     print(f"\n{NOTE}")
 
 

@@ -23,7 +23,7 @@ def published_shapes(path):
     return {key: torch.empty([int(n) for n in re.findall(r"\d+", shape)], device="meta") for key, shape, _ in rows}
 
 
-@pytest.mark.paper("Eq. 2-29", "Section 3.5", against="the published implementation")
+@pytest.mark.paper("Eq. 2-29", "Section 3.5", against="published outputs")
 def test_equals_the_published_implementation(tiny_model, data, compare):
     archive = data("published_nyud_tiny.npz")
     model = tiny_model().eval()

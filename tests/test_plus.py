@@ -15,7 +15,7 @@ CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
 @pytest.mark.parametrize("name, variant", [
     pytest.param("published_plus_cityscapes_tiny.npz", "mtmamba++", marks=pytest.mark.paper(
-        "SCTM", "LiteHead", "MTMamba.predict", against="the published implementation")),
+        "SCTM", "LiteHead", "MTMamba.predict", against="published outputs")),
     ("published_cityscapes_tiny.npz", "mtmamba")])
 def test_equals_the_published_implementation(data, tmp_path, capsys, compare, name, variant):
     """Every stage, and the outputs at twice the image's size: a grid over all of them, and each pixel of a corner."""

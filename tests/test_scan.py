@@ -42,7 +42,7 @@ def random_inputs(batch, H, W, D, N, dtype=torch.float64, device="cpu"):
     return [t.requires_grad_() for t in (x, delta, -A.exp(), B, C, skip, bias)]
 
 
-@pytest.mark.paper("Eq. 2-5, 8", against="its closed form, in numpy")
+@pytest.mark.paper("Eq. 2-5, 8", against="closed form")
 def test_s6_equals_the_closed_form(compare):
     rng = np.random.default_rng(0)
     batch, L, D, N = 2, 7, 3, 4
@@ -249,7 +249,7 @@ def test_strong_decay_stays_finite(backend, small_blocks):
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), inputs))
 
 
-@pytest.mark.paper("Eq. 10-12", against="finite differences, for its gradients")
+@pytest.mark.paper("Eq. 10-12", against="finite differences")
 def test_gradcheck(compare):
     inputs = random_inputs(1, 5, 7, 2, 2)    # 35 steps: two chunks
     scan = functools.partial(selective_scan_2d, backend="torch")
