@@ -166,7 +166,8 @@ def explain(error: Exception) -> str | None:
     if "closed by peer" in text:
         return "another process of the run ended"
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return f"--compile failed ({text.splitlines()[0]}); install a C++ compiler, or train with --no-compile"
+        reason = " ".join(text.splitlines()[:2])
+        return f"--compile failed ({reason}); install a C++ compiler, or train with --no-compile"
     if isinstance(error, (RunError, ValueError, OSError)) or "DataLoader worker" in text:
         return text.splitlines()[-1]    # a worker's error has its traceback above that line
     return None

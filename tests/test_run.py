@@ -393,8 +393,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
 def test_what_stops_a_run_from_outside_is_told_in_one_line():
     for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
         assert "ulimit -n" in train.explain(full)
-    compiler = torch._dynamo.exc.BackendCompilerFailed(lambda: 0, RuntimeError("Failed to find C compiler"), None)
-    assert "--no-compile" in train.explain(compiler) and "\n" not in train.explain(compiler)
+    compiler = torch._dynamo.exc.TorchDynamoException("backend='inductor' raised:\nRuntimeError: no compiler\n\nSet X")
+    assert "raised: RuntimeError: no compiler); install" in train.explain(compiler)
     assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
 
 
