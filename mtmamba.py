@@ -1074,15 +1074,22 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
 # The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
 # all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
 # and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
-# is the inputs and L / CHUNK states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
+# is the inputs and L / chunk states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
 # contiguous block, and D innermost is wide enough to vectorise.
-CHUNK = 32
+CHUNK = 32                # steps, or as many more as make this number of states:
+CHUNK_STATES = 2 ** 17    # less is not worth sharing out to threads, more does not fit into a core's cache
+
+
+def _chunk(batch: int, d: int, n: int) -> int:
+    """Steps in a chunk."""
+    return max(CHUNK, CHUNK_STATES // (batch * K * n * d))
 
 
 def _torch_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
+    """Empty, for the states at the chunks' starts (ceil(L / chunk), B, K, N, D)."""
     batch, H, W, d = x.shape
-    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
+    chunk = _chunk(batch, d, n)
+    return x.new_empty((H * W + chunk - 1) // chunk, batch, K, n, d, dtype=_compute_dtype(x))
 
 
 def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
@@ -1092,11 +1099,12 @@ def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
     step_u = step * u
     y = torch.empty_like(u)
     states = _torch_states(x, n)
-    A_bar, H = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
+    chunk = min(L, _chunk(batch, d, n))
+    A_bar, H = (u.new_empty(chunk, batch, K, n, d) for _ in range(2))
     A_steps, H_steps = A_bar.unbind(), H.unbind()
     h = u.new_zeros(batch, K, n, d)
-    for i, start in enumerate(range(0, L, CHUNK)):
-        now = slice(start, min(start + CHUNK, L))
+    for i, start in enumerate(range(0, L, chunk)):
+        now = slice(start, min(start + chunk, L))
         states[i] = h
         h = states[i]    # a copy: H is about to be filled anew
         _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
@@ -1117,12 +1125,13 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight)
     g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
     gB, gC = torch.empty_like(B), torch.empty_like(C)
     gA = torch.zeros_like(A)
-    A_bar, G = (u.new_empty(CHUNK, batch, K, n, d) for _ in range(2))
-    H = u.new_empty(CHUNK + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
+    chunk = min(L, _chunk(batch, d, n))
+    A_bar, G = (u.new_empty(chunk, batch, K, n, d) for _ in range(2))
+    H = u.new_empty(chunk + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
     carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
     A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
     for i in reversed(range(len(states))):
-        now = slice(i * CHUNK, min((i + 1) * CHUNK, L))
+        now = slice(i * chunk, min((i + 1) * chunk, L))
         T = now.stop - now.start
         H[0] = states[i]
         _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])

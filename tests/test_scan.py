@@ -26,6 +26,12 @@ needs_triton = pytest.mark.skipif(not mtmamba.has_triton(), reason=f"needs Trito
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Of 32 steps, so that small maps have several."""
+    monkeypatch.setattr(mtmamba, "CHUNK_STATES", 1)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """The interpreter takes milliseconds per step. A GPU's warps need the real sizes."""
@@ -89,8 +95,10 @@ def test_each_direction_alone_follows_its_path(direction, backend, small_blocks)
         torch.testing.assert_close(ours[:, i, j], y[:, step], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("states", [1, 64 * 4 * 20])    # in a chunk: of 32 steps, or of up to all
 @pytest.mark.parametrize("shape", SHAPES)
-def test_torch_equals_reference(shape):
+def test_torch_equals_reference(shape, states, monkeypatch):
+    monkeypatch.setattr(mtmamba, "CHUNK_STATES", states)
     inputs = random_inputs(*shape)
     y, y_reference = (selective_scan_2d(*inputs, backend=backend) for backend in ("torch", "reference"))
     torch.testing.assert_close(y, y_reference, rtol=1e-10, atol=1e-10)
