@@ -143,7 +143,7 @@ class Synthetic(torch.utils.data.Dataset):
 # Vectors that meet maps of pixels have shape (3, 1, 1). All maps are float32.
 
 FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES
-FAR = 25.0                                                              # metres; where the ground ends
+FAR = 16.0                                                              # metres; where the ground ends
 UP = np.array([0.0, 1.0, 0.0])
 COLOURS = {    # mean RGB and spread. A hint at the class that never settles it: the ranges overlap.
     "floor": (0.50, 0.41, 0.33, 0.20), "ground": (0.36, 0.42, 0.24, 0.15), "wall": (0.74, 0.70, 0.64, 0.20),
@@ -186,7 +186,7 @@ def draw_scene(rng, camera):
     azimuth, rise = rng.uniform(-pi, pi), rng.uniform(0.7, 1.3)
     light = np.array([cos(azimuth) * cos(rise), sin(rise), sin(azimuth) * cos(rise)])
     axes = x, up, z = yaw(rng.uniform(-0.6, 0.6))
-    groups = [[plane(SKY, FAR * UP, -UP, draw_paint(rng, COLOURS["sky"], x, z, 12.0))]]
+    groups = [[plane(SKY, 25.0 * UP, -UP, draw_paint(rng, COLOURS["sky"], x, z, 12.0))]]    # not met
     if rng.random() < 0.6:                                       # a room, the camera near its back wall
         half = rng.uniform((1.8, 1.15, 2.2), (4.0, 1.6, 4.0))
         back = np.array([rng.uniform(-1, 1) * (half[0] - 0.6), 0, half[2] - rng.uniform(0.4, 1.2)])

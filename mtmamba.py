@@ -1174,7 +1174,8 @@ def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """F.softplus, which on a CPU takes two to three times as long: log1p is not vectorised there.
+    """F.softplus, which on a CPU takes three times as long, as log1p is not vectorised there (a fifth less long on maps
+    of ten million elements, which no cache holds).
 
     log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) e / (w - 1) with w = 1 + e rounded: the
     quotient makes up for the rounding, so small steps keep all their digits.

@@ -273,7 +273,7 @@ def boundary(size: tuple[int, int] = (321, 481)):
 
 def busy(starts: int = 3, iterations: int = 8, images: int = 12, patience: int = 240):
     """Images per second of the main job, training and evaluation, alone and beside one busy process per core, with
-    libgomp's waiting threads as they are, bounded as the scripts bound them, and with one thread.
+    libgomp's waiting threads as they are, with their spinning bounded to several values, and with one thread.
 
     Every figure is the median of several starts, taken in turns: threads that spin make a process's speed differ from
     start to start. A start that takes longer than `patience` seconds counts as 0.
@@ -291,11 +291,13 @@ data = evaluate.held_out((64, 96), model.tasks)
 evaluate.evaluate(model, data, torch.device("cpu"))    # warm
 start = time.perf_counter()
 evaluate.evaluate(model, data, torch.device("cpu"))
-print("RATES", 8 * (len(times) - 2) / (times[-1] - times[1]), {images} / (time.perf_counter() - start))
+images = train.PRESETS["synthetic"]["batch_size"] * (len(times) - 2)    # of which the times are known
+print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() - start))
 """
     root = Path(__file__).parents[1]
     settings = {"as it is": {"GOMP_SPINCOUNT": "300000"},    # libgomp's own value
-                "bounded": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+                "10000": {"GOMP_SPINCOUNT": "10000"}, "1000 (ours)": {}, "100": {"GOMP_SPINCOUNT": "100"},
+                "one thread": {"OMP_NUM_THREADS": "1"}}
     given = {"GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     cores = len(os.sched_getaffinity(0))
     print(f"{hardware()}, {cores} cores; images/s in training / evaluation, median of {starts} starts")
