@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
 
 import metrics
 from mtmamba import MTMamba
-from processes import Script, server
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
@@ -41,6 +40,8 @@ def tiny_model():
 @pytest.fixture
 def script(tmp_path):
     """script(path, *arguments, processes=1, **environment): a script in a process of its own, with torchrun in more."""
+    from processes import Script
+
     started = []
 
     def start(*command, processes=1, **environment):
@@ -54,8 +55,10 @@ def script(tmp_path):
 
 @pytest.fixture
 def forked_pools(monkeypatch):
-    """The processes that match boundaries need not import anything."""
-    monkeypatch.setattr(metrics, "get_context", lambda method: server())
+    """The processes that match boundaries need not import anything, except on Windows, which cannot fork."""
+    if hasattr(os, "fork"):
+        from processes import server
+        monkeypatch.setattr(metrics, "get_context", lambda method: server())
 
 
 @pytest.fixture
