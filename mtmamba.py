@@ -44,7 +44,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -212,7 +212,7 @@ class MTMamba(nn.Module):
         shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
-                      windows=sorted({str(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
+                      windows=sorted({to_2tuple(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
         return torch.tensor(list(json.dumps(hidden).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor):
