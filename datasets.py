@@ -19,6 +19,18 @@ Every data set yields one dictionary per image:
 
 with only those labels that were asked for. Cityscapes' are twice as large as its images, (2H, 2W), and its depth is
 disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
+
+Files of the benchmarks, as their archives have them:
+
+    data/PASCALContext/                                data/NYUDv2/
+      JPEGImages/ID.jpg                                  images/ID.png
+      semseg/VOC12/ID.png, semseg/pascal-context/ID.png  segmentation/ID.png      0 ignored, 1..40 the classes
+      human_parts/ID.mat                                 depth/ID.npy             metres, 0 unknown
+      pascal-context/trainval/ID.mat   LabelMap          normals/ID.png
+      normals_distill/ID.png                             edge/ID.png
+      sal_distill/ID.png                                 gt_sets/{train,val}.txt
+      ImageSets/Context/{train,val}.txt
+    data/Cityscapes/{leftImg8bit,gtFine,disparity}/{train,val}/CITY/CITY_SSSSSS_FFFFFF_*.png
 """
 
 # Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
