@@ -251,7 +251,8 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
             print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors of {path}")
         except ValueError as error:
             summary, first, *_ = str(error).splitlines()
-            raise ValueError(f"{path}: {summary} {first.strip()}, ...; give its encoder with --encoder") from error
+            raise ValueError(f"{path}: {summary} {first.strip()}, ...; the model has the tasks {model.tasks}; give its "
+                             "encoder with --encoder") from error
         return
     state = checkpoint["model"]
     expected, found = ({key: value.shape for key, value in tensors.items() if key != "_extra_state"}

@@ -319,6 +319,21 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"nonsense": 1}'))
     torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
     assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
+    torch.save({"model": {"module.final_project.sky.weight": torch.zeros(1, 12, 1, 1)}}, path)
+    assert "expected heads of the tasks semseg, " in fails(capsys, *arguments(path, nyud, tmp_path))
+
+
+def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
+    """Its own heads tell the tasks, which is enough for pictures."""
+    state = published_state(data("published_nyud_tiny.npz"))
+    for name in ("weight", "bias"):
+        state[f"module.final_project.semseg.{name}"] = state[f"module.final_project.semseg.{name}"][:7]
+    torch.save({"model": state}, tmp_path / "published.pth")
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
+    options = ["--checkpoint", str(tmp_path / "published.pth"), "--encoder-kwargs", json.dumps(TINY_SWIN)]
+    evaluate.main([*options, "--image", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")])
+    assert np.asarray(Image.open(tmp_path / "out/photo_semseg.png")).shape == (40, 50, 3)
+    assert "fit none" in fails(capsys, *options)
 
 
 @pytest.mark.parametrize("argv, message", [
