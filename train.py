@@ -97,11 +97,11 @@ RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=Tr
               batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
 PRESETS = {
     # A model small enough to learn six tasks on two CPU cores in minutes: small images, a narrow encoder trained from
-    # scratch (hence the higher learning rate), and 2 states instead of 16. Rendering takes a tenth of the time, and a
+    # scratch (hence the higher learning rate), and 1 state instead of 16. Rendering takes a tenth of the time, and a
     # process of its own for it would take a core from the network.
     "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
-                      encoder_kwargs=dict(dims=(16, 32, 64, 96), depths=(1, 1, 2, 1), drop_path_rate=0.0),
-                      d_state=2, iterations=300, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
+                      encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0),
+                      d_state=1, iterations=550, batch_size=4, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
                       save_every=100, log_every=10, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
