@@ -970,7 +970,7 @@ def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for i, (text, color) in enumerate(lines):
         if color is not None:
-            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color)
+            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color, outline="gray")
         draw.text((18 if color is not None else 2, 16 * i + 2), text, fill="black")
     return picture
 

@@ -285,7 +285,7 @@ class Run:
         if args.checkpoint_activations:
             checkpoint_activations(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                           betas=(0.9, 0.999), fused=device.type == "cuda")
+                                           betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
         self.iteration, self.evaluated = 0, 0    # the iterations that are done, and when they were last evaluated
 
