@@ -85,7 +85,6 @@ GROUPS = {
 }
 ROWS = {row: says for rows in GROUPS.values() for row, says in rows.items()}
 NO_CODE = {"Eq. 1"}    # continuous; the code has Eq. 3
-NOTE = "The accuracies in Tables 1-6 are the paper's; none of them is reproduced here."
 
 
 def named(text: str) -> list[str]:
@@ -194,7 +193,7 @@ def print_table(code, held):
             print(f"{row:17}{says:64}{places[0]}" + (f" (+{len(places) - 1})" if places[1:] else ""))
             for (test, against), figure in held[row].items():
                 print(f"{'':17}{figure_text(figure):25}{against:39}{test}")
-    print(f"\n{NOTE}")
+    print("\nThe accuracies in Tables 1-6 are the paper's; none of them is reproduced here.")
 
 
 def print_markdown(code, held):
@@ -212,7 +211,6 @@ def print_markdown(code, held):
         print("|", " | ".join([label, title, ", ".join(f"`{name}`" for name in names) or "not code", "; ".join(
             f"{against} {figure_text(max(found, key=closeness)).split(' of ')[0]}"
             for against, found in figures.items())]), "|")
-    print(f"\n{NOTE}")
 
 
 def main(argv: list[str] | None = None) -> int:
