@@ -486,6 +486,7 @@ def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
     run(tmp_path / "second", *arguments, "--init-partial", "--lr", 1e-12)
     printed = capsys.readouterr().out
     old, new = load(first)["model"], load(tmp_path / "second/last.pt")["model"]
+    assert b'"tasks": ["depth", "semseg", "saliency"]' in bytes(new.pop("_extra_state").tolist())
     taken = {key for key in new if key in old and old[key].shape == new[key].shape
              and torch.allclose(new[key], old[key], atol=1e-9)}
     fresh = {key for key in new if ".ctm." in key or "saliency" in key}
@@ -511,7 +512,7 @@ def test_a_part_of_a_published_checkpoint(data, tmp_path, capsys):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train.load_fitting_weights(model, tmp_path / "published.pth", "swin-large", TINY_SWIN)
     whole, _ = evaluate.load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
-    state, kept = whole.state_dict(), ("heads.semseg.project", ".ctm.")
+    state, kept = whole.state_dict(), ("heads.semseg.project", ".ctm.", "_extra_state")
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key] if any(name in key for name in kept) else state[key]), key
     assert "heads.semseg.project (2)" in capsys.readouterr().out
