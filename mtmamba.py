@@ -424,7 +424,7 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
     def step(h, u, delta, B, C, A):    # u, delta: (..., D, 1). B, C: (..., 1, N). h, A: (..., D, N)
         A_bar, B_bar = torch.exp(delta * A), delta * B                          # Eq. 5
         h = A_bar * h + B_bar * u                                               # Eq. 3
-        return h.clone(), (h * C).sum(-1)                                       # Eq. 4; the operator wants a copy
+        return h.clone(), (h * C).sum(-1)    # Eq. 4; a copy, as the operator's outputs may not share memory
     h = u.new_zeros(*u.shape[:-2], *A.shape[-2:])
     sequences = [t.movedim(-3, 0) for t in (u[..., None], delta[..., None], B[..., None, :], C[..., None, :])]
     y = _run_steps(step, h, sequences, A)
@@ -511,7 +511,7 @@ def _is_transformed(t: Tensor) -> bool:
     return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
-BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # the first two are one
+BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # "reference" is "loop" by another name
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
