@@ -1078,6 +1078,7 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
 # contiguous block, and D innermost is wide enough to vectorise.
 CHUNK = 32                # steps, or as many more as make this number of states:
 CHUNK_STATES = 2 ** 17    # less is not worth sharing out to threads, more does not fit into a core's cache
+PAIRED_FROM, PAIRED_UP_TO = 24, 2 ** 12    # steps; states in a step, see _recur
 
 
 def _chunk(batch: int, d: int, n: int) -> int:
@@ -1100,17 +1101,15 @@ def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
     y = torch.empty_like(u)
     states = _torch_states(x, n)
     chunk = min(L, _chunk(batch, d, n))
-    A_bar, H = (u.new_empty(chunk, batch, K, n, d) for _ in range(2))
-    A_steps, H_steps = A_bar.unbind(), H.unbind()
+    A_bar, H = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1))
     h = u.new_zeros(batch, K, n, d)
     for i, start in enumerate(range(0, L, chunk)):
         now = slice(start, min(start + chunk, L))
+        T = now.stop - start
         states[i] = h
-        h = states[i]    # a copy: H is about to be filled anew
-        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H)
-        for t in range(now.stop - start):
-            h = H_steps[t].addcmul_(A_steps[t], h)                                              # Eq. 3
-        torch.matmul(C[now].unsqueeze(3), H[:now.stop - start], out=y[now].unsqueeze(3))       # Eq. 4
+        _run_chunk(h, step[now], step_u[now], A, B[now], A_bar[:T], H[:T + 1])
+        _sum_states(C[now], H[1:T + 1], y[now])                                                 # Eq. 4
+        h = H[T]
     y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
     y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
     return y, states
@@ -1126,39 +1125,75 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight)
     gB, gC = torch.empty_like(B), torch.empty_like(C)
     gA = torch.zeros_like(A)
     chunk = min(L, _chunk(batch, d, n))
-    A_bar, G = (u.new_empty(chunk, batch, K, n, d) for _ in range(2))
-    H = u.new_empty(chunk + 1, batch, K, n, d)    # H[t] is the state before step t of the chunk, H[t + 1] after it
+    A_bar_chunk, H_chunk, G_chunk = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1, 0))
     carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
-    A_steps, G_steps, H_steps = A_bar.unbind(), G.unbind(), H.unbind()
     for i in reversed(range(len(states))):
         now = slice(i * chunk, min((i + 1) * chunk, L))
         T = now.stop - now.start
-        H[0] = states[i]
-        _open_chunk(step[now], step_u[now], A, B[now], A_bar, H[1:])
-        for t in range(T):
-            H_steps[t + 1].addcmul_(A_steps[t], H_steps[t])
+        A_bar, H, G = A_bar_chunk[:T], H_chunk[:T + 1], G_chunk[:T]
+        _run_chunk(states[i], step[now], step_u[now], A, B[now], A_bar, H)
         # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
-        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G[:T])
-        G_steps[T - 1].add_(carry)
-        for t in range(T - 2, -1, -1):
-            G_steps[t].addcmul_(A_steps[t + 1], G_steps[t + 1])
-        torch.mul(A_steps[0], G_steps[0], out=carry)
-        torch.matmul(H[1:T + 1], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
-        torch.matmul(G[:T], step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
-        torch.matmul(B[now].unsqueeze(3), G[:T], out=g_step_u[now].unsqueeze(3))
+        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G)
+        G[T - 1] += carry
+        _recur(A_bar[1:], G, back=True)
+        torch.mul(A_bar[0], G[0], out=carry)
+        torch.matmul(H[1:], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
+        torch.matmul(G, step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
+        _sum_states(B[now], G, g_step_u[now])
         # Gradient of the exponent step * A in A_bar = exp(step * A).
-        g_exponent = G[:T].mul_(A_bar[:T]).mul_(H[:T])
-        torch.sum(torch.mul(g_exponent, A, out=A_bar[:T]), dim=3, out=g_step[now])
-        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar[:T]).sum((0, 1))
+        g_exponent = G.mul_(A_bar).mul_(H[:T])
+        torch.sum(torch.mul(g_exponent, A, out=A_bar), dim=3, out=g_step[now])
+        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar).sum((0, 1))
     g_step += g_step_u * u
     gu = g_step_u * step + gy * D.to(u.dtype)
     g_delta = g_step * torch.sigmoid(pre_softplus)
     g_bias, g_weight = g_delta.sum((0, 1)), None
-    if dt_weight is not None:
-        g_weight = torch.einsum("lbkd,lbkr->kdr", g_delta, low_rank)
+    if dt_weight is not None:    # steps and images in one dimension, so that einsum need not copy
+        g_weight = torch.einsum("mkd,mkr->kdr", g_delta.flatten(0, 1), low_rank.flatten(0, 1))
         g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
     gx, g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (gu, g_delta, gB, gC))
     return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_bias, g_weight
+
+
+def _run_chunk(h, step, step_u, A, B, A_bar, H):
+    """From state h through the T steps of a chunk: fills A_bar (T, ...) with Eq. 5 and H (T + 1, ...) with the states,
+    H[t] before step t, by Eq. 3."""
+    torch.mul(step.unsqueeze(3), A, out=A_bar).exp_()
+    H[0] = h
+    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[1:])    # B_bar x
+    _recur(A_bar, H)
+
+
+def _recur(links: Tensor, h: Tensor, back: bool = False):
+    """h[t + 1] += links[t] h[t] for t = 0, 1, ..; back: h[t] += links[t] h[t + 1] for t = .., 1, 0. In place.
+
+    Where steps are so small that calling an operator costs more than what it computes, it goes in three: one step
+    within every pair of neighbours, at once; from pair to pair, which is the same recurrence, half as long; the rest.
+    """
+    if len(h) < PAIRED_FROM or h[0].numel() > PAIRED_UP_TO:
+        links, h = links.unbind(), h.unbind()
+        for t in reversed(range(len(links))) if back else range(len(links)):
+            to, source = (t, t + 1) if back else (t + 1, t)
+            h[to].addcmul_(links[t], h[source])
+        return
+    even, odd = h[::2], h[1::2]
+    within, between = len(odd), len(even) - 1
+    if back:
+        even[:within].addcmul_(links[::2], odd)
+        _recur(links[:-1:2] * links[1::2], even, back)
+        odd[:between].addcmul_(links[1::2], even[1:])
+    else:
+        odd.addcmul_(links[::2], even[:within])
+        _recur(links[1:-1:2] * links[2::2], odd)
+        even[1:].addcmul_(links[1::2], odd[:between])
+
+
+def _sum_states(weights: Tensor, states: Tensor, out: Tensor):
+    """sum_n weights (T, B, K, N) states (T, B, K, N, D), in out (T, B, K, D)."""
+    if states.shape[3] == 1:    # a tenth of the time of as many matrix products of a single number
+        torch.mul(weights, states.squeeze(3), out=out)
+    else:
+        torch.matmul(weights.unsqueeze(3), states, out=out.unsqueeze(3))
 
 
 def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
@@ -1177,19 +1212,12 @@ def _softplus(z: Tensor) -> Tensor:
     """F.softplus, which on a CPU takes three times as long, as log1p is not vectorised there (a fifth less long on maps
     of ten million elements, which no cache holds).
 
-    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) e / (w - 1) with w = 1 + e rounded: the
-    quotient makes up for the rounding, so small steps keep all their digits.
+    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) + (e - (w - 1)) / w with w = 1 + e rounded:
+    the second term is what the rounding took, so small steps keep all their digits.
     """
     e = z.abs().neg_().exp_()
     w = e + 1
-    return torch.where(w == 1, e, w.log().mul_(e).div_(w - 1)).add_(z.clamp(min=0))
-
-
-def _open_chunk(step, step_u, A, B, A_bar, H):
-    """What the steps of a chunk need, for all T of them: fills A_bar[:T] with Eq. 5 and H[:T] with B_bar x of Eq. 3."""
-    T = len(step)
-    torch.mul(step.unsqueeze(3), A, out=A_bar[:T]).exp_()
-    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[:T])
+    return w.log().addcdiv_(e.sub_(w - 1), w).add_(z.clamp(min=0))
 
 
 def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
