@@ -1110,7 +1110,7 @@ def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
         _run_chunk(h, step[now], step_u[now], A, B[now], A_bar[:T], H[:T + 1])
         _sum_states(C[now], H[1:T + 1], y[now])                                                 # Eq. 4
         h = H[T]
-    y += D.to(u.dtype) * u                                                                      # the skip of Eq. 2
+    y.addcmul_(D.to(u.dtype), u)                                                                # the skip of Eq. 2
     y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
     return y, states
 
@@ -1144,9 +1144,8 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight)
         g_exponent = G.mul_(A_bar).mul_(H[:T])
         torch.sum(torch.mul(g_exponent, A, out=A_bar), dim=3, out=g_step[now])
         gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar).sum((0, 1))
-    g_step += g_step_u * u
-    gu = g_step_u * step + gy * D.to(u.dtype)
-    g_delta = g_step * torch.sigmoid(pre_softplus)
+    gu = torch.mul(gy, D.to(u.dtype)).addcmul_(g_step_u, step)
+    g_delta = g_step.addcmul_(g_step_u, u).mul_(pre_softplus.sigmoid_())
     g_bias, g_weight = g_delta.sum((0, 1)), None
     if dt_weight is not None:    # steps and images in one dimension, so that einsum need not copy
         g_weight = torch.einsum("mkd,mkr->kdr", g_delta.flatten(0, 1), low_rank.flatten(0, 1))
@@ -1212,8 +1211,8 @@ def _softplus(z: Tensor) -> Tensor:
     """F.softplus, which on a CPU takes three times as long, as log1p is not vectorised there (a fifth less long on maps
     of ten million elements, which no cache holds).
 
-    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) + (e - (w - 1)) / w with w = 1 + e rounded:
-    the second term is what the rounding took, so small steps keep all their digits.
+    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) + (e - (w - 1)) / w with w = 1 + e
+    rounded: the second term gives back what the rounding took, so small steps keep all their digits.
     """
     e = z.abs().neg_().exp_()
     w = e + 1
