@@ -1204,19 +1204,13 @@ def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
         delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
     pre_softplus = delta.add_(delta_bias.to(dtype))
     A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return u, _softplus(pre_softplus), A, B, C, pre_softplus, low_rank
+    return u, F.softplus(pre_softplus), A, B, C, pre_softplus, low_rank
 
 
-def _softplus(z: Tensor) -> Tensor:
-    """F.softplus, which on a CPU takes three times as long, as log1p is not vectorised there (a fifth less long on maps
-    of ten million elements, which no cache holds).
-
-    log(1 + e^z) = max(z, 0) + log1p(e) with e = e^-|z|, and log1p(e) = log(w) + (e - (w - 1)) / w with w = 1 + e
-    rounded: the second term gives back what the rounding took, so small steps keep all their digits.
-    """
-    e = z.abs().neg_().exp_()
-    w = e + 1
-    return w.log().addcdiv_(e.sub_(w - 1), w).add_(z.clamp(min=0))
+# PyTorch's softplus on a CPU with AVX-512 ends in loading a constant under a mask that is nearly always empty: log1p's
+# results for -1 and -0. As long as the page with that constant was never read, each of these loads is a fault that the
+# processor has to suppress, and softplus takes ten times as long. Computing both brings the page in.
+torch.log1p(torch.tensor([-1.0, -0.0], device="cpu").repeat(64))
 
 
 def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):

@@ -447,8 +447,14 @@ def test_mamba_ssm_gets_its_arguments_in_its_layout(monkeypatch):
     torch.testing.assert_close(mtmamba._run_mamba_ssm(*inputs), selective_scan_2d(*inputs, backend="reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_softplus_keeps_the_digits_of_small_steps(dtype):
-    z = torch.linspace(-80, 80, 10_001, dtype=dtype)
-    expected = np.logaddexp(z.double().numpy(), 0)
-    np.testing.assert_allclose(mtmamba._softplus(z).double().numpy(), expected, rtol=4 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("length", [*range(1, 12), 23, 24, 25, 47, 48, 49, 96, 191])
+def test_pairs_of_steps_make_the_recurrence(monkeypatch, length, back):
+    monkeypatch.setattr(mtmamba, "PAIRED_FROM", 3)
+    links, h = torch.randn(length - 1, 5, dtype=torch.float64), torch.randn(length, 5, dtype=torch.float64)
+    expected = h.clone()
+    for t in reversed(range(length - 1)) if back else range(length - 1):
+        to, source = (t, t + 1) if back else (t + 1, t)
+        expected[to] += links[t] * expected[source]
+    mtmamba._recur(links, h, back)
+    torch.testing.assert_close(h, expected)
