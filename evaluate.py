@@ -19,7 +19,7 @@ import os
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
 # wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "2500"
 
 import argparse
 import atexit

@@ -6,7 +6,7 @@
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
-    python tests/benchmark.py busy         # the main job, alone and beside one busy process per core, 20 minutes
+    python tests/benchmark.py busy         # the main job, alone and beside one busy process per core, 15 minutes
 """
 
 import argparse
@@ -271,7 +271,7 @@ def boundary(size: tuple[int, int] = (321, 481)):
             print(f"{protocol:<7} image {i}, {size[0]}x{size[1]}: {seconds:.2f} s")
 
 
-def busy(starts: int = 3, iterations: int = 8, images: int = 12, patience: int = 240):
+def busy(starts: int = 3, iterations: int = 12, images: int = 36, patience: int = 60):
     """Images per second of the main job, training and evaluation, alone and beside one busy process per core, with
     libgomp's waiting threads as they are, with their spinning bounded to several values, and with one thread.
 
@@ -296,7 +296,7 @@ print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() 
 """
     root = Path(__file__).parents[1]
     settings = {"as it is": {"GOMP_SPINCOUNT": "300000"},    # libgomp's own value
-                "10000": {"GOMP_SPINCOUNT": "10000"}, "1000 (ours)": {}, "100": {"GOMP_SPINCOUNT": "100"},
+                "10000": {"GOMP_SPINCOUNT": "10000"}, "2500 (ours)": {}, "1000": {"GOMP_SPINCOUNT": "1000"},
                 "one thread": {"OMP_NUM_THREADS": "1"}}
     given = {"GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     cores = len(os.sched_getaffinity(0))
