@@ -280,8 +280,8 @@ def busy(starts: int = 3, iterations: int = 12, images: int = 36, patience: int 
     """
     job = f"""
 import time
+import evaluate, train    # before torch: they bound the spinning
 import torch
-import evaluate, train
 evaluate.EVALUATION_IMAGES = {images}
 train.main(["--device", "cpu", "--iterations", "{iterations}", "--log-every", "1", "--out", OUT])
 lines = [train.json.loads(line) for line in open(OUT + "/log.jsonl")]
