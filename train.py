@@ -20,7 +20,7 @@ import os
 
 # Bounds the spinning of PyTorch's threads on a CPU, for the reason told in evaluate.py; before torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import argparse
 import contextlib
