@@ -1078,7 +1078,7 @@ def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Ten
 # contiguous block, and D innermost is wide enough to vectorise.
 CHUNK = 32                # steps, or as many more as make this number of states:
 CHUNK_STATES = 2 ** 17    # less is not worth sharing out to threads, more does not fit into a core's cache
-PAIRED_FROM, PAIRED_UP_TO = 24, 2 ** 12    # steps; states in a step, see _recur
+PAIRED_FROM, PAIRED_UP_TO = 24, 2 ** 12    # steps, and states in a step: where _recur joins steps, measured on a CPU
 
 
 def _chunk(batch: int, d: int, n: int) -> int:
@@ -1170,10 +1170,10 @@ def _recur(links: Tensor, h: Tensor, back: bool = False):
     within every pair of neighbours, at once; from pair to pair, which is the same recurrence, half as long; the rest.
     """
     if len(h) < PAIRED_FROM or h[0].numel() > PAIRED_UP_TO:
-        links, h = links.unbind(), h.unbind()
-        for t in reversed(range(len(links))) if back else range(len(links)):
-            to, source = (t, t + 1) if back else (t + 1, t)
-            h[to].addcmul_(links[t], h[source])
+        order = slice(None, None, -1 if back else 1)
+        links, h = links.unbind()[order], h.unbind()[order]
+        for link, before, after in zip(links, h, h[1:]):
+            after.addcmul_(link, before)
         return
     even, odd = h[::2], h[1::2]
     within, between = len(odd), len(even) - 1
@@ -1209,7 +1209,8 @@ def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
 
 # PyTorch's softplus on a CPU with AVX-512 ends in loading a constant under a mask that is nearly always empty: log1p's
 # results for -1 and -0. As long as the page with that constant was never read, each of these loads is a fault that the
-# processor has to suppress, and softplus takes ten times as long. Computing both brings the page in.
+# processor has to suppress, and softplus takes ten times as long. Computing both, often enough to fill whole vectors,
+# brings the page in.
 torch.log1p(torch.tensor([-1.0, -0.0], device="cpu").repeat(64))
 
 
