@@ -18,10 +18,10 @@ import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
 # wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides: to what
-# costs an idle machine little more than a tenth, and keeps a run beside one busy process per core within four times its
-# time alone (tests/benchmark.py busy).
+# costs an idle machine less than a tenth, and keeps a run beside one busy process per core within four times its time
+# alone (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import atexit

@@ -1150,8 +1150,10 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight)
     if dt_weight is not None:    # steps and images in one dimension, so that einsum need not copy
         g_weight = torch.einsum("mkd,mkr->kdr", g_delta.flatten(0, 1), low_rank.flatten(0, 1))
         g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
-    gx, g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (gu, g_delta, gB, gC))
-    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_bias, g_weight
+    gD = (gy * u).sum((0, 1))
+    gx = _from_sequences(gu, *x.shape[1:3]).sum(3)
+    g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (g_delta, gB, gC))
+    return gx, g_delta, gA.transpose(1, 2), gB, gC, gD, g_bias, g_weight
 
 
 def _run_chunk(h, step, step_u, A, B, A_bar, H):
@@ -1198,7 +1200,8 @@ def _sum_states(weights: Tensor, states: Tensor, out: Tensor):
 def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
     """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
     dtype = _compute_dtype(x)
-    u, delta, B, C = (_to_sequences(t.to(dtype)) for t in (x.unsqueeze(3), delta, B, C))
+    # x last: work too small to be shared, between work that is, lets the other threads fall asleep.
+    delta, B, C, u = (_to_sequences(t.to(dtype)) for t in (delta, B, C, x.unsqueeze(3)))
     low_rank = delta
     if dt_weight is not None:
         delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()

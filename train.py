@@ -20,7 +20,7 @@ import os
 
 # Bounds the spinning of PyTorch's threads on a CPU, for the reason told in evaluate.py; before torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import contextlib
@@ -101,7 +101,7 @@ PRESETS = {
     # process of its own for it would take a core from the network.
     "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
                       encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0),
-                      d_state=1, iterations=550, batch_size=4, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
+                      d_state=1, iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
                       save_every=100, log_every=10, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),

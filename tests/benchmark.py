@@ -296,7 +296,7 @@ print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() 
 """
     root = Path(__file__).parents[1]
     settings = {"as it is": {"GOMP_SPINCOUNT": "300000"},    # libgomp's own value
-                "4000": {"GOMP_SPINCOUNT": "4000"}, "2000": {"GOMP_SPINCOUNT": "2000"}, "1000 (ours)": {},
+                "4000": {"GOMP_SPINCOUNT": "4000"}, "2000 (ours)": {}, "1000": {"GOMP_SPINCOUNT": "1000"},
                 "one thread": {"OMP_NUM_THREADS": "1"}}
     given = {"GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     cores = len(os.sched_getaffinity(0))
