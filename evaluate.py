@@ -91,7 +91,8 @@ from mtmamba import (
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
-EVALUATION_BATCH = 4
+EVALUATION_BATCH = 8             # images, or as many as make
+EVALUATION_PIXELS = 2 ** 20      # pixels: four images of 512x512
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 
@@ -448,8 +449,9 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     are exactly the same for any number of processes.
     """
     rank, world = rank_and_world()
-    starts = range(0, len(dataset), EVALUATION_BATCH)[rank::world]
-    batches = [range(i, min(i + EVALUATION_BATCH, len(dataset))) for i in starts]
+    H, W = dataset[0]["image"].shape[1:]
+    size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
+    batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
                         num_workers=workers, worker_init_fn=ignore_signals)

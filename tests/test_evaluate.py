@@ -239,6 +239,7 @@ def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
     """More processes than batches: some have nothing to do."""
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
     dataset = SmallNYUDv2(nyud, "val", None)
+    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 4)
     alone, sums = evaluate.evaluate(model, dataset, torch.device("cpu"), max_dist=0.011), []
     monkeypatch.setattr(evaluate, "add_up", lambda tensor: sums[-1].append(tensor.clone()) or tensor)
     monkeypatch.setattr(metrics.Meter, "compute", lambda self: {"pixelF": 0.0})
@@ -249,6 +250,18 @@ def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
     total = [sum(parts) for parts in zip(*sums)]
     assert sums[2][0].sum() == 0 and total[0].sum() == sum((sample["semseg"] != 255).sum() for sample in dataset)
     assert 100 * ods_f(total[-1].numpy()) == alone["boundary"]["odsF"]
+
+
+@pytest.mark.parametrize("images, pixels, expected", [(8, 2 ** 20, [5]), (8, 2 * 48 * 64, [2, 2, 1]), (8, 1, [1] * 5),
+                                                      (3, 2 ** 20, [3, 2])])
+def test_batches_hold_few_images_and_few_pixels(images, pixels, expected, checkpoint, nyud, monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", images)
+    monkeypatch.setattr(evaluate, "EVALUATION_PIXELS", pixels)
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    found = []
+    model.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
+    evaluate.evaluate(model, SmallNYUDv2(nyud, "val", None), torch.device("cpu"))
+    assert found == expected
 
 
 def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, tmp_path):
