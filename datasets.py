@@ -36,6 +36,7 @@ Files of the benchmarks, as their archives have them:
 # Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
 # one image are read; labels and their checks; augmentation; the three commands, from main on.
 
+import abc
 import argparse
 import importlib
 import inspect
@@ -468,7 +469,7 @@ def column(vector):
 
 # -------------------------------------------------------------------- one's own, PASCAL-Context, NYUDv2, Cityscapes
 
-class LabelledDataset(torch.utils.data.Dataset):
+class LabelledDataset(torch.utils.data.Dataset, abc.ABC):
     """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
 
     One of one's own derives from it, with TASKS, list_names and read; `--dataset path/to/file.py:Class` of train.py and
@@ -504,16 +505,16 @@ class LabelledDataset(torch.utils.data.Dataset):
         if not self.names:
             raise ValueError(f"expected images of the split {split!r} in {type(self).__name__}, found none")
 
+    @abc.abstractmethod
     def list_names(self) -> list[str]:
         """The names of the split's images, in the order of the data set."""
-        raise NotImplementedError(f"{type(self).__name__} has to define list_names(), its images' names")
 
+    @abc.abstractmethod
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The image, uint8 (h, w, 3), and at least the labels of self.tasks, in the forms that as_label takes.
 
         Raises FileNotFoundError or ValueError, naming the file.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to define read(name), an image and its labels")
 
     def __len__(self):
         return len(self.names)

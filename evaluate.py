@@ -91,8 +91,8 @@ from mtmamba import (
 
 EVALUATION_IMAGES = 100          # of the synthetic data set
 EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
-EVALUATION_BATCH = 8             # images, or as many as make
-EVALUATION_PIXELS = 2 ** 20      # pixels: four images of 512x512
+EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size; memory grows with both
+EVALUATION_PIXELS = 2 ** 20
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}
 
@@ -365,11 +365,13 @@ def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | No
 
 
 def open_own_dataset(dataset: type, split: str, size: tuple[int, int], tasks: list[str] | None) -> Dataset:
-    """One of one's own, with the attribute tasks. Raises ValueError where its constructor takes other arguments."""
+    """One of one's own, with the attribute tasks. Raises ValueError where it cannot be made or is empty."""
     try:
         opened = dataset(split, tuple(size))
     except TypeError as error:
         raise ValueError(f"expected a constructor {dataset.__name__}(split, size), found: {error}") from error
+    if len(opened) == 0:
+        raise ValueError(f"expected samples of the split {split!r} in {dataset.__name__}, found none")
     opened.tasks = choose_tasks(dataset.TASKS, tasks)
     return opened
 

@@ -612,6 +612,7 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
 
 PLAIN = """
 import torch
+from datasets import LabelledDataset
 class Plain(torch.utils.data.Dataset):
     TASKS = {"semseg": 3, "depth": 1}
     def __init__(self, split, size):
@@ -629,6 +630,13 @@ class TwiceAsLarge(Plain):
     def __getitem__(self, index):
         sample = super().__getitem__(index)
         return sample | {"semseg": torch.zeros(1, 128, 128, dtype=torch.int64)}
+class Unvalidated(Plain):
+    def __len__(self):
+        return 20 if self.faulty else 0
+class Unread(LabelledDataset):
+    TASKS = {"depth": 1}
+    def list_names(self):
+        return ["a"]
 """
 
 
@@ -639,5 +647,8 @@ def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
     assert "scene 0, semseg: expected the shape (64, 64)" in message and "128" in message
     message = fails(capsys, 1, tmp_path / "b", "--dataset", f"{tmp_path / 'plain.py'}:Plain", *OWN, "--iterations", 10)
     assert "scene 18, depth: expected depths above 0" in message and "nan" in message and "--lr" not in message
+    for name, expected in (("Unvalidated", "expected samples of the split 'val' in Unvalidated, found none"),
+                           ("Unread", "abstract class Unread with")):
+        assert expected in fails(capsys, 2, tmp_path / "d", "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN)
     assert "expected a class 'Nothing'" in fails(capsys, 2, tmp_path / "c", "--dataset",
                                                  f"{tmp_path / 'plain.py'}:Nothing", *OWN)
