@@ -34,24 +34,27 @@ Files of the benchmarks, as their archives have them:
 """
 
 # Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
-# one image are read; labels and their checks; augmentation; the three commands, from main on.
+# one image are read; labels and their checks; augmentation; the three commands, from main on; how scripts write and
+# end, a section that evaluate.py and train.py share.
 
 import abc
 import argparse
+import errno
 import importlib
 import inspect
 import os
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from math import cos, pi, sin
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import scipy.io
@@ -61,7 +64,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import IGNORE, boundary_ground_truth, boundary_pixels, thin
+from metrics import IGNORE, boundary_ground_truth, boundary_pixels, follow_main, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -1415,15 +1418,12 @@ def main(argv: list[str] | None = None) -> int:
         messages = prepare(root, args.workers)
         print_problems("not prepared", messages)
         return int(bool(messages))
+    except KeyboardInterrupt:
+        parser.exit(130, "datasets.py: interrupted\n")
+    except WriteError as error:
+        parser.exit(1, f"datasets.py: {error}; make room, then run it again\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends a run on bad input with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def prepare(root: Path, workers: int) -> list[str]:
@@ -1439,7 +1439,7 @@ def prepare(root: Path, workers: int) -> list[str]:
 
 
 def prepare_image(root: Path, name: str) -> str | None:
-    """Returns a message where the image's files are missing or wrong. Raises OSError where writing fails."""
+    """Returns a message where the image's files are missing or wrong. Raises WriteError."""
     files = PascalFiles(root, name, prepared=False)
     target = files.path(*files.PREPARED)
     if target.exists() and all(files.path(*place).exists() for place in files.ORIGINALS) and not files.outdated():
@@ -1448,9 +1448,8 @@ def prepare_image(root: Path, name: str) -> str | None:
         packed = files.pack()
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    Image.fromarray(packed).save(temporary, "PNG")
-    os.replace(temporary, target)
+    with replacing(target, f".{os.getpid()}.tmp") as file:    # of its own, as somebody else may be preparing, too
+        Image.fromarray(packed).save(file, "PNG")
 
 
 def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
@@ -1534,11 +1533,14 @@ def print_problems(kind: str, messages: list[str], shown: int = 3):
 
 def parallel(function: Callable, items: Iterable, workers: int, description: str) -> list:
     """[function(item) for item in items] on `workers` processes (1: in this one), with a progress bar."""
-    bar = partial(tqdm, desc=description, total=len(items), unit="img")
-    if workers == 1:
-        return [function(item) for item in bar(items)]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(bar(pool.map(function, items, chunksize=8)))
+    pool = ProcessPoolExecutor(workers, initializer=follow_main) if workers > 1 else None
+    results = pool.map(function, items, chunksize=8) if pool else map(function, items)
+    try:
+        with tqdm(results, description, len(items), unit="img") as bar:
+            return list(bar)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 # By class of Synthetic: those of LabelMap, PASCAL VOC and NYUDv2 that come closest. Sphere, box, cylinder: potted
@@ -1557,7 +1559,7 @@ def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = Non
     a data set of DATASETS below root. size: (h, w) of the images in pixels, None for 375x500, 425x560 or 1024x2048; of
     PASCAL-Context's images every fourth is upright.
 
-    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses.
+    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses, WriteError.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"expected an empty or a new folder, found {root}; name another one or remove it")
@@ -1615,15 +1617,17 @@ def save_file(path: Path, content):
     """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255 or
     of 16 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".mat":
-        scipy.io.savemat(path, content, do_compression=True)
-    elif path.suffix == ".npy":
-        np.save(path, content)
-    elif path.suffix == ".txt":
-        path.write_text(content, encoding="utf-8")
-    else:
-        pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
-        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path, quality=95)
+    with replacing(path) as file:
+        if path.suffix == ".mat":
+            scipy.io.savemat(file, content, do_compression=True)
+        elif path.suffix == ".npy":
+            np.save(file, content)
+        elif path.suffix == ".txt":
+            file.write(content.encode())
+        else:
+            pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
+            picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            picture.save(file, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], quality=95)
 
 
 def part_objects(maps: dict[str, np.ndarray]) -> np.ndarray:
@@ -1652,6 +1656,67 @@ def normal_pixels(normal: np.ndarray) -> np.ndarray:
     return (normal + 1) * 255 / 2
 
 
+# --------------------------------------------- how scripts write and end, shared with evaluate.py and train.py
+
+class Parser(argparse.ArgumentParser):
+    """Ends a run on bad input with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def interrupt(number: int, frame: object):
+    """The handler of SIGTERM: it ends a script as Ctrl-C does, with its processes and what is written half."""
+    signal.signal(number, signal.SIG_IGN)    # launchers and clusters send several
+    raise KeyboardInterrupt
+
+
+class WriteError(OSError):
+    """Names what could not be written, and why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk and the like raise into a WriteError, also where a library raises another error for it."""
+    try:
+        yield
+    except Exception as error:
+        reason, cause = None, error
+        while cause:
+            reason = cause if isinstance(cause, OSError) else reason
+            cause = cause.__cause__ or cause.__context__
+        if reason is None:
+            raise
+        raise WriteError(f"cannot write {path} ({reason.strerror or reason})") from error
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
+    nothing is left where writing fails. Raises WriteError then."""
+    temporary = path.with_suffix(suffix)
+    try:
+        with writing(path):
+            with open(temporary, "wb") as file:
+                yield file
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def append(path: Path, text: str):
+    """Adds the whole text to the end of a file, or nothing. Raises WriteError then."""
+    data = text.encode()
+    with writing(path), open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):    # what a disk still has room for
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     warnings.filterwarnings("ignore", ".*older than their originals")    # `check` says it, and `prepare` ends it
     sys.exit(main())

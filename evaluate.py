@@ -27,6 +27,7 @@ import argparse
 import atexit
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -56,12 +57,17 @@ from datasets import (
     NYUDv2,
     Parser,
     Synthetic,
+    WriteError,
+    append,
     centred,
     choose_tasks,
     find_dataset_class,
+    interrupt,
     read_image,
     read_names,
+    replacing,
     to_tensor,
+    writing,
 )
 from metrics import (
     LOWER_IS_BETTER,
@@ -70,6 +76,7 @@ from metrics import (
     boundary_counts,
     boundary_counts_each,
     delta_m,
+    follow_main,
     make_meters,
     ods_f,
 )
@@ -111,7 +118,8 @@ PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (27
 
 
 def main(argv: list[str] | None = None) -> Results:
-    """The scores; empty with --cost, --export and --image. Exit code 2 on bad input, 1 where a picture was skipped."""
+    """The scores; empty with --cost, --export and --image. Exit code 2 on bad input, 1 where a picture was skipped or
+    something could not be written."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -132,6 +140,10 @@ def main(argv: list[str] | None = None) -> Results:
                 return score(args, model, config, device)
             # The sum is a barrier, too: torchrun ends the others when a process fails.
             skipped = int(add_up(torch.tensor(draw_pictures(args, model, device), device=device)))
+    except KeyboardInterrupt:
+        parser.exit(130, "evaluate.py: interrupted\n")
+    except WriteError as error:
+        parser.exit(1, f"evaluate.py: {error}; make room, or name another folder with --out\n")
     except (ValueError, OSError) as error:
         parser.error(str(error).strip().splitlines()[-1])    # a worker's error has its traceback above that line
     finally:
@@ -426,9 +438,9 @@ def read_baseline(path: Path | None, dataset: str, tasks: Iterable[str]) -> dict
 
 
 def compare(results: Results, baseline: dict[str, float] | None) -> float | None:
-    """delta_m over the tasks that were scored; None where there is no baseline."""
+    """delta_m over the tasks that were scored; None where there are none, or no baseline."""
     figures = {task: metrics[primary(task, metrics)] for task, metrics in results.items()}
-    return delta_m(figures, {task: baseline[task] for task in figures}) if baseline else None
+    return delta_m(figures, {task: baseline[task] for task in figures}) if baseline and figures else None
 
 
 def primary(task: str, metrics: dict[str, float]) -> str:
@@ -456,7 +468,7 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
     with_odsf = max_dist is not None and "boundary" in model.tasks
     loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
-                        num_workers=workers, worker_init_fn=ignore_signals)
+                        num_workers=workers, worker_init_fn=follow_main)
     meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -480,8 +492,9 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     training = model.training
     model.eval()
     counts = np.zeros((len(THRESHOLDS), 4), np.int64)
-    for image_counts in boundary_counts_each(boundaries(), max_dist, workers if with_odsf else 0):
-        counts += image_counts
+    with contextlib.closing(boundaries()) as pairs:
+        for image_counts in boundary_counts_each(pairs, max_dist, workers if with_odsf else 0):
+            counts += image_counts
     model.train(training)
 
     shared = device if device.type == "cuda" else "cpu"    # where processes add up
@@ -557,13 +570,15 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
     maps: of `prediction`, (1 or 3, h, w).
     """
     for task, values in maps.items():
-        path = folder / task / name
+        metric = task in ("depth", "normal")
+        path = folder / task / f"{name}.{'npy' if metric else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if task in ("depth", "normal"):
-            np.save(f"{path}.npy", values.squeeze(0).cpu().numpy())
-        else:
-            pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
-            Image.fromarray(pixels).save(f"{path}.png")
+        with replacing(path) as file:
+            if metric:
+                np.save(file, values.squeeze(0).cpu().numpy())
+            else:
+                pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
+                Image.fromarray(pixels).save(file, "PNG")
 
 
 def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Results:
@@ -703,7 +718,9 @@ def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, p
         metric, score = PRIMARY[task], "" if meters[task].empty() else meters[task].compute()[PRIMARY[task]]
         suffix = {"RMSE": f" {unit}", "mErr": "\N{DEGREE SIGN}"}.get(metric, " %")
         legends.append(explain(task, truths[task], channels, unit, score and f"{metric} here: {score:.2f}{suffix}"))
-    contact_sheet(["image", *titles.values()], [*rows, [legend([]), *legends]]).save(path)
+    sheet = contact_sheet(["image", *titles.values()], [*rows, [legend([]), *legends]])
+    with replacing(path) as file:
+        sheet.save(file, "PNG")
     return path
 
 
@@ -781,13 +798,12 @@ def claim(folder: Path, names: list[str], inputs: list[Path]):
 @contextlib.contextmanager
 def placing(folder: Path) -> Iterator[Path]:
     """A new folder to write to, whose files are then moved to the same places in `folder`: whole, and first entered in
-    its list."""
-    with tempfile.TemporaryDirectory(dir=folder) as new:
+    its list. Raises WriteError."""
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder) as new:
         yield Path(new)
         for path in sorted(path for path in Path(new).rglob("*") if path.is_file()):
             name = path.relative_to(new)
-            with open(folder / MANIFEST, "a", encoding="utf-8") as file:
-                file.write(f"{digest(path)}  {name.as_posix()}\n")
+            append(folder / MANIFEST, f"{digest(path)}  {name.as_posix()}\n")
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(path, folder / name)
 
@@ -1018,7 +1034,8 @@ def export(args: argparse.Namespace):
         path = Path(folder) / args.export.name
         expected = model(image)
         try:
-            write(model, image, path)
+            with writing(args.export):
+                write(model, image, path)
             outputs = run(path, image)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
@@ -1034,7 +1051,9 @@ def export(args: argparse.Namespace):
 
 
 def write_pt2(model: MTMamba, image: Tensor, path: Path):
-    torch.export.save(torch.export.export(model, (image,)), path)
+    buffer = io.BytesIO()    # PyTorch's writer of these files aborts the process where a disk is full
+    torch.export.save(torch.export.export(model, (image,)), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:
@@ -1107,14 +1126,6 @@ def add_up(sums: Tensor) -> Tensor:
     return sums
 
 
-def ignore_signals(worker: int):
-    """Ctrl-C and a cluster's signals reach a loader's processes, too: what they mean is for the main process to decide,
-    with whose end they end."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
 def check_writable(folder: Path):
     """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
     probe = folder / f".{os.getpid()}.tmp"
@@ -1132,23 +1143,11 @@ def check_writable(folder: Path):
             probe.unlink()
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
-    nothing is left where writing fails."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, content: dict):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     main()

@@ -15,14 +15,18 @@ is two tensors of sums, on the device of what it is fed: they add up over batche
 no update waits for the device. The boundary score odsF has its own functions.
 
 Reads: delta_m; Meter, a kind of it for each task, and make_meters, which chooses; odsF, from the score down to thinning
-and matching.
+and matching; processes beside the main one.
 """
 
 import math
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import torch
@@ -298,14 +302,18 @@ def boundary_counts_each(items: Iterable, max_dist: float, workers: int) -> Iter
         for prediction, truth in items:
             yield boundary_counts(prediction, truth, max_dist)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_main)
+    try:
         pending = deque()
         for prediction, truth in items:
-            pending.append(pool.submit(boundary_counts, prediction, truth, max_dist))
+            with signals_waiting():    # a process that this starts needs seconds until it runs follow_main
+                pending.append(pool.submit(boundary_counts, prediction, truth, max_dist))
             if len(pending) == 4 * workers:    # enough to keep the processes busy, and little memory
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dist: float) -> np.ndarray:
@@ -536,3 +544,30 @@ def _check_pair(prediction: np.ndarray, target: np.ndarray, max_dist: float):
     if not 0 <= max_dist <= 1:
         raise ValueError(f"max_dist is a fraction of the image's diagonal, from 0 to 1, found {max_dist}; divide "
                          "pixels by sqrt(H^2 + W^2)")
+
+
+# ------------------------------------------------------------------------------------ processes beside the main one
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def follow_main(*_):
+    """The first thing that a process of a pool or a loader does. Ctrl-C and a cluster's signals reach it, too: what
+    they mean is for the main process to decide, with which this one ends, even where that is killed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if main := parent_process():
+        threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def signals_waiting():
+    """Signals arrive after it; a process that is started in it inherits that they wait."""
+    if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends none
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

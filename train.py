@@ -55,9 +55,13 @@ from datasets import (
     LabelledDataset,
     Parser,
     Synthetic,
+    WriteError,
+    append,
     check_sample,
     check_samples,
     find_dataset_class,
+    interrupt,
+    replacing,
 )
 from evaluate import (
     MAX_DIST,
@@ -72,7 +76,6 @@ from evaluate import (
     depth_name,
     evaluate,
     held_out,
-    ignore_signals,
     is_published,
     load_checkpoint,
     load_weights,
@@ -82,12 +85,11 @@ from evaluate import (
     print_table,
     rank_and_world,
     read_checkpoint,
-    replacing,
     save_contact_sheet,
     start,
     write_json,
 )
-from metrics import PRIMARY, delta_m
+from metrics import PRIMARY, SIGNALS, delta_m, follow_main
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, DenseHead, MTMamba
 
 LR_POWER = 0.9
@@ -159,6 +161,8 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
 def explain(error: Exception) -> str | None:
     """One line for what stops a run from outside, None for what needs its traceback."""
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, WriteError):
+        return f"{text}; what was saved before is as it was. Make room, then go on with --resume"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
     if "Too many open files" in text or "ancdata" in text:    # the second is how a process learns of the first
@@ -329,13 +333,15 @@ class Run:
 
         with Interruption() as interruption:
             finished = self.train(interruption)
-            trained = self.evaluate_and_keep_best(interruption, final=True) if finished else None
+            trained = self.evaluate("evaluating", final=True, interruption=interruption) if finished else None
             if trained is None:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; go on with the same command and "
                       "--resume")
                 return {}
             results = {"trained": trained, **others}
-            self.log.write_results(results)
+            self.log.print_results(results)    # before anything is written, which may fail
+            self.keep(trained)
+            self.log.write_results(trained)
         return results
 
     def train(self, interruption: "Interruption") -> bool:
@@ -347,7 +353,9 @@ class Run:
             with self.log.open_bar(self.iteration) as bar:
                 while self.iteration < args.iterations:
                     if self.evaluation_is_due():
-                        self.evaluate_and_keep_best(interruption)
+                        results = self.evaluate("evaluating", interruption=interruption)
+                        if results is not None:
+                            self.keep(results)
                     if self.any_process(interruption.noted):
                         break
                     self.log.add(self.step(loader))
@@ -407,27 +415,25 @@ class Run:
         self.scaler.update()
         return Report(self.iteration, lr, add_up(sums))
 
-    def evaluate(self, description: str = "evaluating", final: bool = False, stop=None) -> Results | None:
-        """On all held-out images, in float32; with odsF only in the final one, as it takes longer than the rest."""
+    def evaluate(self, description: str, final: bool = False,
+                 interruption: "Interruption | None" = None) -> Results | None:
+        """Scores the weights as they are on all held-out images, in float32; with odsF only in the final one, as it
+        takes longer than the rest. None where it was interrupted: the weights are in last.pt."""
         if self.world > 1:
             for name, buffer in self.model.named_buffers():
                 if "running_" in name:    # of batch norm: where it is not synchronised, the first process's count
                     dist.broadcast(buffer, 0)
         return evaluate(self.model, self.held_out, self.device, description, self.args.workers,
-                        MAX_DIST.get(self.args.dataset) if final else None, stop=stop)
+                        MAX_DIST.get(self.args.dataset) if final else None,
+                        stop=interruption and (lambda: interruption.noted))
 
-    def evaluate_and_keep_best(self, interruption: "Interruption", final: bool = False) -> Results | None:
-        """Scores the weights as they are; the best ones by delta_m are kept in best.pt. None where interrupted: the
-        weights are in last.pt."""
-        results = self.evaluate(final=final, stop=lambda: interruption.noted)
-        if results is None:
-            return None
+    def keep(self, results: Results):
+        """Logs the scores of the weights as they are; the best weights by delta_m are kept in best.pt."""
         figures = {task: metrics[PRIMARY[task]] for task, metrics in results.items() if task in self.baseline}
         score = delta_m(figures, {task: self.baseline[task] for task in figures}) if figures else None
         self.evaluated = self.iteration
         self.log.write_scores(self.iteration, results, score)
         self.checkpoints.keep_best(score, self.iteration)
-        return results
 
 
 class Interruption:
@@ -435,11 +441,9 @@ class Interruption:
     Slurm warns with, HUP of a closed terminal, all of them however often; and Ctrl-C, of which a second one ends the
     run at once."""
 
-    SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
     def __enter__(self):
         self.noted = False
-        self.handlers = {number: signal.signal(number, self.note) for number in self.SIGNALS
+        self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS
                          if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
         return self
 
@@ -488,7 +492,7 @@ def open_loader(dataset: Dataset, args: argparse.Namespace, start: int, rank: in
                                                      label_scale=getattr(dataset, "LABEL_SCALE", 1))
     return iter(DataLoader(dataset, batch_sampler=batch_shares(dataset, args, start, rank, world),
                            num_workers=args.workers, collate_fn=collate, pin_memory=device.type == "cuda",
-                           worker_init_fn=ignore_signals))
+                           worker_init_fn=follow_main))
 
 
 def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int) -> dict:
@@ -676,22 +680,14 @@ class Checkpoints:
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None):
-    """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there.
-
-    Raises RunError, and leaves no part of the new one, where it cannot be written.
-    """
-    try:
-        with replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous and path.exists():
-                os.replace(path, previous)
-    except (OSError, RuntimeError) as error:    # PyTorch's writer turns some of the first into the second
-        reason = str(error).splitlines()[0]
-        raise RunError(f"cannot write {path} ({reason}); the last checkpoint is as it was. Make room, then go on with "
-                       "--resume") from error
+    """Replaces an existing file only by a whole one that is on the disk; with previous, keeps the old one there. Raises
+    WriteError."""
+    with replacing(path) as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
@@ -795,8 +791,7 @@ class Log:
 
     def write(self, line: dict):
         if self.active:
-            with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.args.out / "log.jsonl", json.dumps(line) + "\n")
 
     def open_bar(self, iteration: int) -> tqdm:
         size = self.args.batch_size
@@ -841,18 +836,22 @@ class Log:
             folder.mkdir(exist_ok=True)
             save_contact_sheet(self.model, self.held_out, self.device, folder / f"{iteration:06d}.png")
 
-    def write_results(self, results: dict[str, Results]):
-        """The final table, results.json and the last contact sheet."""
-        if not self.active:
-            return
-        args, trained = self.args, results["trained"]
-        if args.dataset in PAPER:
-            print_paper_table(trained, PAPER[args.dataset], depth_name(self.model))
+    def print_results(self, results: dict[str, Results]):
+        """The final table: of the trained model, and what it is compared with."""
+        dataset, trained = self.args.dataset, results["trained"]
+        if dataset in PAPER:
+            print_paper_table(trained, PAPER[dataset], depth_name(self.model))
         else:
             print_table(results)
-        improvement = compare(trained, SINGLE_TASK.get(args.dataset))
+        improvement = compare(trained, SINGLE_TASK.get(dataset))
         if improvement is not None:
             print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
+
+    def write_results(self, trained: Results):
+        """results.json and the last contact sheet."""
+        if not self.active:
+            return
+        args, improvement = self.args, compare(trained, SINGLE_TASK.get(self.args.dataset))
         write_json(args.out / "results.json", dict(dataset=args.dataset, checkpoint=str(args.out / "last.pt"),
                                                    images=len(self.held_out), results=trained, delta_m=improvement))
         print("checkpoint:", args.out / "last.pt", "(the best one: best.pt)")
@@ -900,4 +899,5 @@ def open_tensorboard(folder: Path):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)    # until a run knows what to do with it
     main()

@@ -23,6 +23,14 @@ import metrics
 TESTS = Path(__file__).parent
 
 
+def descendants(pid: int) -> list[int]:
+    """The pids of a process's processes, and of theirs, on Linux."""
+    children = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        children += map(int, tasks.read_text().split())
+    return children + [other for child in children for other in descendants(child)]
+
+
 def server() -> multiprocessing.context.BaseContext:
     """Its processes are forked from one that has imported the project; it is started where it does not run yet."""
     context = multiprocessing.get_context("forkserver")

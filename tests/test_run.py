@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from test_model import published_state
 
 import datasets
 import evaluate
+import metrics
 import train
 from conftest import TINY_SWIN
 from datasets import PascalContext, Synthetic
@@ -282,7 +282,7 @@ def test_terminated_by_launcher_and_cluster(driver, tmp_path):
 @pytest.fixture
 def signals(monkeypatch):
     """signals(iteration, *numbers): sends them to this process, once, in the midst of that iteration's step."""
-    handlers = {number: signal.getsignal(number) for number in train.Interruption.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in metrics.SIGNALS}
 
     def send(iteration, *numbers, method="step"):
         inner, unsent = getattr(train.Run, method), list(numbers)
@@ -297,7 +297,7 @@ def signals(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", train.Interruption.SIGNALS)
+@pytest.mark.parametrize("number", metrics.SIGNALS)
 def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
     twice = () if number == signal.SIGINT else (number, signal.SIGTERM)
     signals(3, number, *twice)
@@ -373,21 +373,6 @@ def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys
     path, content = train.find_checkpoint(tmp_path)
     assert path.name == "previous.pt" and content["iteration"] == 5
     assert f"cannot resume from {tmp_path / 'last.pt'}" in capsys.readouterr().err
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
-    """By a limit on the size of files, which the operating system reports in the same way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(train.RunError, match=r"cannot write .*last.pt \(.*Make room"):
-            train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)}, tmp_path / "previous.pt")
-        message = fails(capsys, 1, tmp_path / "run", "--variant", "stm1", "--tasks", "depth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert load(tmp_path / "last.pt") == {"iteration": 1} and [f.name for f in tmp_path.glob("*.*")] == ["last.pt"]
-    assert f"cannot write {tmp_path / 'run/last.pt'}" in message and not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_what_stops_a_run_from_outside_is_told_in_one_line():

@@ -1,0 +1,232 @@
+"""How the scripts end early, on a full disk and by signals to all their processes: what they say, what they leave."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import evaluate
+import train
+from processes import descendants
+
+TINY = ["--encoder", "convnext_atto", "--encoder-kwargs", json.dumps(dict(dims=(4, 4, 4, 4), depths=(1, 1, 1, 1))),
+        "--no-pretrained", "--variant", "stm1", "--tasks", "semseg", "boundary", "--img-size", "64", "64",
+        "--batch-size", "2", "--iterations", "1", "--device", "cpu"]
+FULL = "No space left on device"
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(path): a file that can be opened and not written to."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+
+    def put(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to("/dev/full")
+    return put
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of files, by which an operating system cuts them as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def nyud(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "NYUDv2"
+    datasets.export("nyud", root, 8, (64, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(nyud, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    train.main([*TINY, "--dataset", "nyud", "--data-root", str(nyud), "--workers", "0", "--out", str(out)])
+    return out / "last.pt"
+
+
+def ends(capsys, main, *arguments):
+    """(exit code, what was printed, the last line of the errors)"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    return exit.value.code, printed.out, printed.err.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------------- full disk
+
+@pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "best.pt", "pictures/000001.png", "results.json",
+                                  "contact_sheet.png"])
+def test_training_names_the_file_and_can_be_resumed(name, full_disk, nyud, tmp_path, capsys):
+    path = tmp_path / name
+    temporary = path if name == "log.jsonl" else path.with_suffix(".tmp")
+    full_disk(temporary)
+    arguments = [*TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 0, "--out", tmp_path]
+    code, output, error = ends(capsys, train.main, *arguments)
+    assert code == 1 and error == (f"train.py: cannot write {path} ({FULL}); what was saved before is as it was. Make "
+                                   "room, then go on with --resume")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert ("odsF" in output) == (name not in ("log.jsonl", "last.pt"))    # the table, before what may fail
+    temporary.unlink(missing_ok=True)
+    train.main([*map(str, arguments), "--resume"])
+    assert path.exists() and (tmp_path / "results.json").exists()
+
+
+def test_old_files_stay_where_a_part_of_the_new_ones_fits(small_files, tmp_path):
+    train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
+    datasets.append(tmp_path / "log", "line\n")
+    with pytest.raises(datasets.WriteError, match=r"cannot write .*last.pt \(File too large\)$"):
+        train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)}, tmp_path / "previous.pt")
+    with pytest.raises(datasets.WriteError, match=r"cannot write .*log \("):
+        datasets.append(tmp_path / "log", "x" * 200_000)
+    assert torch.load(tmp_path / "last.pt") == {"iteration": 1} and (tmp_path / "log").read_text() == "line\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log"]
+
+
+def test_only_what_the_disk_refuses_is_called_unwritable(tmp_path):
+    with pytest.raises(KeyError), datasets.replacing(tmp_path / "a"):
+        raise KeyError
+    with pytest.raises(datasets.WriteError, match=r"^cannot write out \(Is a directory\)$"), datasets.writing("out"):
+        with datasets.replacing(tmp_path / "folder") as file:    # of two, the outer one names what the user knows
+            (tmp_path / "folder").mkdir()
+            file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "contact_sheet.png", "maps/semseg/synthetic_val_00001.png"])
+def test_evaluation_names_the_file(name, full_disk, nyud, trained, tmp_path, capsys):
+    full_disk((tmp_path / name).with_suffix(".tmp"))
+    code, output, error = ends(capsys, evaluate.main, "--checkpoint", trained, "--data-root", nyud, "--dataset", "nyud",
+                               "--out", tmp_path, "--workers", 0, "--save-predictions", tmp_path / "maps")
+    assert code == 1 and error == (f"evaluate.py: cannot write {tmp_path / name} ({FULL}); make room, or name another "
+                                   "folder with --out")
+    assert not list(tmp_path.rglob("*.tmp")) and ("odsF" in output) == ("maps" not in name)
+
+
+def test_pictures_name_their_folder_and_exports_their_file(small_files, trained, tmp_path, capsys):
+    rows = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    Image.fromarray(rows).resize((512, 384)).save(tmp_path / "a.jpg")
+    command = "--checkpoint", trained, "--device", "cpu"
+    for arguments, path in ((["--image", tmp_path / "a.jpg", "--out", tmp_path / "out"], tmp_path / "out"),
+                            (["--export", tmp_path / "model.pt2"], tmp_path / "model.pt2")):
+        code, _, error = ends(capsys, evaluate.main, *command, *arguments)
+        assert code == 1 and f"cannot write {path} (" in error, error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jpg", "out"]
+
+
+def test_preparing_and_exporting_name_the_file(full_disk, tmp_path, capsys):
+    root = tmp_path / "data"
+    datasets.export("pascal", root, 4, (40, 48))
+    full_disk(root / f"prepared/synthetic_train_00002.{os.getpid()}.tmp")
+    command = "prepare", "--dataset", "pascal", "--root", root, "--workers", 1
+    code, _, error = ends(capsys, datasets.main, *command)
+    path = root / "prepared/synthetic_train_00002.png"
+    assert code == 1 and error == f"datasets.py: cannot write {path} ({FULL}); make room, then run it again"
+    assert len(list((root / "prepared").iterdir())) == 2
+    assert datasets.main(list(map(str, command))) == 0
+    with pytest.raises(datasets.WriteError, match=rf"cannot write .*a.mat \({FULL}\)"):
+        full_disk(tmp_path / "a.tmp")
+        datasets.save_file(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 3))})
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+SLOW = """
+import multiprocessing, os, sys, time
+import datasets, evaluate, metrics, train
+if "SPAWN" in os.environ:    # as without the tests, which fork them
+    metrics.get_context = multiprocessing.get_context
+evaluate.EVALUATION_BATCH = 1
+of_one_size, suppress, pack = evaluate.of_one_size, metrics.suppress_non_maxima, datasets.PascalFiles.pack
+evaluate.of_one_size = lambda batches: (time.sleep(1.5) or batch for batch in of_one_size(batches))
+metrics.suppress_non_maxima = lambda prediction: time.sleep(1.5) or suppress(prediction)
+datasets.PascalFiles.pack = lambda files: time.sleep(0.2) or pack(files)
+if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGTERM, datasets.interrupt)
+    {"train": train, "evaluate": evaluate, "datasets": datasets}[sys.argv[1]].main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def slowly(script, tmp_path):
+    """slowly(name, *arguments, processes): a script that has as many processes beside it now, at work."""
+    (tmp_path / "slowly.py").write_text(SLOW)
+
+    def start(*command, processes, marker, **environment):
+        run = script(tmp_path / "slowly.py", *command, **environment)
+        errors = run.files[1]
+        while not errors.exists() or marker not in errors.read_text() or len(descendants(run.pid)) < processes:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        time.sleep(0.5)
+        return run, descendants(run.pid)
+    return start
+
+
+def end(run, others, *numbers):
+    """Signals to it and all of its processes. Returns (exit code, output, errors) once all have ended."""
+    for number in numbers:
+        for pid in (run.pid, *others):
+            os.kill(pid, number)
+    output, error = run.communicate(timeout=60)
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in others):
+        assert time.time() < deadline, "processes are left"
+        time.sleep(0.05)
+    assert "Traceback" not in error, error
+    return run.poll(), output, error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+def test_signals_to_all_processes_of_a_final_evaluation(slowly, nyud, tmp_path):
+    """Those that load and those that match boundaries, here one that has just been started, leave it to the main one
+    what the signals mean."""
+    run, others = slowly("train", *TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 1, "--out",
+                         tmp_path / "run", processes=2, marker="evaluating", SPAWN="")
+    code, output, _ = end(run, others, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    assert code == 0 and "stopped after iteration 1 of 1; go on with" in output
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "log.jsonl"}
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT]])
+def test_signals_to_all_processes_end_a_script_in_one_line(numbers, slowly, nyud, trained, tmp_path):
+    run, others = slowly("evaluate", "--checkpoint", trained, "--data-root", nyud, "--dataset", "nyud", "--out",
+                         tmp_path / "out", "--workers", 1, processes=2, marker="evaluating")
+    assert end(run, others, *numbers)[::2] == (130, "evaluate.py: interrupted")
+    assert not list((tmp_path / "out").iterdir())
+
+    root = tmp_path / "data"
+    datasets.export("pascal", root, 60, (40, 48))
+    run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", root, "--workers", 2, processes=2,
+                         marker="preparing")
+    assert end(run, others, *numbers)[::2] == (130, "datasets.py: interrupted")
+    assert 0 < len(list((root / "prepared").glob("*.png"))) < 75 and not list(root.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+def test_no_process_outlives_a_main_one_that_is_killed(slowly, nyud, trained, tmp_path):
+    run, others = slowly("evaluate", "--checkpoint", trained, "--data-root", nyud, "--dataset", "nyud", "--out",
+                         tmp_path, "--workers", 1, processes=2, marker="evaluating")
+    run.kill()
+    end(run, others)
+    datasets.export("pascal", tmp_path / "data", 60, (40, 48))
+    run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", tmp_path / "data", "--workers", 2,
+                         processes=2, marker="preparing")
+    run.kill()
+    end(run, others)
