@@ -1211,17 +1211,20 @@ def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
     """Raises ValueError, naming the sample and the task, where a sample is not as the module's docstring has it.
 
     tasks: output channels by task; label_scale: height and width of the labels in those of the image.
-    LabelledDataset checks what it reads, so this is for data sets that do not derive from it.
     """
-    name, image = sample.get("name"), sample["image"]
+    name, image = sample.get("name"), sample.get("image")
+    if not isinstance(name, str) or image is None or "size" not in sample:
+        raise ValueError(f"{name}: expected the entries image, name and size in a sample, found {sorted(sample)}")
     if image.ndim != 3 or len(image) != 3 or image.dtype != torch.float32 or not image.isfinite().all():
         raise ValueError(f"{name}: expected an image of finite float32 (3, H, W), found {image.dtype} "
-                         f"{tuple(image.shape)}")
+                         f"{tuple(image.shape)} with {(~image.isfinite()).sum()} values that are not finite")
     size = tuple(label_scale * n for n in image.shape[1:])
     for task, channels in tasks.items():
         with naming(f"{name}, {task}"):
             expect(task in sample, "a label", f"those of {sorted(set(sample) & set(PADDING))}")
-            label = sample[task].numpy()
+            label = sample[task]
+            expect(isinstance(label, Tensor), "a tensor", type(label).__name__)
+            label = label.numpy()
             expect(label.ndim == 3, f"the shape (C, {size[0]}, {size[1]})", label.shape)
             known = as_label(task, label, channels, size)
             if task == "normal":
@@ -1231,13 +1234,18 @@ def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
                 expect((label > 0).all(), f"depths above 0, or {IGNORE} where unknown", label[label <= 0])
 
 
+def checks_itself(dataset: torch.utils.data.Dataset) -> bool:
+    """Whether its samples are those of a class of this module, which checks what it reads."""
+    return type(dataset).__getitem__.__module__ == __name__
+
+
 def check_samples(dataset: torch.utils.data.Dataset, count: int = 16) -> list[str]:
     """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each of
     saliency and boundary without a positive pixel. Raises ValueError as check_sample, and what the data set raises."""
     tasks = dict(getattr(dataset, "tasks", dataset.TASKS))
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     messages = []
-    for sample in samples if not isinstance(dataset, LabelledDataset) else ():    # which has checked them
+    for sample in samples if not checks_itself(dataset) else ():
         check_sample(sample, tasks, getattr(dataset, "LABEL_SCALE", 1))
     for task in tasks:
         labels, positive = [sample[task] for sample in samples], task in ("saliency", "boundary")

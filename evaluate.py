@@ -60,6 +60,8 @@ from datasets import (
     WriteError,
     append,
     centred,
+    check_sample,
+    checks_itself,
     choose_tasks,
     find_dataset_class,
     interrupt,
@@ -513,13 +515,15 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
 
 
 class WithTruth(Dataset):
-    """A data set's samples, each with the boundaries that odsF scores against (None where it does not)."""
+    """A data set's samples, checked, each with the boundaries that odsF scores against (None where it does not)."""
 
     def __init__(self, dataset: Dataset, truths: bool, scored: set[str] | None):
         self.dataset, self.truths, self.scored = dataset, truths, scored
 
     def __getitem__(self, index):
         sample = self.dataset[index]
+        if not checks_itself(self.dataset):
+            check_sample(sample, self.dataset.tasks, getattr(self.dataset, "LABEL_SCALE", 1))
         wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
         return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
 

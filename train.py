@@ -52,13 +52,13 @@ from tqdm import tqdm
 from datasets import (
     DATASETS,
     IGNORE,
-    LabelledDataset,
     Parser,
     Synthetic,
     WriteError,
     append,
     check_sample,
     check_samples,
+    checks_itself,
     find_dataset_class,
     interrupt,
     replacing,
@@ -487,9 +487,8 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 def open_loader(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int,
                 device: torch.device) -> Iterator[dict]:
     """Loads what batch_shares lists."""
-    checked = isinstance(dataset, (Synthetic, LabelledDataset))
-    collate = None if checked else functools.partial(collate_checked, tasks=dataset.tasks,
-                                                     label_scale=getattr(dataset, "LABEL_SCALE", 1))
+    collate = None if checks_itself(dataset) else functools.partial(collate_checked, tasks=dataset.tasks,
+                                                                    label_scale=getattr(dataset, "LABEL_SCALE", 1))
     return iter(DataLoader(dataset, batch_sampler=batch_shares(dataset, args, start, rank, world),
                            num_workers=args.workers, collate_fn=collate, pin_memory=device.type == "cuda",
                            worker_init_fn=follow_main))
@@ -499,6 +498,10 @@ def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int
     """A batch of a data set that does not check its samples itself. Raises ValueError that names sample and task."""
     for sample in samples:
         check_sample(sample, tasks, label_scale)
+        size, first = (tuple(one["image"].shape[1:]) for one in (sample, samples[0]))
+        if size != first:
+            raise ValueError(f"{sample['name']}: expected an image of {first[0]}x{first[1]} pixels as that of "
+                             f"{samples[0]['name']}, found {size[0]}x{size[1]}; give all that train one size")
     return default_collate(samples)
 
 

@@ -596,7 +596,7 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
 
 
 PLAIN = """
-import torch
+import numpy, torch
 from datasets import LabelledDataset
 class Plain(torch.utils.data.Dataset):
     TASKS = {"semseg": 3, "depth": 1}
@@ -618,6 +618,27 @@ class TwiceAsLarge(Plain):
 class Unvalidated(Plain):
     def __len__(self):
         return 20 if self.faulty else 0
+class UnevenlyLarge(Plain):
+    def __getitem__(self, index):
+        self.faulty, self.size = False, (64, 64) if index != (0, 18) else (64, 96)
+        return super().__getitem__(index)
+class FaultyInValidation(Plain):
+    def __init__(self, split, size):
+        self.size, self.faulty = size, split == "val"
+class Unnamed(Plain):
+    def __getitem__(self, index):
+        return {key: value for key, value in super().__getitem__(index).items() if key != "name"}
+class Overridden(LabelledDataset):
+    TASKS = {"depth": 1}
+    def list_names(self):
+        return [f"scene {i}" for i in range(20)]
+    def read(self, name):
+        return numpy.zeros((64, 64, 3), numpy.uint8), {"depth": numpy.ones((64, 64))}
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index == (0, 18):
+            sample["depth"][0, 5, 7] = -3
+        return sample
 class Unread(LabelledDataset):
     TASKS = {"depth": 1}
     def list_names(self):
@@ -632,6 +653,14 @@ def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
     assert "scene 0, semseg: expected the shape (64, 64)" in message and "128" in message
     message = fails(capsys, 1, tmp_path / "b", "--dataset", f"{tmp_path / 'plain.py'}:Plain", *OWN, "--iterations", 10)
     assert "scene 18, depth: expected depths above 0" in message and "nan" in message and "--lr" not in message
+    for name, expected in (
+            ("UnevenlyLarge", "pixels as that of scene"),
+            ("FaultyInValidation", "scene 18, depth: expected depths above 0, or 0 where unknown, found nan"),
+            ("Unnamed", "expected the entries image, name and size in a sample, found ['depth', 'image', 'semseg', "),
+            ("Overridden", "scene 18, depth: expected depths above 0, or 0 where unknown, found -3")):
+        message = fails(capsys, 1, tmp_path / name, "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN,
+                        "--iterations", 10)
+        assert expected in message
     for name, expected in (("Unvalidated", "expected samples of the split 'val' in Unvalidated, found none"),
                            ("Unread", "abstract class Unread with")):
         assert expected in fails(capsys, 2, tmp_path / "d", "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN)
