@@ -332,6 +332,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     workers = args.workers
     if workers is None:
         workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
+    allow_open_files(workers)
     results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
                        predictions=args.save_predictions)
     if not results:
@@ -469,27 +470,28 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
     batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
     with_odsf = max_dist is not None and "boundary" in model.tasks
-    loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=list,
+    loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=of_one_size,
                         num_workers=workers, worker_init_fn=follow_main)
     meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Feeds the meters, and yields what odsF compares."""
         with tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar:
-            for samples in of_one_size(loader):
+            for batch in itertools.chain.from_iterable(loader):
                 if stop and stop():
                     return
-                outputs = model(torch.stack([sample["image"] for sample in samples]).to(device))
+                outputs = model(batch["image"].to(device))
                 for task, meter in meters.items():
-                    meter.update(outputs[task], torch.stack([sample[task] for sample in samples]).to(device))
-                for i, sample in enumerate(samples):
-                    own = {task: prediction(task, output[i:i + 1].float())[0][own_area(sample, model.output_scale)]
+                    meter.update(outputs[task], batch[task].to(device))
+                for i, (name, truth) in enumerate(zip(batch["name"], batch["boundary_truth"])):
+                    area = own_area(batch["image"], batch["size"][i], model.output_scale)
+                    own = {task: prediction(task, output[i:i + 1].float())[0][area]
                            for task, output in outputs.items() if predictions or task == "boundary"}
                     if predictions:
-                        save_raw(predictions, sample["name"], own)
-                    if sample["boundary_truth"] is not None:
-                        yield to_bytes(own["boundary"][0]), sample["boundary_truth"]
-                bar.update(len(samples))
+                        save_raw(predictions, name, own)
+                    if truth is not None:
+                        yield to_bytes(own["boundary"][0]), truth
+                bar.update(len(batch["image"]))
 
     training = model.training
     model.eval()
@@ -525,7 +527,8 @@ class WithTruth(Dataset):
         if not checks_itself(self.dataset):
             check_sample(sample, self.dataset.tasks, getattr(self.dataset, "LABEL_SCALE", 1))
         wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
-        return sample | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
+        needed = {key: sample[key] for key in ("image", "name", "size", *self.dataset.tasks)}
+        return needed | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
 
 
 @atexit.register
@@ -537,17 +540,17 @@ def end_loaders():
             process.kill()
 
 
-def of_one_size(batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
-    """Batches of samples of equal size, in order: an image larger than the data set's size makes a batch of its own."""
-    for batch in batches:
-        for _, samples in itertools.groupby(batch, lambda sample: sample["image"].shape):
-            yield list(samples)
+def of_one_size(samples: list[dict]) -> list[dict]:
+    """The samples in batches of equal size, in order: an image larger than the data set's size makes one of its own.
+    Tensors are stacked, which also spares open files: one that comes from another process holds one."""
+    groups = [list(group) for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape)]
+    return [{key: torch.stack(values) if isinstance(values[0], Tensor) else values
+             for key, values in ((key, [sample[key] for sample in group]) for key in group[0])} for group in groups]
 
 
-def own_area(sample: dict, scale: int = 1) -> tuple:
-    """Where the image itself lies in a sample's maps (C, scale H, scale W): the rest is padding."""
-    return (..., *(slice(scale * part.start, scale * part.stop)
-                   for part in centred(sample["image"].shape[1:], sample["size"])))
+def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
+    """Where an image of the size (h, w) lies in the maps (..., scale H, scale W) of the padded one (..., H, W)."""
+    return (..., *(slice(scale * part.start, scale * part.stop) for part in centred(image.shape[-2:], size)))
 
 
 def prediction(task: str, output: Tensor) -> Tensor:
@@ -692,7 +695,7 @@ def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, p
     for i in (i for i in images if i < len(dataset)):
         sample = dataset[i]
         outputs = model(sample["image"][None].to(device))
-        inner = own_area(sample)
+        inner = own_area(sample["image"], sample["size"])
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
         pictures.append(Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)))
@@ -1128,6 +1131,20 @@ def add_up(sums: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def allow_open_files(workers: int):
+    """Lifts the limit on open files, as far as it may be lifted, to what so many processes for loading need. Raises
+    ValueError where that is too little: they would fail amid the run, and wait for each other forever."""
+    if workers == 0 or sys.platform == "win32":    # which has no such limit
+        return
+    import resource
+    needed, (soft, hard) = 64 + 32 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(f"expected a limit of at least {needed} open files for --workers {workers}, found {hard}; "
+                         f"raise it (ulimit -n {needed}) or give fewer --workers")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check_writable(folder: Path):

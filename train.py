@@ -69,6 +69,7 @@ from evaluate import (
     SINGLE_TASK,
     Results,
     add_up,
+    allow_open_files,
     check_writable,
     choose_backend,
     compare,
@@ -268,6 +269,7 @@ class Run:
         self.args, self.device = args, device
         self.rank, self.world = rank_and_world()
         resolve(args, device, self.world)
+        allow_open_files(args.workers)
         found = find_checkpoint(args.out) if args.resume else None
         if not args.resume and any((args.out / name).exists() for name in CHECKPOINTS):
             raise ValueError(f"{args.out} holds a run; go on with it with --resume, or give another folder with --out")
@@ -502,7 +504,7 @@ def collate_checked(samples: list[dict], tasks: dict[str, int], label_scale: int
         if size != first:
             raise ValueError(f"{sample['name']}: expected an image of {first[0]}x{first[1]} pixels as that of "
                              f"{samples[0]['name']}, found {size[0]}x{size[1]}; give all that train one size")
-    return default_collate(samples)
+    return default_collate([{key: sample[key] for key in ("image", *tasks)} for sample in samples])
 
 
 def batch_shares(dataset: Dataset, args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list]:

@@ -375,6 +375,26 @@ def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys
     assert f"cannot resume from {tmp_path / 'last.pt'}" in capsys.readouterr().err
 
 
+def test_too_few_open_files_are_lifted_or_refused_before_the_first_iteration(script, tmp_path):
+    (tmp_path / "limited.py").write_text("""
+import resource, sys
+import train
+if __name__ == "__main__":
+    soft, hard = map(int, sys.argv[1:3])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    train.main(sys.argv[3:])
+    print("limits:", *resource.getrlimit(resource.RLIMIT_NOFILE))
+""")
+    arguments = [*SMALL, *FEW, "--iterations", 1, "--workers", 1, "--out", tmp_path / "run"]
+    run = script(tmp_path / "limited.py", 45, 90, *arguments)
+    _, error = run.communicate()
+    assert run.returncode == 2 and error == ("train.py: expected a limit of at least 96 open files for --workers 1, "
+                                             "found 90; raise it (ulimit -n 96) or give fewer --workers\n")
+    run = script(tmp_path / "limited.py", 45, 500, *arguments)
+    output, error = run.communicate()
+    assert run.returncode == 0 and "limits: 96 500\n" in output, error
+
+
 def test_what_stops_a_run_from_outside_is_told_in_one_line():
     for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
         assert "ulimit -n" in train.explain(full)
