@@ -121,7 +121,7 @@ PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (27
 
 def main(argv: list[str] | None = None) -> Results:
     """The scores; empty with --cost, --export and --image. Exit code 2 on bad input, 1 where a picture was skipped or
-    something could not be written."""
+    something could not be written, 130 after Ctrl-C or SIGTERM."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
