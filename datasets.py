@@ -1215,6 +1215,8 @@ def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
     name, image = sample.get("name"), sample.get("image")
     if not isinstance(name, str) or image is None or "size" not in sample:
         raise ValueError(f"{name}: expected the entries image, name and size in a sample, found {sorted(sample)}")
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{name}: expected the image as a tensor, found {type(image).__name__}")
     if image.ndim != 3 or len(image) != 3 or image.dtype != torch.float32 or not image.isfinite().all():
         raise ValueError(f"{name}: expected an image of finite float32 (3, H, W), found {image.dtype} "
                          f"{tuple(image.shape)} with {(~image.isfinite()).sum()} values that are not finite")
@@ -1674,7 +1676,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def interrupt(number: int, frame: object):
-    """The handler of SIGTERM: it ends a script as Ctrl-C does, with its processes and what is written half."""
+    """The handler of SIGTERM: ends a script as Ctrl-C does, so that it ends its processes and clears away what it has
+    written half."""
     signal.signal(number, signal.SIG_IGN)    # launchers and clusters send several
     raise KeyboardInterrupt
 

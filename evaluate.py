@@ -466,12 +466,13 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
     are exactly the same for any number of processes.
     """
     rank, world = rank_and_world()
-    H, W = dataset[0]["image"].shape[1:]
+    with_odsf = max_dist is not None and "boundary" in model.tasks
+    samples = WithTruth(dataset, with_odsf, scored)
+    H, W = samples[0]["image"].shape[1:]
     size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
     batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
-    with_odsf = max_dist is not None and "boundary" in model.tasks
-    loader = DataLoader(WithTruth(dataset, with_odsf, scored), batch_sampler=batches, collate_fn=of_one_size,
-                        num_workers=workers, worker_init_fn=follow_main)
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
+                        worker_init_fn=follow_main)
     meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
 
     def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -543,9 +544,13 @@ def end_loaders():
 def of_one_size(samples: list[dict]) -> list[dict]:
     """The samples in batches of equal size, in order: an image larger than the data set's size makes one of its own.
     Tensors are stacked, which also spares open files: one that comes from another process holds one."""
-    groups = [list(group) for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape)]
-    return [{key: torch.stack(values) if isinstance(values[0], Tensor) else values
-             for key, values in ((key, [sample[key] for sample in group]) for key in group[0])} for group in groups]
+    batches = []
+    for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape):
+        group = list(group)
+        batch = {key: [sample[key] for sample in group] for key in group[0]}
+        batches.append({key: torch.stack(values) if isinstance(values[0], Tensor) else values
+                        for key, values in batch.items()})
+    return batches
 
 
 def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
@@ -574,14 +579,14 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
     """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
     (h, w), unit vectors (3, h, w)).
 
-    maps: of `prediction`, (1 or 3, h, w).
+    maps: of `prediction`, (1 or 3, h, w). Raises WriteError.
     """
     for task, values in maps.items():
-        metric = task in ("depth", "normal")
-        path = folder / task / f"{name}.{'npy' if metric else 'png'}"
+        suffix = "npy" if task in ("depth", "normal") else "png"
+        path = folder / task / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            if metric:
+            if suffix == "npy":
                 np.save(file, values.squeeze(0).cpu().numpy())
             else:
                 pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()

@@ -133,7 +133,7 @@ class RunError(Exception):
 def main(argv: list[str] | None = None) -> dict[str, Results]:
     """The scores on the held-out images, {"trained": ...} and what it is compared with; empty after an interruption.
 
-    Exit code 2 on bad input, 1 where the run had to stop.
+    Exit code 2 on bad input, 1 where the run had to stop, 130 after Ctrl-C or SIGTERM where nothing could be saved.
     """
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)

@@ -648,6 +648,10 @@ class FaultyInValidation(Plain):
 class Unnamed(Plain):
     def __getitem__(self, index):
         return {key: value for key, value in super().__getitem__(index).items() if key != "name"}
+class OfArrays(Plain):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"image": sample["image"].numpy()}
 class Overridden(LabelledDataset):
     TASKS = {"depth": 1}
     def list_names(self):
@@ -677,6 +681,7 @@ def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
             ("UnevenlyLarge", "pixels as that of scene"),
             ("FaultyInValidation", "scene 18, depth: expected depths above 0, or 0 where unknown, found nan"),
             ("Unnamed", "expected the entries image, name and size in a sample, found ['depth', 'image', 'semseg', "),
+            ("OfArrays", "scene 0: expected the image as a tensor, found ndarray"),
             ("Overridden", "scene 18, depth: expected depths above 0, or 0 where unknown, found -3")):
         message = fails(capsys, 1, tmp_path / name, "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN,
                         "--iterations", 10)
