@@ -1,9 +1,9 @@
-"""Data sets for multi-task dense prediction: synthetic scenes that need no files, one's own (LabelledDataset),
-PASCAL-Context, NYUDv2 and Cityscapes.
+"""Data sets for multi-task dense prediction: synthetic scenes that need no files, PASCAL-Context, NYUDv2, Cityscapes,
+and LabelledDataset, which you subclass for your own data.
 
-    python datasets.py check   --dataset pascal --root data/PASCALContext              # what is missing or wrong
-    python datasets.py prepare --dataset pascal --root data/PASCALContext              # once, to load faster
-    python datasets.py export  --format pascal --root data/PASCALContext --count 40    # synthetic scenes as its files
+    python datasets.py check --dataset pascal --root data/PASCALContext      # what is missing or wrong
+    python datasets.py check --dataset rooms.py:Rooms                        # the same for your own data
+    python datasets.py prepare --dataset pascal --root data/PASCALContext    # once, to load faster
 
 Every data set yields one dictionary per image:
 
@@ -17,8 +17,9 @@ Every data set yields one dictionary per image:
     "name"      str
     "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
-with only those labels that were asked for. Cityscapes' are twice as large as its images, (2H, 2W), and its depth is
-disparity, in pixels. IGNORE marks label pixels that count neither in losses nor in metrics.
+It has the labels of the chosen tasks only. A task of another name has the form of the one that it is like. Cityscapes'
+labels are twice as large as its images, (2H, 2W), and its depth is disparity, in pixels. IGNORE marks label pixels that
+count neither in losses nor in metrics.
 
 Files of the benchmarks, as their archives have them:
 
@@ -33,27 +34,33 @@ Files of the benchmarks, as their archives have them:
     data/Cityscapes/{leftImg8bit,gtFine,disparity}/{train,val}/CITY/CITY_SSSSSS_FFFFFF_*.png
 """
 
-# Reads top-down: Synthetic and its renderer; LabelledDataset, for one's own, and the three benchmarks; how the files of
-# one image are read; labels and their checks; augmentation; the three commands, from main on; how scripts write and
-# end, a section that evaluate.py and train.py share.
+# Order: what every data set says about itself; Synthetic and its renderer; LabelledDataset, the three benchmarks, and
+# how a data set is found by its name; reading files; forms of labels; augmentation; the commands, from main on; files,
+# processes and signals, a section that evaluate.py and train.py use, too.
 
 import abc
 import argparse
+import copy
 import errno
-import importlib
+import hashlib
+import importlib.util
 import inspect
+import json
 import os
 import re
 import signal
 import sys
-import warnings
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
-from math import cos, pi, sin
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from math import ceil, cos, pi, sin
+from multiprocessing import get_context, parent_process
+from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
@@ -64,7 +71,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import IGNORE, boundary_ground_truth, boundary_pixels, follow_main, thin
+from metrics import IGNORE, Task, TaskTable, boundary_ground_truth, boundary_pixels, task_rows, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -72,7 +79,124 @@ PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
-class Synthetic(torch.utils.data.Dataset):
+class DenseDataset(torch.utils.data.Dataset):
+    """What a data set says about itself, as attributes of its class; the base of all data sets."""
+
+    TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
+    CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
+    COLOURS = {}                 # (r, g, b) of the classes by task; PASCAL VOC's colours where there are none
+    TITLES = {}                  # what pictures and tables call a task, where that is not its name
+    UNITS = {}                   # unit of a task, where that is not its row's
+    BOUNDARY_TOLERANCE = None    # of odsF, as a fraction of the image's diagonal; without it odsF is not computed
+    DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.DepthMeter
+    LABEL_SCALE = 1              # size of the labels relative to the image: MTMamba's output_scale
+    SIZE = (480, 640)            # (H, W) of the samples, where none is given
+    VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size that the model is trained with
+    PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
+    SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken
+    SELECTION_BASELINE = {}      # the scores against which best.pt is chosen by delta_m; none: the best constant's
+    SHUFFLED = True              # whether training visits the images in a new order in each epoch
+    folders = ()                 # that are read, so that nothing is written there
+    REFERENCES = True            # whether the best constant and the untrained model are scored beside a trained model
+
+    def __init__(self, size, tasks, seed, smallest=1):
+        """size: (H, W) in pixels, each at least `smallest`. Raises ValueError for bad values and for bad attributes."""
+        self.tasks = choose_tasks(self.TASKS, tasks)
+        if len(size) != 2 or min(size) < smallest:
+            raise ValueError(f"expected size (H, W) of at least {smallest} pixels, found {size}; give a larger one")
+        if seed < 0:
+            raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
+        for task, row in self.rows.items():
+            if len(self.CLASSES.get(task, range(row.channels))) != row.channels:
+                raise ValueError(f"expected the names of {row.channels} classes in {type(self).__name__}.CLASSES"
+                                 f"[{task!r}], found {len(self.CLASSES[task])}")
+        self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
+
+    @property
+    def rows(self) -> dict[str, Task]:
+        return task_rows(self.tasks)
+
+    @property
+    def labels(self) -> "Labels":
+        return self.describe(self.tasks)
+
+    @classmethod
+    def describe(cls, tasks: TaskTable) -> "Labels":
+        """What pictures of these tasks need to know."""
+        classes, colours, titles, units = ({task: table[task] for task in tasks if task in table}
+                                           for table in (cls.CLASSES, cls.COLOURS, cls.TITLES, cls.UNITS))
+        return Labels(dict(tasks), {task: list(map(str, names)) for task, names in classes.items()},
+                      {task: [tuple(map(int, rgb)) for rgb in values] for task, values in colours.items()},
+                      titles, units)
+
+    def check_index(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What pictures and tables need to know about the labels. Plain values only, as checkpoints store them."""
+
+    tasks: dict      # as DenseDataset.TASKS
+    classes: dict    # as DenseDataset.CLASSES, and so on
+    colours: dict
+    titles: dict
+    units: dict
+
+    @cached_property
+    def rows(self) -> dict[str, Task]:
+        return task_rows(self.tasks)
+
+    def title(self, task: str) -> str:
+        return self.titles.get(task, task)
+
+    def unit(self, task: str) -> str:
+        return self.units.get(task, self.rows[task].unit)
+
+    def class_names(self, task: str) -> list[str]:
+        return list(self.classes.get(task) or [f"class {i}" for i in range(self.rows[task].channels)])
+
+    def palette(self, task: str) -> np.ndarray:
+        """The colours of the classes, uint8 (256, 3): the data set's own, then black; or PASCAL VOC's, in which the
+        bits of the class, taken by threes, are the highest bits of red, green and blue."""
+        palette = np.zeros((256, 3), np.uint8)
+        if task in self.colours:
+            palette[:len(self.colours[task])] = self.colours[task]
+            return palette
+        for bit in range(8):
+            for channel in range(3):
+                palette[:, channel] |= ((np.arange(256) >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+        return palette
+
+
+def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
+    """The chosen entries of a data set's TASKS, in the order asked for; None for all. Raises ValueError for other names
+    and for an impossible table."""
+    rows = task_rows(table)
+    tasks = list(table) if tasks is None else list(tasks)
+    if not tasks or not set(tasks) <= set(table):
+        raise ValueError(f"expected tasks from {list(table)}, found {tasks}; name at least one, None for all")
+    return {task: (table[task][0], rows[task].channels) if isinstance(table[task], (tuple, list)) else
+            rows[task].channels for task in tasks}
+
+
+def kept(method):
+    """Decorates a method of one argument, the name or index of an image, so that it keeps its last result. Several
+    labels may need the same file, which is then read once. The result must not be changed in place."""
+    @wraps(method)
+    def keep(self, key):
+        last, result = self._kept.get(method.__name__, (None, None))
+        if last is None or last != key:
+            result = method(self, key)
+            self._kept[method.__name__] = key, result
+        return result
+    return keep
+
+
+# ------------------------------------------------------------------------------------------------- synthetic scenes
+
+class Synthetic(DenseDataset):
     """Ray-cast rooms and open grounds with objects and people, and exact labels for all six tasks.
 
     Needs no files. An image depends on (seed, index, size) alone, so any number of workers gives the same data, and
@@ -88,23 +212,33 @@ class Synthetic(torch.utils.data.Dataset):
     depth      IGNORE on the sky; valid values are below FAR.
     """
 
-    CLASSES = ("floor", "wall", "ceiling", "sky", "sphere", "box", "cylinder", "person")
-    TASKS = {"semseg": len(CLASSES), "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
+    CLASSES = {"semseg": ("floor", "wall", "ceiling", "sky", "sphere", "box", "cylinder", "person"), "parsing": PARTS}
+    TASKS = {"semseg": 8, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
+    BOUNDARY_TOLERANCE = 0.02    # 4 pixels at 128x160
+    SIZE = (128, 160)
+    SHUFFLED = False             # every training image is new
 
-    def __init__(self, count, size=(128, 160), seed=0, tasks=None):
+    def __init__(self, count, size=SIZE, seed=0, tasks=None):
         """count: images; size: (H, W) in pixels, each at least 32; tasks: names from TASKS, None for all.
 
         Raises ValueError for anything else.
         """
-        tasks = choose_tasks(self.TASKS, tasks)
         if count < 1:
             raise ValueError(f"expected count of at least 1, found {count}; ask for one image or more")
-        if len(size) != 2 or min(size) < 32:
-            raise ValueError(f"expected size (H, W) of at least 32 pixels each, found {size}; give a larger size")
-        if seed < 0:
-            raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
-        self.count, self.size, self.seed, self.tasks = count, tuple(size), seed, tasks
-        self.last = None, None    # the image last given and its boundaries, which are wanted next to score it
+        super().__init__(size, tasks, seed, smallest=32)
+        self.count = count
+
+    @classmethod
+    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
+        """As LabelledDataset.open. count: images to train on. Even seeds are for training, odd ones for evaluation."""
+        if root is not None:
+            raise ValueError(f"the synthetic scenes need no files, found the folder {root}; leave it out")
+        size = size or cls.SIZE
+        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(100, size, 1, tasks)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"synthetic-{i:06d}" for i in range(self.count)]
 
     def __len__(self):
         return self.count
@@ -112,25 +246,23 @@ class Synthetic(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """The dictionary of the module's docstring. Raises IndexError outside 0..count-1."""
         maps = self.render(index)
-        self.last = index, maps["boundary"][0] > 0
         mean, std = (np.float32(v).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         sample = {"image": torch.from_numpy((maps["image"] - mean) / std)}
-        sample |= {task: torch.from_numpy(maps[task]) for task in self.tasks}
+        sample |= {task: torch.tensor(maps[task]) for task in self.tasks}
         return sample | {"name": f"synthetic-{index:06d}", "size": self.size}
 
-    def boundary_truth(self, index):
+    def boundary_truth(self, index, task="boundary"):
         """The boundaries that odsF scores against: bool (H, W), the label thinned. Raises as [index]."""
-        last, boundary = self.last
-        return thin(boundary if last == index else self.render(index)["boundary"][0] > 0)
+        return thin(self.render(index)[task][0] > 0)
 
+    @kept
     def render(self, index):
         """Image `index` in numpy: "image" (3, H, W) in 0..1, the labels of all tasks, "instance" int64 (H, W), and
         "rays" float32 (3, H, W), directions in camera space with z = -1: depth times ray is the point seen.
 
         Raises IndexError outside 0..count-1.
         """
-        if not 0 <= index < self.count:
-            raise IndexError(f"expected an index in 0..{self.count - 1}, found {index}")
+        self.check_index(index)
         rng = np.random.default_rng([self.seed, index])
         camera = draw_camera(rng, *self.size)
         light, groups = draw_scene(rng, camera)
@@ -158,10 +290,10 @@ class Synthetic(torch.utils.data.Dataset):
 # The renderer of Synthetic. World axes: x right, y up, the camera above the origin looks along -z; the floor is y = 0.
 # Vectors that meet maps of pixels have shape (3, 1, 1). All maps are float32.
 
-FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES
+FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES["semseg"]
 FAR = 16.0                                                              # metres; where the ground ends
 UP = np.array([0.0, 1.0, 0.0])
-COLOURS = {    # mean RGB and spread. A hint at the class that never settles it: the ranges overlap.
+PAINTS = {    # mean RGB and spread. A hint at the class that never settles it: the ranges overlap.
     "floor": (0.50, 0.41, 0.33, 0.20), "ground": (0.36, 0.42, 0.24, 0.15), "wall": (0.74, 0.70, 0.64, 0.20),
     "ceiling": (0.85, 0.85, 0.83, 0.10), "sky": (0.45, 0.65, 0.92, 0.10), "sphere": (0.70, 0.35, 0.32, 0.32),
     "box": (0.52, 0.42, 0.30, 0.32), "cylinder": (0.32, 0.50, 0.58, 0.32), "cloth": (0.42, 0.40, 0.50, 0.38),
@@ -202,22 +334,22 @@ def draw_scene(rng, camera):
     azimuth, rise = rng.uniform(-pi, pi), rng.uniform(0.7, 1.3)
     light = np.array([cos(azimuth) * cos(rise), sin(rise), sin(azimuth) * cos(rise)])
     axes = x, up, z = yaw(rng.uniform(-0.6, 0.6))
-    groups = [[plane(SKY, 25.0 * UP, -UP, draw_paint(rng, COLOURS["sky"], x, z, 12.0))]]    # not met
+    groups = [[plane(SKY, 25.0 * UP, -UP, draw_paint(rng, PAINTS["sky"], x, z, 12.0))]]    # not met
     if rng.random() < 0.6:                                       # a room, the camera near its back wall
         half = rng.uniform((1.8, 1.15, 2.2), (4.0, 1.6, 4.0))
         back = np.array([rng.uniform(-1, 1) * (half[0] - 0.6), 0, half[2] - rng.uniform(0.4, 1.2)])
         centre = half[1] * UP - back @ axes
-        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, COLOURS["floor"], x, z, 0.8))])
-        groups.append([plane(CEILING, 2 * centre, -UP, draw_paint(rng, COLOURS["ceiling"], x, z, 0.8))])
+        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["floor"], x, z, 0.8))])
+        groups.append([plane(CEILING, 2 * centre, -UP, draw_paint(rng, PAINTS["ceiling"], x, z, 0.8))])
         for axis, width, across in ((x, half[0], z), (z, half[2], x)):
-            paint = draw_paint(rng, COLOURS["wall"], across, up, 0.6)
+            paint = draw_paint(rng, PAINTS["wall"], across, up, 0.6)
             groups += [[plane(WALL, centre + side * axis, -np.sign(side) * axis, paint)] for side in (-width, width)]
     else:
         half, centre = np.full(3, 9.0), np.array([0.0, 0.0, -9.0])
-        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, COLOURS["ground"], x, z, 1.5))])
+        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["ground"], x, z, 1.5))])
         if rng.random() < 0.5:                                   # a building, behind everything else
             place = np.array([rng.uniform(-6, 6), 0, -rng.uniform(11, 16)])
-            paint = draw_paint(rng, COLOURS["wall"], x + z, up, 1.0)
+            paint = draw_paint(rng, PAINTS["wall"], x + z, up, 1.0)
             groups.append([box(WALL, place, rng.uniform((2.0, 1.2, 1.0), (5.0, 2.5, 2.0)), axes, paint)])
 
     taken = []                                                   # (position, radius) of the footprints so far
@@ -247,7 +379,7 @@ def draw_object(rng, place, radius):
     """A sphere, box or cylinder on the floor at `place`, its footprint within `radius`."""
     axes, height = yaw(rng.uniform(0, pi)), rng.uniform(0.3, 1.2)
     label = rng.integers(SPHERE, CYLINDER + 1)
-    paint = draw_paint(rng, COLOURS[Synthetic.CLASSES[label]], axes[0] + axes[2], UP, 0.3)
+    paint = draw_paint(rng, PAINTS[Synthetic.CLASSES["semseg"][label]], axes[0] + axes[2], UP, 0.3)
     if label == SPHERE:
         return capsule(label, 0, radius, place + radius * UP, place + radius * UP, paint)
     if label == BOX:
@@ -260,10 +392,10 @@ def draw_person(rng, place):
     """The instances of one person: the body, and a seat if sitting."""
     right, _, forward = axes = yaw(rng.uniform(-pi, pi))
     sitting = rng.random() < 0.2
-    shirt, trousers, shoes = (draw_paint(rng, COLOURS["cloth"], UP, right, 0.12) for _ in range(3))
+    shirt, trousers, shoes = (draw_paint(rng, PAINTS["cloth"], UP, right, 0.12) for _ in range(3))
     tone = np.array([0.93, 0.76, 0.64]) - rng.random() * np.array([0.57, 0.53, 0.48])
     skin = draw_paint(rng, (*tone, 0.04), UP, right, 0.2)
-    hair = draw_paint(rng, COLOURS["hair"], UP, right, 0.1)
+    hair = draw_paint(rng, PAINTS["hair"], UP, right, 0.1)
     sleeve, shin = (shirt if rng.random() < 0.4 else skin), (trousers if rng.random() < 0.7 else skin)
 
     def limb(swing, spread):
@@ -300,7 +432,7 @@ def draw_person(rng, place):
     if not sitting:
         return [body]
     half = np.array([0.22, (pelvis[1] - 0.08 * scale) / 2, 0.22])
-    return [body, [box(BOX, place, half, axes, draw_paint(rng, COLOURS["box"], right, UP, 0.3))]]
+    return [body, [box(BOX, place, half, axes, draw_paint(rng, PAINTS["box"], right, UP, 0.3))]]
 
 
 def draw_paint(rng, colour, across, along, scale):
@@ -470,13 +602,13 @@ def column(vector):
     return np.float32(vector).reshape(3, 1, 1)
 
 
-# -------------------------------------------------------------------- one's own, PASCAL-Context, NYUDv2, Cityscapes
+# ------------------------------------------------------------- your own data, PASCAL-Context, NYUDv2, Cityscapes
 
-class LabelledDataset(torch.utils.data.Dataset, abc.ABC):
-    """A data set of images and their labels: checks, augments, normalises and pads what `read` gives.
+class LabelledDataset(DenseDataset, abc.ABC):
+    """Images and their labels: checks, augments, normalises and pads what `read` returns.
 
-    One of one's own derives from it, with TASKS, list_names and read; `--dataset path/to/file.py:Class` of train.py and
-    evaluate.py then makes it with (split, size).
+    Subclass it for your own data: give TASKS, list_names and read. train.py and evaluate.py then take it as
+    `--dataset path/to/file.py:Class`.
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
@@ -484,39 +616,42 @@ class LabelledDataset(torch.utils.data.Dataset, abc.ABC):
     it is larger than that, it is padded to the next multiple of 32.
     """
 
-    TASKS = {}            # output channels by task; the tasks of the module's docstring
-    LABEL_SCALE = 1       # height and width of the labels in those of the image: MTMamba's output_scale
-    DEPTH_RANGE = None    # of the depths that are scored, see make_meters
-
-    def __init__(self, split="train", size=(480, 640), tasks=None, augment=None, seed=0):
-        """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels; tasks: names from
-        TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
+    def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
+        """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
+        tasks: names from TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
 
         Raises ValueError for other values, and where there are no names.
         """
-        check_task_table(type(self))
-        self.tasks = choose_tasks(self.TASKS, tasks)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"expected size (H, W) of at least 1 pixel each, found {size}; give a larger size")
-        if seed < 0:
-            raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
-        self.split, self.size, self.seed = split, tuple(size), seed
+        super().__init__(size or self.SIZE, tasks, seed)
+        self.split = split
         self.augment = split == "train" if augment is None else augment
         if self.augment and self.LABEL_SCALE != 1:
             raise ValueError("expected augment=False, as the labels are larger than the images")
-        self.names = list(self.list_names())
-        if not self.names:
-            raise ValueError(f"expected images of the split {split!r} in {type(self).__name__}, found none")
+        self._listed = list(self.list_names())    # what read takes
+        with about(f"{type(self).__name__}, split {split!r}"):
+            self.names = file_names(self._listed)
+
+    @classmethod
+    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
+        """The data set as train.py and evaluate.py use it. root: a folder, which only the benchmarks take; count: used
+        by Synthetic alone. Raises what the constructor raises."""
+        if root is not None:
+            raise ValueError(f"{cls.__name__} knows its files itself, found the folder {root}; leave it out")
+        return cls(split=split, size=size, tasks=tasks, seed=seed)
 
     @abc.abstractmethod
-    def list_names(self) -> list[str]:
-        """The names of the split's images, in the order of the data set."""
+    def list_names(self) -> Sequence[str]:
+        """The names of the split's images, in the order of the data set, the same in each process.
+
+        Files of predictions get these names. So each name is unique; it may have folders, "kitchen/0001".
+        """
 
     @abc.abstractmethod
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The image, uint8 (h, w, 3), and at least the labels of self.tasks, in the forms that as_label takes.
+        """The image, uint8 (h, w, 3), and its labels, in the forms that as_label takes. name: an item of list_names.
 
-        Raises FileNotFoundError or ValueError, naming the file.
+        An image without a label of a task leaves the task out, or gives None. Raises OSError or ValueError, naming the
+        file.
         """
 
     def __len__(self):
@@ -529,92 +664,160 @@ class LabelledDataset(torch.utils.data.Dataset, abc.ABC):
         another size than the image's or with values out of range.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        name = self.name(index)
-        image, labels = self.load(name)
+        image, labels = self.load(index)
         size = self.size
         if self.augment:
-            image, labels = augment(image, labels, size, np.random.default_rng([self.seed, epoch, index]))
+            judged = next((task for task, row in task_rows(self.TASKS).items() if row.kind == "classes"), None)
+            rng = np.random.default_rng([self.seed, epoch, index])
+            image, labels = augment(image, labels, self.rows, size, rng, judged)
         else:
             size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        sample = {"image": torch.from_numpy(pad(((image - mean) / std).numpy(), size, 0))}
+        sample = {"image": torch.from_numpy(pad(normalised(image).numpy(), size, 0))}
         size = tuple(self.LABEL_SCALE * n for n in size)
-        sample |= {task: decode(task, pad(label, size, PADDING[task])) for task, label in labels.items()}
-        return sample | {"name": name, "size": tuple(image.shape[1:])}
+        sample |= {task: decode(row, pad(labels[task], size, row.padding)) for task, row in self.rows.items()}
+        return sample | {"name": self.names[index], "size": tuple(image.shape[1:])}
 
-    def name(self, index: int) -> str:
-        """Raises IndexError outside 0..len-1."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
-        return self.names[index]
-
-    def load(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    @kept
+    def load(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """What `read` gives, checked: the image, and the labels of self.tasks in the forms that as_label returns."""
-        image, labels = self.read(name)
+        self.check_index(index)
+        name = self.names[index]
+        image, labels = self.read(self._listed[index])
+        image = np.require(image, requirements="CW")    # torch takes no other arrays
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"{name}: expected an image of uint8 (h, w, 3), found {image.dtype} {image.shape}")
-        size = tuple(self.LABEL_SCALE * n for n in image.shape[:2])
-        checked = {}
-        for task, channels in self.tasks.items():
-            with naming(f"{name}, {task}"):
-                expect(task in labels, "a label", f"those of {list(labels)}")
-                checked[task] = as_label(task, labels[task], channels, size)
+        size, checked = tuple(self.LABEL_SCALE * n for n in image.shape[:2]), {}
+        for task, row in self.rows.items():
+            with about(f"{name}, {task}"):
+                checked[task] = as_label(row, labels.get(task), size)
         return image, checked
 
-    def boundary_truth(self, index: int) -> np.ndarray:
+    def boundary_truth(self, index: int, task: str = "boundary") -> np.ndarray:
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned.
         Raises as [index]."""
-        return thin(self.load(self.name(index))[1]["boundary"][0] == 1)
+        return thin(self.load(index)[1][task][0] == 1)
+
+    def problems(self, index: int) -> dict[str, str]:
+        """What is wrong with an image and its labels: messages by task, and by "image"."""
+        found, name = {}, self.names[index]
+        with suppress(OSError, ValueError):    # which are caught below, task by task
+            self.load(index)
+            return found
+        for kind in ("image", *self.tasks):
+            alone = copy.copy(self)
+            alone.tasks = {task: channels for task, channels in self.tasks.items() if task == kind}
+            self._kept.pop("load", None)
+            try:
+                alone.load(index)
+            except (OSError, ValueError) as error:
+                message = str(error) if name in str(error) else f"{name}: {error}"
+                if message not in found.values():    # two labels may come from one file
+                    found[kind] = message
+        return found
+
+    def __reduce_ex__(self, protocol):
+        """For pickling. A class of a user's file is stored by the file's name, so that a new process can load it."""
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        module = type(self).__module__
+        if module.startswith(FILE_MODULE):
+            function, arguments = unpickled, (f"{sys.modules[module].__file__}:{type(self).__name__}",)
+        return function, arguments, *state
+
+
+def file_names(names: Iterable) -> list[str]:
+    """The names as text. Raises Unfit where there are none, or one of them cannot be that of a file below a folder."""
+    texts = [name.as_posix() if isinstance(name, PurePath) else str(name) for name in names]
+    expect(len(texts) > 0, "names of images", "none")
+    paths = [PurePath(text) for text in texts]
+    for text, path in zip(texts, paths):
+        possible = path.parts and not path.anchor and ".." not in path.parts and not re.search(
+            "[\0-\x1f\x7f-\x9f\ud800-\udfff]", text) and max(len(part.encode()) for part in path.parts) <= 240
+        expect(possible, "names of images that can be names of files below a folder, of up to 240 bytes", repr(text))
+    path, count = Counter(paths).most_common(1)[0]
+    expect(count == 1, "a name of its own for each image", f"{str(path)!r} {count} times")
+    return texts
 
 
 class FileDataset(LabelledDataset):
-    """What PascalContext, NYUDv2 and Cityscapes share: folders and a list of the split's images.
+    """What PascalContext, NYUDv2 and Cityscapes share: a folder, a list of the split's images, and one method for each
+    label: read_semseg(name) and so on. picture(name) is the image, uint8 (h, w, 3).
 
-    The files themselves are first looked at when a sample is loaded; `python datasets.py check` looks at them all.
+    A file is read, and checked, when a sample is loaded. `python datasets.py check` reads them all.
     """
 
-    FOLDERS = {}    # folders by task, below the root, {} for the split; "image" for the images
+    IMAGE = ()      # folder and suffix of the images
     COUNTS = {}     # images by split, as published
     LIST = ""       # the file with a split's image IDs, one per line
-    FILES = None    # the class that reads one image and its labels
+    ROOT = ""       # folder, where none is given
+    REFERENCES = False    # the published figures are known, and either costs hours
 
-    def __init__(self, root, split, tasks, size, augment, seed):
+    def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
         """As LabelledDataset; root: folder, split: from COUNTS.
 
         Raises FileNotFoundError where the list or a folder is missing, too.
         """
         if split not in self.COUNTS:
             raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
-        self.root, self.last = Path(root), None
-        for folder in ("", *dict.fromkeys(folder for key in ("image", *choose_tasks(self.TASKS, tasks))
-                                          for folder in self.FOLDERS[key])):
-            folder = self.root / folder.format(split)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"no folder {folder}; unpack the archive of {type(self).__name__}, or give the "
-                                        "place where it is unpacked as the root")
+        self.root = Path(root or self.ROOT).expanduser()
+        self.folders = (self.root,)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder {self.root}; unpack the archive of {type(self).__name__} there, or "
+                                    "name another folder")
         super().__init__(split, size, tasks, augment, seed)
 
+    @classmethod
+    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
+        return cls(root, split, tasks, size, seed=seed)
+
+    def list_path(self) -> Path:
+        return self.root / self.LIST.format(self.split)
+
     def list_names(self):
-        path = self.root / self.LIST.format(self.split)
-        names = read_names(path, lambda name: self.files(name).image_path.exists())
-        if not names:
-            raise ValueError(f"expected image IDs, found none in {path}; unpack the archive again")
-        return names
+        return read_names(self.list_path())
+
+    def path(self, folder: str, name: str, suffix: str) -> Path:
+        return self.root / folder / (name + suffix)
 
     def read(self, name):
-        self.last = self.files(name)
-        return self.last.image, {task: self.last.label(task) for task in self.tasks}
+        return self.picture(name), {task: getattr(self, f"read_{task}")(name) for task in self.tasks}
 
-    load = read    # ImageFiles checks as it reads, and its labels are as as_label returns them
+    @kept
+    def picture(self, name: str) -> np.ndarray:
+        folder, suffix = self.IMAGE
+        try:
+            return read_image(self.path(folder, name, suffix))
+        except FileNotFoundError as error:
+            lines = [line.strip() for line in self.list_path().read_text("utf-8-sig").split("\n")]
+            raise FileNotFoundError(f"{error}; it is in line {lines.index(name) + 1} of {self.list_path()}") from error
 
-    def files(self, name: str, prepared: bool = True):
-        """What reads an image's files; prepared: whether from prepared labels where there are any."""
-        return self.FILES(self.root, name, prepared)
+    def read_label(self, name: str, folder: str, suffix: str, role: str, last: float | None = None) -> np.ndarray:
+        """A label as it is in its file, of the image's size and with values in 0..last. role: see read_image; of a
+        .mat file the variable."""
+        path = self.path(folder, name, suffix)
+        label = READERS[path.suffix](path, role)
+        self.check(name, path, label[0] if role == "normal" else label, last)
+        return label
 
-    def boundary_truth(self, index):
-        name = self.name(index)    # most often of the sample just loaded: its files need not be read again
-        return (self.last if self.last and self.last.name == name else self.files(name)).boundary_truth()
+    def check(self, name: str, path: Path, label: np.ndarray, last: float | None = None):
+        size = self.picture(name).shape[:2]
+        with reading(path):
+            expect(label.shape == size, f"the image's size {size}", label.shape, "unpack the archive again")
+            if last is not None:
+                right = (label >= 0) & (label <= last)    # nan is not
+                expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
+
+    def list_problems(self) -> list[str]:
+        """What is wrong with the split as a whole."""
+        expected, exported = self.COUNTS[self.split], all(name.startswith("synthetic_") for name in self.names)
+        if len(self) == expected or exported:    # by tests/archives.py, any number of images
+            return []
+        return [f"{self.list_path()}: expected {expected} images, found {len(self)}; unpack the archive again"]
+
+
+def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
+    """PAPER from figures in the order of the tasks."""
+    return {key: dict(zip(tasks, figures)) for key, figures in rows.items()}
 
 
 class PascalContext(FileDataset):
@@ -631,17 +834,110 @@ class PascalContext(FileDataset):
     """
 
     TASKS = {"semseg": 21, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1}
-    FOLDERS = {"image": ["JPEGImages"], "semseg": ["semseg"], "parsing": ["human_parts"], "saliency": ["sal_distill"],
-               "normal": ["normals_distill", "pascal-context/trainval"], "boundary": ["pascal-context/trainval"]}
+    CLASSES = {"semseg": tuple("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+                               "horse motorbike person pottedplant sheep sofa train tvmonitor".split()),
+               "parsing": PARTS}
+    BOUNDARY_TOLERANCE = 0.0075
+    PAPER = paper_rows(TASKS, {("mtmamba", "swin-large"): (81.11, 72.62, 84.14, 14.14, 78.80)})    # Table 1
+    SELECTION_BASELINE = PAPER["mtmamba", "swin-large"]    # the paper has no single-task row
+    IMAGE = "JPEGImages", ".jpg"
     COUNTS = {"train": 4998, "val": 5105}
     LIST = "ImageSets/Context/{}.txt"
     ROOT = "data/PASCALContext"
+    SIZE = VAL_SIZE = (512, 512)
 
-    def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 512), augment=None, seed=0):
-        super().__init__(root, split, tasks, size, augment, seed)
-        if {"parsing", "normal", "boundary"} & set(self.tasks) and any(self.files(n).outdated() for n in self.names):
-            warnings.warn(f"{self.root / 'prepared'} holds labels that are older than their originals and so are not "
-                          "used; run `python datasets.py prepare` again", stacklevel=2)
+    use_prepared = True    # False: reads the originals alone
+
+    def read_semseg(self, name):
+        in_voc = self.path("semseg/VOC12", name, ".png").exists()
+        return self.read_label(name, "semseg/VOC12" if in_voc else "semseg/pascal-context", ".png", "classes")
+
+    def read_parsing(self, name):
+        packed = self.packed(name)
+        if packed is not None:
+            part = packed & 7
+            return np.where(part == 7, np.uint8(IGNORE), part)
+        path = self.path("human_parts", name, ".mat")
+        label = np.zeros(self.picture(name).shape[:2], np.uint8)
+        for part, mask in person_parts(path):
+            self.check(name, path, mask)
+            with reading(path):
+                expect(part in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part))
+            label[mask > 0] = PART_NAMES[part]
+        return label if label.any() else np.full_like(label, IGNORE)
+
+    def read_saliency(self, name):
+        return self.read_label(name, "sal_distill", ".png", "soft mask")
+
+    def read_normal(self, name):
+        normal, packed = self.read_label(name, "normals_distill", ".png", "normal"), self.packed(name)
+        normal[3] = INDOOR[self.label_map(name)] if packed is None else packed >> 3 & 1
+        return normal
+
+    def read_boundary(self, name):
+        packed = self.packed(name)
+        return label_edges(self.label_map(name)) if packed is None else packed >> 4 & 1
+
+    def boundary_truth(self, index, task="boundary"):
+        self.check_index(index)
+        packed = self.packed(self.names[index])
+        if packed is None:
+            return boundary_ground_truth(self.label_map(self.names[index]))
+        return (packed >> 5 & 1).astype(bool)
+
+    @kept
+    def label_map(self, name: str) -> np.ndarray:
+        """459 classes from 1, int32 (h, w)."""
+        label = self.read_label(name, "pascal-context/trainval", ".mat", "LabelMap", last=459)
+        with about(f"{name}, LabelMap"):
+            expect((label % 1 == 0).all(), "whole numbers as classes", label[label % 1 > 0])
+        return label.astype(np.int32)
+
+    # Labels that are slow to make are prepared once, from the originals: the files human_parts and LabelMap.
+
+    def prepared_path(self, name: str) -> Path:
+        return self.path("prepared", name, ".png")    # rename the folder when `pack` changes
+
+    def outdated(self, name: str) -> bool:
+        """Whether there are prepared labels, but of other originals than those that are there now."""
+        path = self.prepared_path(name)
+        originals = (self.path(folder, name, ".mat") for folder in ("human_parts", "pascal-context/trainval"))
+        return path.exists() and any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
+
+    def pack(self, name: str) -> np.ndarray:
+        """The labels that are slow to make, in the bits of one image, uint8 (h, w): 0-2 part of a person (7: ignored),
+        3 normal is valid, 4 boundary, 5 boundary to score against. Only with use_prepared False."""
+        label_map = self.label_map(name)
+        masks = INDOOR[label_map], self.read_boundary(name), boundary_ground_truth(label_map)
+        return self.read_parsing(name) & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
+
+    @kept
+    def packed(self, name: str) -> np.ndarray | None:
+        """The prepared labels of an image, or None where there are none of these originals."""
+        if not self.use_prepared or not self.prepared_path(name).exists() or self.outdated(name):
+            return None
+        return self.read_prepared(name)
+
+    def read_prepared(self, name: str) -> np.ndarray:
+        try:
+            return self.read_label(name, "prepared", ".png", "classes")
+        except ValueError as error:
+            raise ValueError(f"unusable file {self.prepared_path(name)}; delete it, then run `python datasets.py "
+                             "prepare` again") from error
+
+    def problems(self, index):
+        """Of the originals, and whether the "prepared" labels are theirs."""
+        self.use_prepared = False
+        found, name = super().problems(index), self.names[index]
+        path, message = self.prepared_path(name), None
+        try:
+            if self.outdated(name):
+                message = f"older than its originals: {path}; run `python datasets.py prepare` again"
+            elif path.exists() and not found and (self.read_prepared(name) != self.pack(name)).any():
+                message = f"other labels than the originals' in {path}; delete it, then prepare again"
+        except ValueError as error:
+            message = str(error)
+        return found | {"prepared": message} if message else found
 
 
 class NYUDv2(FileDataset):
@@ -654,14 +950,54 @@ class NYUDv2(FileDataset):
     """
 
     TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
-    FOLDERS = {"image": ["images"], "semseg": ["segmentation"], "depth": ["depth"], "normal": ["normals"],
-               "boundary": ["edge"]}
+    CLASSES = {"semseg": tuple(
+        "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
+        "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, "
+        "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
+        "other structure, other furniture, other prop".split(", "))}
+    BOUNDARY_TOLERANCE = 0.011
+    PAPER = paper_rows(TASKS, {
+        ("mtmamba", "swin-large"): (55.82, 0.5066, 18.63, 78.70),             # Tables 1 to 6
+        ("mtmamba", "swin-base"): (53.62, 0.5126, 19.28, 77.70),              # Table 6
+        ("mtmamba", "swin-small"): (51.93, 0.5246, 19.45, 77.80),
+        ("mtmamba", "swin-tiny"): (49.25, 0.5299, 19.74, 76.90),
+        ("swin-single-task", "swin-large"): (54.32, 0.5166, 19.21, 77.30),    # Table 2
+        ("swin-multi-task", "swin-large"): (53.72, 0.5239, 19.97, 76.50),
+        ("stm1", "swin-large"): (54.61, 0.5059, 19.00, 77.40),
+        ("stm2", "swin-large"): (54.66, 0.4984, 18.81, 78.20),
+        ("stm3", "swin-large"): (54.75, 0.5054, 18.81, 78.20),
+        ("mfe-wmsa", "swin-large"): (54.57, 0.5109, 19.95, 76.60),            # Table 3
+        ("gate-wmsa", "swin-large"): (55.01, 0.4990, 18.73, 78.20),           # Table 4
+        # Table 5, read as its text says: g = 0 is the task's own feature, g = 1 the shared one. By Eq. 24 it would be
+        # the other way round.
+        ("fusion-specific", "swin-large"): (55.37, 0.5087, 18.76, 78.30),
+        ("fusion-shared", "swin-large"): (54.50, 0.4981, 18.83, 78.20),
+        # Second-hand: from publications that compare with MTMamba++ (M2H, arXiv 2510.17363).
+        ("mtmamba++", "swin-large"): (57.01, 0.4818, 18.27, 79.40)})
+    SINGLE_TASK = SELECTION_BASELINE = PAPER["swin-single-task", "swin-large"]
+    IMAGE = "images", ".png"
     COUNTS = {"train": 795, "val": 654}
     LIST = "gt_sets/{}.txt"
     ROOT = "data/NYUDv2"
+    SIZE = VAL_SIZE = (448, 576)
 
-    def __init__(self, root=ROOT, split="train", tasks=None, size=(448, 576), augment=None, seed=0):
-        super().__init__(root, split, tasks, size, augment, seed)
+    def read_semseg(self, name):
+        label = self.read_label(name, "segmentation", ".png", "classes", last=40)
+        return label.astype(np.uint8) - np.uint8(1)    # 0 becomes IGNORE by wrapping around
+
+    def read_depth(self, name):
+        return self.read_label(name, "depth", ".npy", "depth", last=100).astype(np.float32)    # 100: not millimetres
+
+    def read_normal(self, name):
+        return self.read_label(name, "normals", ".png", "normal")
+
+    @kept
+    def read_boundary(self, name):
+        return self.read_label(name, "edge", ".png", "mask")
+
+    def boundary_truth(self, index, task="boundary"):
+        self.check_index(index)
+        return boundary_ground_truth(self.read_boundary(self.names[index]))
 
 
 class Cityscapes(FileDataset):
@@ -677,278 +1013,85 @@ class Cityscapes(FileDataset):
     """
 
     TASKS = {"semseg": 19, "depth": 1}
-    FOLDERS = {"image": ["leftImg8bit/{}"], "semseg": ["gtFine/{}"], "depth": ["disparity/{}", "gtFine/{}"]}
+    COLOURS = {"semseg": (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+        (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+        (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))}
+    CLASSES = {"semseg": tuple("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
+                               "terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle".split(", "))}
+    TITLES, UNITS = {"depth": "disparity"}, {"depth": " px"}
+    SELECTION_BASELINE = {"semseg": 80.0, "depth": 5.0}    # about what to expect, so that both tasks count alike
+    LABEL_SCALE = 2
+    DEPTH_RANGE = (0, 80)
+    IMAGE = "leftImg8bit", "_leftImg8bit.png"
     COUNTS = {"train": 2975, "val": 500}
     LIST = "leftImg8bit/{}"
     ROOT = "data/Cityscapes"
-    LABEL_SCALE = 2
-    DEPTH_RANGE = (0, 80)
+    SIZE = (512, 1024)
 
-    def __init__(self, root=ROOT, split="train", tasks=None, size=(512, 1024), seed=0, mask_invalid=False):
+    def __init__(self, root=None, split="train", tasks=None, size=None, seed=0, mask_invalid=False):
         super().__init__(root, split, tasks, size, augment=False, seed=seed)
         self.mask_invalid = mask_invalid
-        self.FILES = partial(CityscapesFiles, split, self.size)
-
-    def __getitem__(self, index):
-        files = self.files(self.name(index[1] if isinstance(index, tuple) else index))
-        image = Image.fromarray(files.image).resize(self.size[::-1], Image.Resampling.BILINEAR)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        sample = {"image": (to_tensor(np.array(image)) - mean) / std}
-        sample |= {task: torch.from_numpy(files.label(task)) for task in self.tasks}
-        if self.mask_invalid and "depth" in self.tasks:
-            sample["depth"][sample["depth"] < 0] = IGNORE
-        return sample | {"name": files.name, "size": self.size}
 
     def list_names(self):
-        folder = self.root / self.LIST.format(self.split)
-        names = sorted(path.name.removesuffix("_leftImg8bit.png") for path in folder.glob("*/[!.]*_leftImg8bit.png"))
+        folder, suffix = self.list_path(), self.IMAGE[1]
+        names = sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*/[!.]*{suffix}"))
         if not names:
-            raise ValueError(f"expected images CITY/CITY_..._leftImg8bit.png, found none in {folder}; unpack the "
-                             "archive again")
+            raise ValueError(f"expected images CITY/CITY_...{suffix}, found none in {folder}; unpack the archive again")
         return names
 
+    def path(self, folder, name, suffix):
+        return super().path(f"{folder}/{self.split}/{name.split('_')[0]}", name, suffix)
 
-DATASETS = {"pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
+    def __getitem__(self, index):
+        index = index[1] if isinstance(index, tuple) else index
+        image, labels = self.load(index)
+        image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        sample = {"image": normalised(to_tensor(np.array(image)))}
+        sample |= {task: torch.tensor(labels[task], dtype=row.dtype)[None] for task, row in self.rows.items()}
+        if self.mask_invalid and "depth" in self.tasks:
+            sample["depth"][sample["depth"] < 0] = IGNORE
+        return sample | {"name": self.names[index], "size": self.size}
 
+    @kept
+    def load(self, index):
+        """Image and labels as they are in the files, at twice the size of the samples."""
+        self.check_index(index)
+        return self.read(self.names[index])
 
-def find_dataset_class(name: str) -> type:
-    """A class of DATASETS by its name; one of one's own by "path/to/file.py:Class", with TASKS and a constructor that
-    takes (split, size). Raises FileNotFoundError, or ValueError where there is none."""
-    if name in DATASETS:
-        return DATASETS[name]
-    file, _, class_name = name.rpartition(":")
-    path = Path(file).resolve()
-    if path.suffix != ".py":
-        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, found {name!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, in which {class_name} was expected")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))    # where the processes of a loader find the class, too
-    try:
-        module = importlib.import_module(path.stem)
-    except Exception as error:
-        raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
-    if not getattr(module, "__file__", None) or Path(module.__file__).resolve() != path:
-        raise ValueError(f"another module is named as {path}; rename the file")
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        raise ValueError(f"expected a class {class_name!r} in {path}, found {found}; its classes: "
-                         f"{[key for key, value in vars(module).items() if isinstance(value, type)]}")
-    check_task_table(found)
-    try:
-        inspect.signature(found).bind("train", (32, 32))
-    except TypeError as error:
-        raise ValueError(f"expected a constructor {class_name}(split, size) in {path}, found {class_name}"
-                         f"{inspect.signature(found)}") from error
-    return found
-
-
-CHANNELS = {"saliency": 2, "normal": 3, "boundary": 1, "depth": 1}    # the other tasks have one per class
-
-
-def check_task_table(dataset: type):
-    """Raises ValueError where a data set's class has no table of tasks, or an impossible one."""
-    table = getattr(dataset, "TASKS", None)
-    known = isinstance(table, dict) and table and set(table) <= set(PADDING) and all(
-        isinstance(n, int) and (n == CHANNELS[task] if task in CHANNELS else 2 <= n <= IGNORE)
-        for task, n in table.items())
-    if not known:
-        raise ValueError(f"expected {dataset.__name__}.TASKS with output channels by task, {list(PADDING)}: as many as "
-                         f"classes (2 to {IGNORE}), {CHANNELS}; found {table}")
-
-
-def choose_tasks(table: dict[str, int], tasks: Iterable[str] | None) -> dict[str, int]:
-    """The chosen rows of {task: channels}, in the order asked for; None for all. Raises ValueError on other names."""
-    tasks = list(table) if tasks is None else list(tasks)
-    if not tasks or not set(tasks) <= set(table):
-        raise ValueError(f"expected tasks from {list(table)}, found {tasks}; name at least one, None for all")
-    return {task: table[task] for task in tasks}
-
-
-# ---------------------------------------------------------------------------------------------- one image's files
-
-class ImageFiles:
-    """Reads one image and its labels, each file at most once. Raises FileNotFoundError or ValueError naming the file.
-
-    The label of a task is an array close to its file, so that scaling and cropping move few bytes; decode makes the
-    final label of it.
-
-    semseg, parsing, saliency, boundary   uint8 (1, h, w), as in the module's docstring
-    normal                                uint8 (4, h, w): x, y, z as 255 (v + 1) / 2, and 1 where valid, else 0
-    depth                                 float32 (1, h, w), 0 where unknown
-    """
-
-    IMAGE = ()      # folder, suffix
-
-    def __init__(self, root: Path, name: str, prepared: bool = True):
-        self.root, self.name, self.prepared = root, name, prepared
-        self.image_path = self.path(*self.IMAGE)
-
-    def path(self, folder: str, suffix: str) -> Path:
-        return self.root / folder / (self.name + suffix)
-
-    @cached_property
-    def image(self) -> np.ndarray:
-        """RGB, uint8 (h, w, 3)."""
-        return read_image(self.image_path)
-
-    def label(self, task: str) -> np.ndarray:
-        return getattr(self, task)()
-
-    def read(self, path: Path, role: str) -> np.ndarray:
-        """A label image of the image's size: see read_image."""
-        label = read_image(path, role)
-        self.sized(label[0] if role == "normal" else label, path)
-        return label
-
-    def sized(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """label (h, w) itself. Raises ValueError where that is not the image's size."""
-        if label.shape != self.image.shape[:2]:
-            raise ValueError(f"expected the size of {self.image_path.name}, {self.image.shape[:2]}, found "
-                             f"{label.shape} in {path}; unpack the archive again")
-        return label
-
-    def boundary_truth(self) -> np.ndarray:
-        return boundary_ground_truth(self.boundary()[0])
-
-
-class NYUDv2Files(ImageFiles):
-    IMAGE = "images", ".png"
-
-    def semseg(self):
-        path = self.path("segmentation", ".png")
-        label = in_range(self.read(path, "classes"), 40, path)
-        return (label.astype(np.uint8) - np.uint8(1))[None]    # 0 becomes IGNORE by wrapping around
-
-    def depth(self):
-        path = self.path("depth", ".npy")
-        with reading(path):
-            depth = np.load(path).astype(np.float32)
-        return in_range(self.sized(depth, path), 100, path)[None]    # catches millimetres
-
-    def normal(self):
-        path = self.path("normals", ".png")
-        normal = self.read(path, "normal")
-        with reading(path):
-            return as_normal(normal, self.image.shape[:2])
-
-    def boundary(self):
-        return self.read(self.path("edge", ".png"), "mask")[None]
-
-
-class PascalFiles(ImageFiles):
-    IMAGE = "JPEGImages", ".jpg"
-    ORIGINALS = ("human_parts", ".mat"), ("pascal-context/trainval", ".mat")    # of what is prepared
-    PREPARED = "prepared", ".png"    # rename the folder when the packing changes, or old files will be misread
-
-    def semseg(self):
-        paths = [self.path(folder, ".png") for folder in ("semseg/VOC12", "semseg/pascal-context")]
-        path = paths[0] if paths[0].exists() else paths[1]
-        label = self.read(path, "classes")
-        return np.uint8(in_range(label, 20, path, IGNORE))[None]
-
-    def parsing(self):
-        if self.packed is not None:
-            part = self.packed & 7
-            return np.where(part == 7, np.uint8(IGNORE), part)[None]
-        path = self.path("human_parts", ".mat")
-        label = np.zeros(self.image.shape[:2], np.uint8)
-        for name, mask in person_parts(path):
-            if name not in PART_NAMES:
-                raise ValueError(f"expected parts of a person from {list(PART_NAMES)}, found {name!r} in {path}")
-            label[self.sized(mask, path) > 0] = PART_NAMES[name]
-        return (label if label.any() else np.full_like(label, IGNORE))[None]
-
-    def saliency(self):
-        return self.read(self.path("sal_distill", ".png"), "soft mask")[None]
-
-    def normal(self):
-        path = self.path("normals_distill", ".png")
-        normal = self.read(path, "normal")
-        normal[3] = INDOOR[self.label_map] if self.packed is None else self.packed >> 3 & 1
-        with reading(path):
-            return as_normal(normal, self.image.shape[:2])
-
-    def boundary(self):
-        edges = label_edges(self.label_map) if self.packed is None else self.packed >> 4 & 1
-        return np.uint8(edges)[None]
-
-    def boundary_truth(self):
-        if self.packed is None:
-            return boundary_ground_truth(self.label_map)
-        return (self.packed >> 5 & 1).astype(bool)
-
-    @cached_property
-    def label_map(self) -> np.ndarray:
-        """459 classes from 1, int32 (h, w)."""
-        path = self.path("pascal-context/trainval", ".mat")
-        label = in_range(self.sized(read_mat(path, "LabelMap"), path), 459, path)
-        with reading(path):
-            expect((label == label.astype(np.int32)).all(), "whole numbers as classes", label[label % 1 > 0])
-        return label.astype(np.int32)
-
-    @cached_property
-    def packed(self) -> np.ndarray | None:
-        """The prepared labels, uint8 (h, w), or None where there are none of these originals; see pack."""
-        path = self.path(*self.PREPARED)
-        if not self.prepared or not path.exists() or self.outdated():
-            return None
-        try:
-            return self.read(path, "classes")
-        except ValueError as error:
-            raise ValueError(f"unusable file {path}; delete it and run `python datasets.py prepare` again") from error
-
-    def outdated(self) -> bool:
-        """Whether there are prepared labels, but of other originals than those that are there now."""
-        path, *originals = (self.path(*place) for place in (self.PREPARED, *self.ORIGINALS))
-        return path.exists() and any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
-
-    def pack(self) -> np.ndarray:
-        """The labels that are slow to make from the originals, in the bits of one image, uint8 (h, w):
-        0-2 part of a person (7: ignored), 3 normal is valid, 4 boundary, 5 boundary to score against."""
-        masks = INDOOR[self.label_map], self.boundary()[0], self.boundary_truth()
-        return self.parsing()[0] & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
-
-
-class CityscapesFiles(ImageFiles):
-    IMAGE = "leftImg8bit", "_leftImg8bit.png"
-
-    def __init__(self, split: str, size: tuple[int, int], root: Path, name: str, prepared: bool = True):
-        self.split, self.size = split, size    # half that of the files
-        super().__init__(root, name, prepared)
-
-    def path(self, folder, suffix):
-        return super().path(f"{folder}/{self.split}/{self.name.split('_')[0]}", suffix)
-
-    @cached_property
-    def image(self):
-        image = read_image(self.image_path)
-        found, expected = ("x".join(map(str, size)) for size in (image.shape[:2], [2 * n for n in self.size]))
-        if found != expected:
-            raise ValueError(f"expected an image of {expected} (HxW), twice the size that the network gets, found "
-                             f"{found} in {self.image_path}; give --img-size or size half the images' size")
+    def picture(self, name):
+        image, (folder, suffix) = super().picture(name), self.IMAGE
+        (h, w), (height, width) = image.shape[:2], self.size
+        with about(self.path(folder, name, suffix)):
+            expect((h, w) == (2 * height, 2 * width), f"an image of {2 * height}x{2 * width} (HxW), twice the size of "
+                   "the network's input", f"{h}x{w}", "give half the images' size as --img-size or size")
         return image
 
-    def semseg(self):
-        return LABEL_IDS[self.label_ids].astype(np.int64)[None]
+    def read_semseg(self, name):
+        return LABEL_IDS[self.label_ids(name)]
 
-    def depth(self):
-        path = self.path("disparity", "_disparity.png")
-        stored = self.read(path, "classes")
-        if stored.dtype == np.uint8:
-            raise ValueError(f"expected 16 bits per pixel, found 8 in {path}; unpack the archive again")
+    def read_depth(self, name):
+        stored = self.read_label(name, "disparity", "_disparity.png", "classes")
+        with about(self.path("disparity", name, "_disparity.png")):
+            expect(stored.dtype != np.uint8, "16 bits per pixel", "8", "unpack the archive again")
         disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
-        disparity[self.label_ids == 10] = 0
-        return disparity[None]
+        disparity[self.label_ids(name) == 10] = 0
+        return disparity
 
-    @cached_property
-    def label_ids(self) -> np.ndarray:
+    @kept
+    def label_ids(self, name: str) -> np.ndarray:
         """uint8 (h, w)."""
-        path = self.path("gtFine", "_gtFine_labelIds.png")
-        return in_range(self.read(path, "classes"), 33, path)
+        return self.read_label(name, "gtFine", "_gtFine_labelIds.png", "classes", last=33)
 
+    def list_problems(self):
+        found = super().list_problems()
+        for name in self.names:
+            with suppress(OSError, ValueError):    # which are reported with the image
+                if self.label_ids(name).max() > 18:
+                    return found
+        return [*found, f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in "
+                "files of train IDs; take the archive's files *_labelIds.png"]
 
-PascalContext.FILES, NYUDv2.FILES = PascalFiles, NYUDv2Files
 
 LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
 LABEL_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = range(19)
@@ -966,91 +1109,113 @@ INDOOR = np.isin(np.arange(460), [    # by class of LabelMap
     330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405,
     407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457])
 
+DATASETS = {"synthetic": Synthetic, "pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
+FILE_MODULE = "dataset_file_"    # the names of modules loaded from a user's file begin with it
+
+
+def find_dataset_class(name: str) -> type[DenseDataset]:
+    """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class". Raises
+    FileNotFoundError, or ValueError where there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if path.suffix != ".py":
+        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, found {name!r}")
+    found = getattr(load_file(path), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, LabelledDataset)) or inspect.isabstract(found):
+        raise ValueError(f"expected a subclass {class_name!r} of datasets.LabelledDataset with list_names and read in "
+                         f"{path}, found {found}")
+    try:
+        choose_tasks(found.TASKS, None)
+        inspect.signature(found).bind(split="train", size=None, tasks=None, seed=0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot use {class_name} of {path}: {error}; see datasets.LabelledDataset") from error
+    return found
+
+
+def load_file(path: Path):
+    """The module of a Python file of any name. It can import from its own folder."""
+    module_name = FILE_MODULE + hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ValueError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def unpickled(name: str) -> LabelledDataset:
+    """An empty data set of a user's file. A process that has not loaded the file does so here."""
+    return object.__new__(find_dataset_class(name))
+
+
+# ---------------------------------------------------------------------------------------------------- reading files
+
+class Unfit(ValueError):
+    """What a file or an array holds is not what it should be. `about` and `reading` say which one."""
+
+
+def expect(condition: bool, expected: str, found: object, advice: str = ""):
+    """Raises Unfit unless the condition holds. found: of an array its first value is shown."""
+    if not condition:
+        found = found.flat[0] if isinstance(found, np.ndarray) else found
+        raise Unfit(f"expected {expected}, found {found}{'; ' if advice else ''}{advice}")
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Begins the message of Unfit with what it is about."""
+    try:
+        yield
+    except Unfit as error:
+        raise ValueError(f"{what}: {error}") from error
+
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever a reader raises into FileNotFoundError or ValueError that names the file."""
+    """Turns any error of a reader into FileNotFoundError or ValueError that names the file."""
     try:
-        yield
+        with about(path):
+            yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
-    except Unfit as error:
-        raise ValueError(f"{error} in {path}{error.advice}") from error
     except Exception as error:    # on damaged files the readers raise many kinds
+        if isinstance(error.__cause__, Unfit):
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
 
 
-def read_names(path: Path, exists: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """The image IDs in a list: UTF-8, one per line.
-
-    exists: whether there is an image of an ID, which tells an ID with a space in it from a pair. Raises
-    FileNotFoundError, or ValueError, with its number, for a line that is no ID.
-    """
-    names = []
+def read_names(path: Path) -> list[str]:
+    """The image IDs in a list: UTF-8, one per line. Raises FileNotFoundError, or ValueError where there are none."""
     with reading(path):
-        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
-            if name := line.strip():
-                kind = other_than_name(name, exists)
-                expect(kind is None, "one image ID per line", f"{kind}, {name!r}, in line {number}")
-                names.append(name)
+        names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
+        expect(len(names) > 0, "image IDs, one per line", "none")
     return names
-
-
-def other_than_name(line: str, exists: Callable[[str], bool]) -> str | None:
-    """What a line of a list is if it is no image ID."""
-    if not line.replace("\t", " ").isprintable():
-        return "control characters"
-    if re.search(r"^[#%]|\s#", line):
-        return "a comment"
-    if "/" in line or "\\" in line:
-        return "a path"
-    if re.search(r"\.(jpe?g|png|bmp|gif|webp|tiff?|mat|npy|txt)$", line, re.IGNORECASE):
-        return "a name with an ending"
-    parts = re.split(r"[\s,;]+", line)
-    if "\t" in line or len(parts) > 1 and not exists(line) and any(map(exists, parts)):
-        return "a pair"
-    return None
-
-
-class Unfit(ValueError):
-    """What a file holds is not what it should: `reading` adds its name."""
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Begins the message with what it is about."""
-    try:
-        yield
-    except Unfit as error:
-        raise ValueError(f"{what}: {error}{error.advice}") from error
-
-
-def expect(condition: bool, expected: str, found: object, advice: str = ""):
-    """found: an array for its first value."""
-    if not condition:
-        error = Unfit(f"expected {expected}, found {found.flat[0] if isinstance(found, np.ndarray) else found}")
-        error.advice = f"; {advice}" if advice else ""
-        raise error
-
-
-LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
-BITS, PHOTOMETRIC, ORIENTATION, HIGHEST, SAMPLE_FORMAT = 258, 262, 274, 281, 339    # tags of TIFF and EXIF
 
 
 def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
     """The pixels of an image file, by what they mean:
 
-    picture     uint8 (h, w, 3), RGB as a viewer shows it: 16 bits become 8 by the range of the format or the one that
-                the file declares, transparent parts white; of several frames the first
-    classes     integers (h, w): grey of 8 or more bits as it is stored, of a palette the indices
+    picture     uint8 (h, w, 3), RGB: of 16 bits the upper 8, transparent parts white, of several frames the first;
+                colour profiles are not applied
+    classes     integers (h, w): grey of 8 or 16 bits as it is stored, of a palette the indices
     mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
     normal      uint8 (4, h, w): RGB and 1, as as_label takes it
 
     turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody
     knows which way up the labels beside it are.
-    Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or its meaning not certain.
+    Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or holds something else.
     """
     with reading(path), Image.open(path) as image:
         stored = image.tile[0][3] if image.tile else ""    # Pillow's name of the layout of the file's pixels
@@ -1060,7 +1225,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         tags = image.tag_v2 if image.format == "TIFF" else {}
         image.load()
         if role == "picture":
-            picture = to_rgb(image, stored, tags)
+            picture = to_rgb(image)
             if turned and image.format != "TIFF":    # which Pillow turns by itself
                 picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
             return np.array(picture)
@@ -1079,41 +1244,25 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         return np.array(image)
 
 
+LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
+PHOTOMETRIC, ORIENTATION = 262, 274    # tags of TIFF and EXIF
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}    # by EXIF's orientation
 
 
-def to_rgb(image: Image.Image, stored: str, tags: dict) -> Image.Image:
-    """A loaded picture in 8 bits per channel. tags: of TIFF."""
-    expect(set(tags.get(SAMPLE_FORMAT, (1,))) == {1} and image.mode != "F", "unsigned integers",
-           "signed ones or floats", TO_8_BITS)
-    if image.mode.startswith("I"):
-        expect(image.mode != "I" or image.format in ("PNG", "PPM"), "1, 8 or 16 bits per channel", "32", TO_8_BITS)
-        expect(tags.get(PHOTOMETRIC) != 0 and "transparency" not in image.info, "16 bits from black to "
-               "white", "a transparent value, or white as 0", TO_8_BITS)
-        pixels = np.array(image)
-        limit = max(tags.get(HIGHEST, (2 ** tags.get(BITS, (16,))[0] - 1,)))
-        expect(pixels.max() <= limit, f"values up to the declared {limit}", pixels.max())
-        certain(pixels.max(), limit, 4096)
-        return Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)).convert("RGB")
-    if ";16" in stored and image.mode.startswith("RGB"):    # of which Pillow gives the higher byte
-        certain(max(high for _, high in image.getextrema()[:3]), 255, 16)
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture in 8 bits per channel. Of 16 bits in colour Pillow itself gives the upper 8."""
+    if image.format == "PNG" and image.mode.startswith("I"):
+        return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
+    expect(image.mode[0] not in "IF", "8 bits per channel", f"mode {image.mode} of {image.format}",
+           "convert it to 8 bits per channel")
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-TO_8_BITS = "convert it to 8 bits per channel"
-
-
-def certain(highest: int, limit: int, least: int):
-    """Raises Unfit for a picture in 16 bits that may have 12 and does not say so: nearly black, or not."""
-    expect(highest == 0 or highest >= least or limit not in (255, 65535), "a range that is declared, or all 16 bits",
-           "12 bits or fewer in use", TO_8_BITS)
 
 
 def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
@@ -1141,21 +1290,20 @@ def read_mat(path: Path, name: str) -> np.ndarray:
         return scipy.io.loadmat(file, variable_names=[name])[name]
 
 
+def read_npy(path: Path, role: str) -> np.ndarray:
+    with reading(path):
+        return np.load(path)
+
+
+READERS = {".png": read_image, ".mat": read_mat, ".npy": read_npy}
+
+
 def person_parts(path: Path) -> list[tuple[str, np.ndarray]]:
     """The parts of all persons in a file of human_parts, in its order: (name, mask (h, w))."""
     anno = read_mat(path, "anno")
     with reading(path):
         persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
         return [(part["part_name"].item(), part["mask"]) for person in persons for part in person["parts"].ravel()]
-
-
-def in_range(label: np.ndarray, last: int, path: Path, ignore: int = 0) -> np.ndarray:
-    """label itself. Raises ValueError where a value is neither in 0..last nor `ignore`, so also for nan."""
-    right = (label >= 0) & (label <= last) | (label == ignore)
-    if not right.all():
-        raise ValueError(f"expected values in 0..{last}{f' or {ignore}' if ignore else ''}, found {label[~right][0]} "
-                         f"in {path}; unpack the archive again")
-    return label
 
 
 def label_edges(label_map: np.ndarray) -> np.ndarray:
@@ -1168,101 +1316,49 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
 
-# ----------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------------- forms of labels
 
-def as_label(task: str, label: np.ndarray, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """A label as a data set reads it -> a compact array that augment, pad and decode work on.
+def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
+    """A label as a data set reads it -> a compact array that augment, pad and decode work on. row: of the task.
 
-    semseg, parsing, saliency, boundary   integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
-    depth                                 floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown
-                                          -> float32 (1, h, w), 0 where unknown
-    normal                                floats (3, h, w), unit vectors, 0 or IGNORE in all three where unknown, or
-                                          uint8 (4, h, w): 255 (v + 1) / 2, and 1 where known
-                                          -> the latter, in float32 if it was floats
+    class      integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
+    distance   floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown -> float32 (1, h, w), 0 where unknown
+    vector     floats (3, h, w), unit vectors, 0 or IGNORE in all three where unknown, or uint8 (4, h, w):
+               255 (v + 1) / 2, and 1 where known -> the latter, in float32 if it was floats
 
-    size: (h, w). A normal that is far from unit length has no direction: unknown. Raises ValueError where there are
-    many of them, for another shape or kind of number, and for values out of range.
+    None stands for a label that is unknown everywhere. size: (h, w). A vector that is far from unit length has no
+    direction: unknown. Raises Unfit where there are many of them, for another shape or kind of number, and for values
+    out of range.
     """
+    if label is None:
+        channels, dtype = 4 if row.label == "vector" else 1, np.float32 if row.label == "distance" else np.uint8
+        return np.full((channels, *size), row.padding, dtype)
     label = np.asarray(label)
-    if task == "normal":
-        return as_normal(label, size)
-    expected = f"({size[0]}, {size[1]})"
-    expect(label.shape in (size, (1, *size)), f"the shape {expected}, as the image", label.shape)
+    if row.label == "vector":
+        return as_vectors(label, size)
+    expect(label.shape in (size, (1, *size)), f"the shape ({size[0]}, {size[1]}), as the image", label.shape)
     label = label.reshape(1, *size)
-    if task == "depth":
+    if row.label == "distance":
         expect(label.dtype.kind == "f", "metres as floats", label.dtype)
         wrong = ~(label >= 0) | (label == np.inf)
         expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
         return np.where(label == IGNORE, 0, label).astype(np.float32)
-    last = max(channels, 2) - 1
-    if task == "boundary" and label.dtype.kind == "f":
+    if label.dtype.kind == "f" and row.dtype.is_floating_point:
         wrong = ~np.isin(label, (0, 1, IGNORE))
         expect(not wrong.any(), f"0, 1 or {IGNORE}", label[wrong])
         return label.astype(np.uint8)
     expect(label.dtype.kind in "uib", "integers", label.dtype)
-    wrong = (label > last) & (label != IGNORE)
-    if label.dtype.kind == "i":
-        wrong |= label < 0
+    last = max(row.channels, 2) - 1
+    wrong = (label < 0) | (label > last) & (label != IGNORE)
     expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
     return label.astype(np.uint8)
 
 
-def check_sample(sample: dict, tasks: dict[str, int], label_scale: int = 1):
-    """Raises ValueError, naming the sample and the task, where a sample is not as the module's docstring has it.
-
-    tasks: output channels by task; label_scale: height and width of the labels in those of the image.
-    """
-    name, image = sample.get("name"), sample.get("image")
-    if not isinstance(name, str) or image is None or "size" not in sample:
-        raise ValueError(f"{name}: expected the entries image, name and size in a sample, found {sorted(sample)}")
-    if not isinstance(image, Tensor):
-        raise ValueError(f"{name}: expected the image as a tensor, found {type(image).__name__}")
-    if image.ndim != 3 or len(image) != 3 or image.dtype != torch.float32 or not image.isfinite().all():
-        raise ValueError(f"{name}: expected an image of finite float32 (3, H, W), found {image.dtype} "
-                         f"{tuple(image.shape)} with {(~image.isfinite()).sum()} values that are not finite")
-    size = tuple(label_scale * n for n in image.shape[1:])
-    for task, channels in tasks.items():
-        with naming(f"{name}, {task}"):
-            expect(task in sample, "a label", f"those of {sorted(set(sample) & set(PADDING))}")
-            label = sample[task]
-            expect(isinstance(label, Tensor), "a tensor", type(label).__name__)
-            label = label.numpy()
-            expect(label.ndim == 3, f"the shape (C, {size[0]}, {size[1]})", label.shape)
-            known = as_label(task, label, channels, size)
-            if task == "normal":
-                wrong = label[:, (known[3] == 0) & (label != IGNORE).any(0)]
-                expect(wrong.size == 0, f"vectors of length 1, or {IGNORE} in all channels", wrong.T[:1].tolist())
-            if task == "depth":
-                expect((label > 0).all(), f"depths above 0, or {IGNORE} where unknown", label[label <= 0])
+SHORTEST, LONGEST = 0.75, 1.25    # of what passes for a unit vector
+MOST_OFF = 0.4                    # of the vectors may have another length; beyond that it is no image of normals
 
 
-def checks_itself(dataset: torch.utils.data.Dataset) -> bool:
-    """Whether its samples are those of a class of this module, which checks what it reads."""
-    return type(dataset).__getitem__.__module__ == __name__
-
-
-def check_samples(dataset: torch.utils.data.Dataset, count: int = 16) -> list[str]:
-    """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each of
-    saliency and boundary without a positive pixel. Raises ValueError as check_sample, and what the data set raises."""
-    tasks = dict(getattr(dataset, "tasks", dataset.TASKS))
-    samples = [dataset[i] for i in range(min(count, len(dataset)))]
-    messages = []
-    for sample in samples if not checks_itself(dataset) else ():
-        check_sample(sample, tasks, getattr(dataset, "LABEL_SCALE", 1))
-    for task in tasks:
-        labels, positive = [sample[task] for sample in samples], task in ("saliency", "boundary")
-        if not any(((label == 1) if positive else (label != IGNORE)).any() for label in labels):
-            values = torch.cat([label.unique() for label in labels]).unique().tolist()
-            messages.append(f"{task}: no {'positive ' * positive}pixel counts in the first {len(samples)} samples, "
-                            f"{samples[0]['name']} to {samples[-1]['name']}: their values are {values[:6]}")
-    return messages
-
-
-LENGTHS = 0.75, 1.25    # of what passes for a unit vector
-MANY = 0.4              # of the normals with another length: this is no image of normals
-
-
-def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def as_vectors(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """See as_label."""
     if label.dtype.kind == "f":
         expect(label.shape == (3, *size), f"the shape {(3, *size)}, as the image", label.shape)
@@ -1276,35 +1372,50 @@ def as_normal(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     vectors *= vectors
     square = (vectors[0] + vectors[1] + vectors[2]) / 127.5 ** 2    # of the length
     known = label[3] > 0
-    kept = known & (square > LENGTHS[0] ** 2) & (square < LENGTHS[1] ** 2)
+    kept = known & (square > SHORTEST ** 2) & (square < LONGEST ** 2)
     off = known & ~kept & (square > 0.01)
-    expect(np.count_nonzero(off) <= MANY * np.count_nonzero(known), "vectors of length 1",
+    expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
            f"{np.mean(off):.0%} of other lengths")
     grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
     expect(not grey, "x, y and z in red, green and blue", "a grey image")
     return np.concatenate([label[:3], kept[None].astype(label.dtype)])
 
 
-PADDING = {"semseg": IGNORE, "parsing": IGNORE, "saliency": IGNORE, "boundary": IGNORE, "normal": 0, "depth": 0}
-
-
-def decode(task: str, label: np.ndarray) -> Tensor:
-    """A label of ImageFiles, padded with PADDING or not -> that of the module's docstring. Normals keep the length
+def decode(row: Task, label: np.ndarray) -> Tensor:
+    """A label of as_label, padded with row.padding or not -> that of a sample, in new memory. Vectors keep the length
     that they have in the file, 1 up to its 8 bits."""
-    if task == "depth":
+    if row.label == "distance":
         label = np.where(label > 0, label, np.float32(IGNORE))
-    elif task == "normal":
+    elif row.label == "vector":
         valid, label = label[3], label[:3] * np.float32(2 / 255)
         label -= 1
         np.copyto(label, IGNORE, where=valid == 0)
-    else:
-        label = label.astype(np.float32 if task == "boundary" else np.int64)
-    return torch.from_numpy(label)
+    return torch.tensor(label, dtype=row.dtype)
+
+
+def check_samples(dataset: DenseDataset, count: int = 16) -> list[str]:
+    """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each
+    that says yes or no without a yes. Raises what the data set raises."""
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    messages = []
+    for task, row in dataset.rows.items():
+        labels, kind = [sample[task] for sample in samples], "positive pixel" if row.binary else "pixel"
+        if not any(((label == 1) if row.binary else (label != IGNORE)).any() for label in labels):
+            values = torch.cat([label.unique() for label in labels]).unique().tolist()
+            messages.append(f"{task}: no {kind} counts in the first {len(samples)} samples, {samples[0]['name']} to "
+                            f"{samples[-1]['name']}: their values are {values[:6]}")
+    return messages
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 (h, w, 3) -> float32 (3, h, w) in 0..1."""
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float() / 255
+
+
+def normalised(image: Tensor) -> Tensor:
+    """(3, h, w) in 0..1 -> by IMAGE_MEAN and IMAGE_STD, as encoders expect it."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (image - mean) / std
 
 
 def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
@@ -1327,7 +1438,7 @@ def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
 SCALE = 0.5, 2.0
 CROPS = 10                                                       # tries
 LARGEST_SHARE = 0.75                                             # of one class among a crop's labelled pixels
-JITTER = (                                                      # each with probability 0.5, in this order
+JITTER = (                                                       # each with probability 0.5, in this order
     (lambda image, value: (image + value).clamp(0, 1), (-32 / 255, 32 / 255)),
     (lambda image, value: (image * value).clamp(0, 1), (0.5, 1.5)),    # contrast, as in SSD's augmentation
     (TF.adjust_saturation, (0.5, 1.5)),
@@ -1335,14 +1446,15 @@ JITTER = (                                                      # each with prob
 )
 
 
-def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, int], rng: np.random.Generator):
+def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], rows: Mapping[str, Task], size: tuple[int, int],
+            rng: np.random.Generator, cropped_by: str | None = None):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
-    image: uint8 (h, w, 3); labels: of ImageFiles, as are those returned; size: (H, W) of the crop, h' < H or w' < W
-    where the scaled image is smaller. Up to 10 crops are tried until no class of semseg covers more than 75 % of the
-    labelled pixels; without semseg the first one is taken. What is drawn does not depend on the image or the tasks.
+    image: uint8 (h, w, 3); labels: of as_label, as are those returned, by task, and so are the rows; size: (H, W) of
+    the crop, h' < H or w' < W where the scaled image is smaller. Up to 10 crops are tried until no class of the task
+    `cropped_by` covers more than 75 % of the labelled pixels; without that label the first one is taken. What is drawn
+    does not depend on the image or the tasks.
     """
-    check_shapes(image, labels)
     scale = rng.uniform(*SCALE)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5
@@ -1351,13 +1463,13 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
 
     scaled = [max(1, round(length * scale)) for length in image.shape[:2]]
     for corner in corners:
-        rows, columns = crop = [window(*lengths) for lengths in zip(corner, scaled, size)]
+        crop = [window(*lengths) for lengths in zip(corner, scaled, size)]
         # The pixels of the original that are nearest to those of the crop.
         y, x = (((np.arange(n)[part] + 0.5) * (m / n)).astype(int) for n, m, part in zip(scaled, image.shape, crop))
-        if "semseg" not in labels or not dominated(labels["semseg"][:, y][:, :, x]):
+        if cropped_by not in labels or not dominated(labels[cropped_by][:, y][:, :, x]):
             break
 
-    image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled, antialias=False)[:, rows, columns]
+    image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled, antialias=False)[:, crop[0], crop[1]]
     if flipped:
         image, x = image.flip(2), x[::-1]
     image = image.contiguous().float() / 255
@@ -1365,19 +1477,12 @@ def augment(image: np.ndarray, labels: dict[str, np.ndarray], size: tuple[int, i
         image = adjust(image, value)
 
     labels = {task: label[:, y][:, :, x] for task, label in labels.items()}
-    if "depth" in labels:
-        labels["depth"] /= np.float32(scale)    # what looks larger is nearer
-    if "normal" in labels and flipped:
-        labels["normal"][0] = 255 - labels["normal"][0]    # x points the other way
-    return image, labels
-
-
-def check_shapes(image: np.ndarray, labels: dict[str, np.ndarray]):
-    """Raises ValueError where a label is not of the image's size."""
     for task, label in labels.items():
-        if label.shape != (4 if task == "normal" else 1, *image.shape[:2]):
-            raise ValueError(f"{task}: expected {4 if task == 'normal' else 1} channels of the image's size "
-                             f"{image.shape[:2]}, found {label.shape}")
+        if rows[task].label == "distance":
+            label /= np.float32(scale)    # what looks larger is nearer
+        if rows[task].label == "vector" and flipped:
+            label[0] = 255 - label[0]    # x points the other way
+    return image, labels
 
 
 def window(position: float, length: int, size: int) -> slice:
@@ -1392,7 +1497,7 @@ def dominated(semseg: np.ndarray) -> bool:
     return counts.max() > LARGEST_SHARE * counts.sum()
 
 
-# ------------------------------------------------------------------------------------------- check, prepare, export
+# -------------------------------------------------------------------------------------------------- check, prepare
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1400,137 +1505,96 @@ def main(argv: list[str] | None = None) -> int:
     for name, purpose in (("check", "read every file; exit code 1 where something is missing or wrong"),
                           ("prepare", "store the labels that are slow to make; may be interrupted and run again")):
         command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("--dataset", choices=DATASETS, required=True)
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
-    purpose = "write synthetic scenes in the files of a data set"
-    command = commands.add_parser("export", help=purpose, description=purpose)
-    command.add_argument("--format", dest="dataset", choices=DATASETS, required=True)
-    command.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
-    command.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: 375 500, 425 560 or 1024 2048")
-    for command in commands.choices.values():
-        command.add_argument("--root", type=Path, help=f"default: {' or '.join(d.ROOT for d in DATASETS.values())}")
+        command.add_argument("--dataset", required=True, help=f"{', '.join(DATASETS)} or path/to/file.py:Class")
+        command.add_argument("--root", type=Path, help="folder of a benchmark (default: data/...)")
+        command.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one per CPU)")
+    commands.choices["check"].add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"),
+                                           help="half the size of Cityscapes' images, where that is not 512 1024")
     args = parser.parse_args(argv)
-    dataset = DATASETS[args.dataset]
-    root = args.root or Path(dataset.ROOT)
     try:
-        if args.command == "export":
-            export(args.dataset, root, args.count, args.size)
-            return 0
+        dataset = find_dataset_class(args.dataset)
         if args.workers < 1:
             raise ValueError(f"expected --workers of at least 1, found {args.workers}")
-        if not root.is_dir():
+        if not issubclass(dataset, LabelledDataset):
+            raise ValueError(f"{args.dataset} has no files")
+        root = args.root or getattr(dataset, "ROOT", None)
+        if root and not Path(root).expanduser().is_dir():
             raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
-        if args.command == "check":
-            return int(check(dataset, root, args.workers) > 0)
-        if dataset is not PascalContext:
+        if args.command == "prepare" and dataset is not PascalContext:
             print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
             return 0
-        messages = prepare(root, args.workers)
+        with Pool(args.workers if args.workers > 1 else 0) as pool:
+            if args.command == "check":
+                return int(check(dataset, root, args.img_size, pool) > 0)
+            messages = prepare(root, pool)
         print_problems("not prepared", messages)
         return int(bool(messages))
     except KeyboardInterrupt:
         parser.exit(130, "datasets.py: interrupted\n")
     except WriteError as error:
         parser.exit(1, f"datasets.py: {error}; make room, then run it again\n")
+    except ChildProcessError as error:
+        parser.exit(1, f"datasets.py: {error}\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
-def prepare(root: Path, workers: int) -> list[str]:
+def prepare(root: Path, pool: "Pool") -> list[str]:
     """Writes the labels of PASCAL-Context that are slow to make, one image each, to the folder prepared below root.
 
-    May be interrupted and run again: it skips what is newer than its originals, and a file is there whole or not at
-    all. Returns the messages about images that could not be prepared.
+    It may be interrupted and run again: it skips files that are newer than their originals, and no file is ever half
+    written. Returns messages about images that could not be prepared.
     """
-    splits = [PascalContext(root, split, ["parsing", "boundary"]) for split in PascalContext.COUNTS]
-    names = [name for split in splits for name in split.names]
-    PascalFiles(root, "").path(*PascalFiles.PREPARED).parent.mkdir(exist_ok=True)
-    return list(filter(None, parallel(partial(prepare_image, root), names, workers, "preparing")))
+    messages = []
+    for split in PascalContext.COUNTS:
+        data = PascalContext(root, split, ["parsing", "boundary"])
+        data.use_prepared = False
+        (data.root / "prepared").mkdir(exist_ok=True)
+        messages += parallel(prepare_image, data, pool, f"preparing {split}")
+    return list(filter(None, messages))
 
 
-def prepare_image(root: Path, name: str) -> str | None:
+def prepare_image(data: PascalContext, index: int) -> str | None:
     """Returns a message where the image's files are missing or wrong. Raises WriteError."""
-    files = PascalFiles(root, name, prepared=False)
-    target = files.path(*files.PREPARED)
-    if target.exists() and all(files.path(*place).exists() for place in files.ORIGINALS) and not files.outdated():
+    name = data.names[index]
+    path = data.prepared_path(name)
+    if path.exists() and not data.outdated(name):
         return None
     try:
-        packed = files.pack()
+        packed = data.pack(name)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    with replacing(target, f".{os.getpid()}.tmp") as file:    # of its own, as somebody else may be preparing, too
+    with replacing(path, f".{os.getpid()}.tmp") as file:    # another process may be preparing the same image
         Image.fromarray(packed).save(file, "PNG")
 
 
-def check(dataset: type[FileDataset], root: Path, workers: int) -> int:
+def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int] | None, pool: "Pool") -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, differing, listed = 0, [], {}
-    for split, published in dataset.COUNTS.items():
+    total, notes, earlier = 0, [], set()
+    for split in ("train", "val"):
         try:
-            data = dataset(root, split)
-            exported = all(name.startswith(EXPORTED) for name in data.names)
-            if exported and dataset is Cityscapes:    # of any size, but all of the same
-                size = [length // 2 for length in read_image(data.files(data.names[0]).image_path).shape[:2]]
-                data = Cityscapes(root, split, size=size)
-        except (FileNotFoundError, ValueError) as error:
+            data = dataset.open(split, size, root=root)
+        except (OSError, ValueError) as error:
             print(f"{split}: {error}")
             total += 1
             continue
-        indices = list({name: i for i, name in enumerate(data.names)}.values())    # each image once
-        found = parallel(partial(image_problems, data), indices, workers, f"checking {split}")
-        print(f"{split}: {len(data)} images; published: {published}")
-        if len(data) != published:
-            differing.append(f"{split} has {len(data)} of {published} images")
-            if not exported:
-                print(f"  {data.root / data.LIST.format(split)}: expected {published} images; unpack the archive again")
-                total += 1
-        problems_by_kind = {"list": list_problems(data, listed)}
-        problems_by_kind |= {kind: [problems[kind] for problems in found if kind in problems]
-                             for kind in ("image", *data.tasks, "prepared")}
-        for kind, messages in problems_by_kind.items():
+        found = parallel(dataset.problems, data, pool, f"checking {split}")
+        problems = {kind: [messages[kind] for messages in found if kind in messages]
+                    for kind in ("image", *data.tasks, "prepared")}
+        if isinstance(data, FileDataset):
+            published = data.COUNTS[split]
+            print(f"{split}: {len(data)} images; published: {published}")
+            notes += [f"{split} has {len(data)} of {published} images"] if len(data) != published else []
+            twice = [f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
+            problems["list"] = data.list_problems() + twice
+            earlier |= set(data.names)
+        else:
+            print(f"{split}: {len(data)} images")
+        for kind, messages in problems.items():
             total += len(messages)
             print_problems(kind, messages)
-    print(f"{total} problems" if total else "no problems" + (f", but {' and '.join(differing)}" if differing else ""))
+    print(f"{total} problems" if total else f"no problems{', but ' if notes else ''}{' and '.join(notes)}")
     return total
-
-
-def list_problems(data: FileDataset, listed: dict[str, Path]) -> list[str]:
-    """Messages about IDs that occur twice, in the split's list or in that of another one. listed: the lists by ID, to
-    which this one's are added."""
-    path, counts = data.root / data.LIST.format(data.split), Counter(data.names)
-    messages = [f"{name} occurs {count} times in {path}" for name, count in counts.items() if count > 1]
-    messages += [f"{name} occurs in {listed[name]} and in {path}" for name in counts if name in listed]
-    listed |= dict.fromkeys(counts, path)
-    return messages
-
-
-def image_problems(data: FileDataset, index: int) -> dict[str, str]:
-    """Messages by task, and of the "image" and "prepared" labels. An image that cannot be read is all that is said."""
-    name, problems = data.names[index], {}
-    files = data.files(name, prepared=False)
-    steps = {"image": lambda: files.image}
-    steps |= {task: partial(files.label, task) for task in data.tasks}
-    steps |= {"prepared": partial(check_prepared, data.files(name), files)}
-    for kind, step in steps.items():
-        try:
-            step()
-        except (FileNotFoundError, ValueError) as error:
-            if str(error) not in problems.values():    # two labels may come from one file
-                problems[kind] = str(error)
-            if kind == "image":
-                break
-    return problems
-
-
-def check_prepared(files: ImageFiles, originals: ImageFiles):
-    """Raises ValueError where the prepared labels are not those of the originals."""
-    if isinstance(files, PascalFiles) and files.outdated():
-        raise ValueError(f"older than its originals: {files.path(*files.PREPARED)}; run `python datasets.py prepare` "
-                         "again")
-    if isinstance(files, PascalFiles) and files.packed is not None and (files.packed != originals.pack()).any():
-        path = files.path(*files.PREPARED)
-        raise ValueError(f"other labels than the originals' in {path}; delete it and run `python datasets.py prepare` "
-                         "again")
 
 
 def print_problems(kind: str, messages: list[str], shown: int = 3):
@@ -1541,132 +1605,22 @@ def print_problems(kind: str, messages: list[str], shown: int = 3):
             print(f"    and {len(messages) - shown} more")
 
 
-def parallel(function: Callable, items: Iterable, workers: int, description: str) -> list:
-    """[function(item) for item in items] on `workers` processes (1: in this one), with a progress bar."""
-    pool = ProcessPoolExecutor(workers, initializer=follow_main) if workers > 1 else None
-    results = pool.map(function, items, chunksize=8) if pool else map(function, items)
-    try:
-        with tqdm(results, description, len(items), unit="img") as bar:
-            return list(bar)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+def parallel(function: Callable, data: LabelledDataset, pool: "Pool", description: str) -> list:
+    """[function(data, index) for each index] in the pool, with a progress bar."""
+    with tqdm(total=len(data), desc=description, unit="img") as bar:
+        # The data set is sent to a process with each part, so a larger data set has larger parts, not more of them.
+        futures = []
+        for part in np.array_split(range(len(data)), min(len(data), 32 * pool.workers or len(data))):
+            futures.append(pool.submit(each, function, data, part.tolist()))
+            futures[-1].add_done_callback(lambda _, images=part.size: bar.update(images))
+        return [result for future in futures for result in future.result()]
 
 
-# By class of Synthetic: those of LabelMap, PASCAL VOC and NYUDv2 that come closest. Sphere, box, cylinder: potted
-# plant, table, bottle; for NYUDv2 other prop, box, lamp.
-LABEL_MAP = np.array([158, 440, 68, 360, 308, 397, 34, 284])
-CITYSCAPES = np.array([7, 11, 12, 23, 21, 26, 17, 24])    # road, building, wall, sky, vegetation, car, pole, person
-VOC = np.array([0, 0, 0, 0, 16, 11, 5, PERSON_INDEX])
-VOC_NAMES = {16: "pottedplant", 11: "table", 5: "bottle", PERSON_INDEX: "person"}
-NYUD = np.array([2, 1, 22, 0, 40, 29, 35, 31])
-EXPORTED = "synthetic_"    # the names of exported images begin with it
-PART_FILES = ("", "head", "torso", "luarm", "llarm", "luleg", "llleg")    # one name for each of PARTS
+def each(function: Callable, data: LabelledDataset, indices: list[int]) -> list:
+    return [function(data, index) for index in indices]
 
 
-def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = None):
-    """Writes `count` synthetic scenes to train on and a quarter as many (at least 2) to validate, in the files of
-    a data set of DATASETS below root. size: (h, w) of the images in pixels, None for 375x500, 425x560 or 1024x2048; of
-    PASCAL-Context's images every fourth is upright.
-
-    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses, WriteError.
-    """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"expected an empty or a new folder, found {root}; name another one or remove it")
-    size = size or {"pascal": (375, 500), "nyud": (425, 560), "cityscapes": (1024, 2048)}[kind]
-    if kind == "cityscapes" and any(length % 2 for length in size):
-        raise ValueError(f"expected an even height and width, as Cityscapes' images are halved, found {size}")
-    for seed, (split, images) in enumerate({"train": count, "val": max(2, count // 4)}.items()):
-        scenes, upright = Synthetic(images, size, seed), Synthetic(images, size[::-1], seed)
-        scene_files = {"pascal": pascal_files, "nyud": nyud_files, "cityscapes": partial(cityscapes_files, split)}[kind]
-        names = [f"{EXPORTED}{seed}{i:05d}_000019" if kind == "cityscapes" else f"{EXPORTED}{split}_{i:05d}"
-                 for i in range(images)]
-        for i, name in enumerate(tqdm(names, desc=f"exporting {split}", unit="img")):
-            maps = (upright if kind == "pascal" and i % 4 == 3 else scenes).render(i)
-            for path, content in scene_files(name, maps).items():
-                save_file(root / path, content)
-        if kind != "cityscapes":
-            save_file(root / DATASETS[kind].LIST.format(split), "\n".join(names) + "\n")
-
-
-def nyud_files(name: str, maps: dict[str, np.ndarray]) -> dict:
-    """What save_file takes, by path; maps: of Synthetic.render."""
-    return {
-        f"images/{name}.png": 255 * maps["image"],
-        f"segmentation/{name}.png": NYUD[maps["semseg"]],
-        f"depth/{name}.npy": np.where(maps["depth"] == IGNORE, 0, maps["depth"])[0],
-        f"normals/{name}.png": normal_pixels(maps["normal"]),
-        f"edge/{name}.png": 255 * maps["boundary"],
-    }
-
-
-def pascal_files(name: str, maps: dict[str, np.ndarray]) -> dict:
-    """As nyud_files. As in the archive, VOC12 has the semseg of only a part of the images."""
-    folder = "VOC12" if int(name[-1]) % 2 else "pascal-context"
-    return {
-        f"JPEGImages/{name}.jpg": 255 * maps["image"],
-        f"semseg/{folder}/{name}.png": VOC[maps["semseg"]],
-        f"pascal-context/trainval/{name}.mat": {"LabelMap": LABEL_MAP[maps["semseg"][0]].astype(np.uint16)},
-        f"human_parts/{name}.mat": {"anno": struct([(name, part_objects(maps))], "imname", "objects")},
-        f"normals_distill/{name}.png": normal_pixels(maps["normal"]),
-        f"sal_distill/{name}.png": 255 * maps["saliency"],
-    }
-
-
-def cityscapes_files(split: str, name: str, maps: dict[str, np.ndarray]) -> dict:
-    """As nyud_files. The disparity is that of a camera with 100 pixels times metres (the real one has about 470); the
-    sky has none."""
-    depth = maps["depth"]
-    disparity = np.where(depth == IGNORE, 0, 1 + 256 * 100 / depth).clip(max=2**16 - 1)
-    return {f"{folder}/{split}/{name.split('_')[0]}/{name}_{suffix}.png": content for folder, suffix, content in (
-        ("leftImg8bit", "leftImg8bit", 255 * maps["image"]), ("gtFine", "gtFine_labelIds", CITYSCAPES[maps["semseg"]]),
-        ("disparity", "disparity", np.rint(disparity).astype(np.uint16)))}
-
-
-def save_file(path: Path, content):
-    """content: variables by name (.mat), an array (.npy), text (.txt), or pixels (1 or 3, h, w) in 0..255 or
-    of 16 bits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        if path.suffix == ".mat":
-            scipy.io.savemat(file, content, do_compression=True)
-        elif path.suffix == ".npy":
-            np.save(file, content)
-        elif path.suffix == ".txt":
-            file.write(content.encode())
-        else:
-            pixels = content if content.dtype == np.uint16 else np.rint(content).astype(np.uint8)
-            picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            picture.save(file, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], quality=95)
-
-
-def part_objects(maps: dict[str, np.ndarray]) -> np.ndarray:
-    """The objects of a scene as human_parts stores them; only persons have parts here. The scene does not know left
-    from right, nor a hand from an arm, so each body part has one name."""
-    semseg, instance, parsing = maps["semseg"][0], maps["instance"], maps["parsing"][0]
-    objects = []
-    for mask in (instance == number for number in np.unique(instance[semseg >= SPHERE])):
-        index = VOC[semseg[mask][0]]
-        parts = [(PART_FILES[part], np.uint8(mask & (parsing == part))) for part in np.unique(parsing[mask])
-                 if part not in (0, IGNORE)]
-        objects.append((VOC_NAMES[index], index, np.uint8(mask), struct(parts, "part_name", "mask") if parts else []))
-    return struct(objects, "class", "class_ind", "mask", "parts")
-
-
-def struct(rows: list[tuple], *fields: str) -> np.ndarray:
-    """A MATLAB structure array, (1, rows)."""
-    array = np.empty((1, len(rows)), [(field, object) for field in fields])
-    array[0] = rows
-    return array
-
-
-def normal_pixels(normal: np.ndarray) -> np.ndarray:
-    """Unit vectors (3, h, w) -> pixels in 0..255; IGNORE becomes the normal that faces the viewer."""
-    normal = np.where(normal == IGNORE, np.reshape([0, 0, 1], (3, 1, 1)), normal)
-    return (normal + 1) * 255 / 2
-
-
-# --------------------------------------------- how scripts write and end, shared with evaluate.py and train.py
+# ------------------------------------- files, processes and signals, a section that evaluate.py and train.py use, too
 
 class Parser(argparse.ArgumentParser):
     """Ends a run on bad input with one line and exit code 2."""
@@ -1675,9 +1629,78 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):    # a container's limit: microseconds per period, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, ceil(int(quota) / int(period)))
+    return min(cpus, 61) if sys.platform == "win32" else cpus    # Windows cannot wait for more processes
+
+
+class Pool:
+    """Runs functions on so many processes beside this one; with 0 at once, in this process.
+
+        with Pool(4) as pool:
+            futures = [pool.submit(function, *arguments) for arguments in work]
+            results = [future.result() for future in futures]
+
+    The processes are spawned: a forked copy of a process that uses CUDA or threads may hang. So a script uses a pool
+    only under `if __name__ == "__main__":`. The with statement raises ChildProcessError if the system kills a process.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.executor = workers, None
+        if workers:
+            self.executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_main)
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        if self.executor:
+            with signals_waiting():    # a process that this starts needs seconds until it runs follow_main
+                return self.executor.submit(function, *arguments)
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.executor:
+            self.executor.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError("the system has killed one of the processes, often for want of memory; give fewer "
+                                    "--workers") from error
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def follow_main(*_):
+    """A process of a pool or a loader starts with this. Ctrl-C and a cluster's signals reach it, too, but only the main
+    process acts on them. It ends when the main process ends, even if that is killed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if main := parent_process():
+        threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def signals_waiting():
+    """Signals that come inside it are handled after it. In a process that is started inside it they keep waiting."""
+    if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends none
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def interrupt(number: int, frame: object):
-    """The handler of SIGTERM: ends a script as Ctrl-C does, so that it ends its processes and clears away what it has
-    written half."""
+    """The handler of SIGTERM. It ends a script as Ctrl-C does, so that the script ends its processes and removes files
+    that are not complete."""
     signal.signal(number, signal.SIG_IGN)    # launchers and clusters send several
     raise KeyboardInterrupt
 
@@ -1688,7 +1711,7 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a full disk and the like raise into a WriteError, also where a library raises another error for it."""
+    """Turns the error of a full disk and the like into a WriteError, even if a library has raised another error."""
     try:
         yield
     except Exception as error:
@@ -1703,8 +1726,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
-    """A file to write to, which then takes the place of path: an existing one is replaced only by a whole one, and
-    nothing is left where writing fails. Raises WriteError then."""
+    """A file to write to. Once it is complete, it replaces path. If writing fails, it is removed, path stays as it was,
+    and WriteError is raised."""
     temporary = path.with_suffix(suffix)
     try:
         with writing(path):
@@ -1718,7 +1741,7 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
 
 
 def append(path: Path, text: str):
-    """Adds the whole text to the end of a file, or nothing. Raises WriteError then."""
+    """Adds the whole text to the end of a file. If that fails, it adds nothing and raises WriteError."""
     data = text.encode()
     with writing(path), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -1727,7 +1750,31 @@ def append(path: Path, text: str):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def check_writable(folder: Path):
+    """Makes the folder and writes to it once, so that a run fails now and not after hours. Raises OSError."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(2 ** 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror
+        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def write_json(path: Path, content: dict):
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
 if __name__ == "__main__":
+    # A user's file imports this module, too. Both must mean the same LabelledDataset.
+    import datasets
+
     signal.signal(signal.SIGTERM, interrupt)
-    warnings.filterwarnings("ignore", ".*older than their originals")    # `check` says it, and `prepare` ends it
-    sys.exit(main())
+    sys.exit(datasets.main())

@@ -1,32 +1,32 @@
 """Scores a checkpoint, draws what it predicts, exports it, and recomputes the paper's cost tables.
 
     python evaluate.py --checkpoint runs/synthetic/last.pt                       # held-out synthetic scenes
-    python evaluate.py --checkpoint X --dataset nyud --data-root data/NYUDv2     # beside Table 1 of the paper
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint X --dataset pascal      # the images shared by eight GPUs
-    python evaluate.py --checkpoint X --image a.jpg folder/ --out pictures       # one's own pictures
+    python evaluate.py --checkpoint X --dataset nyud --data-root data/NYUDv2     # beside the paper's figures
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint X --dataset pascal      # the images are split over eight GPUs
+    python evaluate.py --checkpoint X --image a.jpg folder/ --out pictures       # your own pictures
     python evaluate.py --checkpoint X --export model.onnx --img-size 448 576     # a file that runs without this project
+    python evaluate.py --cost --checkpoint X                                     # parameters, FLOPs, time and memory
     python evaluate.py --cost --variant all                                      # Tables 2-4: parameters and FLOPs
 
-X is a checkpoint of train.py or of the published implementation. Scores are printed and written to results.json, beside
-contact sheets, next to the checkpoint (elsewhere with --out).
+X is a checkpoint of train.py or of the published implementation. Scores are printed. They are also written to
+results.json, with contact sheets beside it, in the checkpoint's folder or in --out.
 """
 
-# Reads top-down: the paper's figures; main and its flags; models and checkpoints; scores and tables; pictures, then
-# their colours, legends and sheets; export; cost; processes and files, a section that train.py shares whole.
+# Reads: main and its flags; models and checkpoints; scores and tables; pictures and sheets; export; cost; the processes
+# of torchrun, which train.py shares.
 
 import os
 
-# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning, which takes the core from the very thread they
-# wait for where other processes are busy. Bounded here, before torch is imported, unless the user decides: to what
-# costs an idle machine less than a tenth, and keeps a run beside one busy process per core within four times its time
-# alone (tests/benchmark.py busy).
+# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
+# thread takes the core from the very thread that it waits for. We limit the spinning, before torch is imported, unless
+# the user decides otherwise: under 10 % slower on an idle machine, and beside one busy process per core at most four
+# times as slow as alone (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import atexit
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -35,7 +35,9 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,36 +54,27 @@ from datasets import (
     IGNORE,
     IMAGE_MEAN,
     IMAGE_STD,
-    PARTS,
-    Cityscapes,
+    DenseDataset,
+    Labels,
     NYUDv2,
     Parser,
-    Synthetic,
+    Pool,
     WriteError,
-    append,
     centred,
-    check_sample,
-    checks_itself,
-    choose_tasks,
+    check_writable,
     find_dataset_class,
+    follow_main,
     interrupt,
+    normalised,
     read_image,
     read_names,
     replacing,
     to_tensor,
+    usable_cpus,
+    write_json,
     writing,
 )
-from metrics import (
-    LOWER_IS_BETTER,
-    PRIMARY,
-    THRESHOLDS,
-    boundary_counts,
-    boundary_counts_each,
-    delta_m,
-    follow_main,
-    make_meters,
-    ods_f,
-)
+from metrics import TASKS, Meter, OdsMeter, Task, delta_m, make_meters, task_rows
 from mtmamba import (
     BACKENDS,
     ENCODERS,
@@ -98,20 +91,10 @@ from mtmamba import (
     selective_scan_2d,
 )
 
-EVALUATION_IMAGES = 100          # of the synthetic data set
-EVALUATION_SEED = 1              # training uses other seeds, so these scenes are held out
 EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size; memory grows with both
 EVALUATION_PIXELS = 2 ** 20
 
-Results = dict[str, dict[str, float]]    # {task: {metric: value}}
-
-# Table 1, MTMamba's rows (it has none for Cityscapes); Table 2's single-task row, against which the paper's delta_m is
-# taken (it has none for PASCAL-Context); how far a predicted boundary may be off, as a fraction of the diagonal.
-PAPER = {"nyud": {"semseg": 55.82, "depth": 0.5066, "normal": 18.63, "boundary": 78.70},
-         "pascal": {"semseg": 81.11, "parsing": 72.62, "saliency": 84.14, "normal": 14.14, "boundary": 78.80},
-         "cityscapes": {}}
-SINGLE_TASK = {"nyud": {"semseg": 54.32, "depth": 0.5166, "normal": 19.21, "boundary": 77.30}}
-MAX_DIST = {"nyud": 0.011, "pascal": 0.0075, "synthetic": 0.02}    # the synthetic images are small: 2 pixels
+Results = dict[str, dict[str, float]]    # {task: {metric: value}}, the primary metric first
 
 # Tables 2-4, NYUDv2 at 448x576 with Swin-Large: parameters in millions, FLOPs in 1e9.
 PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (276.48, 435.47),
@@ -126,14 +109,14 @@ def main(argv: list[str] | None = None) -> Results:
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        check_arguments(args)
-        if args.cost:
-            print_cost(args)
-            return {}
+        check_arguments(args, parser)
         if args.export:
             export(args)
             return {}
         device = start(args.device)
+        if args.cost:
+            print_cost(args, device)
+            return {}
         rank, _ = rank_and_world()
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
@@ -165,15 +148,16 @@ def add_arguments(parser: argparse.ArgumentParser):
         "predictions/ in it)")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
+    add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
     group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", metavar="NAME", help=f"synthetic, {', '.join(DATASETS)}, or path/to/file.py:Class "
-                       "as in train.py (default: the one with the model's tasks)")
+    group.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class as in "
+                       "train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
     group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
     group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
-    group = parser.add_argument_group("one's own pictures")
+    group = parser.add_argument_group("your own pictures")
     group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
     group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
                        "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
@@ -182,28 +166,43 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("export")
     group.add_argument("--export", type=Path, metavar="FILE", help="write the model, for images normalised with "
                        "ImageNet's mean and deviation, as .onnx or .pt2 (torch.export), and check it")
-    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of its images (default: as "
-                       "the model was trained)")
-    group = parser.add_argument_group("cost, and the encoder of a published checkpoint")
-    group.add_argument("--cost", action="store_true", help="parameters and FLOPs; needs no checkpoint")
-    group.add_argument("--variant", choices=["all", *VARIANTS], help="of --cost (default: mtmamba)")
-    group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
+    group = parser.add_argument_group("cost")
+    group.add_argument("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of "
+                       "an untrained model by --variant, --encoder and --dataset (default: nyud)")
+    group.add_argument("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
+    group.add_argument("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
+    group = parser.add_argument_group("of several of these")
+    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images (default: as the model "
+                       "was trained, or as the data set is scored)")
+    group.add_argument("--encoder", help="of a published checkpoint or --cost, which do not name it: "
+                       f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
     group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
 
 
-def check_arguments(args: argparse.Namespace):
-    """Raises ValueError for flags that would be ignored, and where there is nothing to do."""
+# The flags that have an effect, by what is asked for. The others are refused.
+FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_size encoder encoder_kwargs",
+         "export": "export checkpoint img_size encoder encoder_kwargs",
+         "image": "image checkpoint device backend out overwrite save_predictions max_side features encoder "
+                  "encoder_kwargs",
+         "": "checkpoint device backend out overwrite save_predictions workers dataset data_root baseline "
+             "boundary_list save_images img_size encoder encoder_kwargs"}
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
+    """Raises ValueError for flags without an effect or with impossible values, and where there is nothing to do."""
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
-    ignored = {"--variant": args.variant and not args.cost, "--features": args.features and not args.image,
-               "--baseline": args.baseline and args.image, "--boundary-list": args.boundary_list and args.image,
-               "--img-size": args.img_size and not args.export, "--image": args.image and args.export}
-    for flag in (flag for flag, given in ignored.items() if given):
-        raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+    mode = next((mode for mode in FLAGS if mode and getattr(args, mode)), "")
+    for name, value in vars(args).items():
+        if name not in FLAGS[mode].split() and value != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+    if args.variant and args.checkpoint:
+        raise ValueError("expected --checkpoint, which knows its variant, or --variant, found both")
     if args.max_side < 32:
         raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
-    if min(args.workers or 0, args.save_images) < 0:
-        raise ValueError("expected --workers and --save-images of at least 0")
+    if min(args.workers or 0, args.save_images, (args.batch_size or 1) - 1) < 0:
+        raise ValueError("expected --workers and --save-images of at least 0, --batch-size of at least 1")
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
     if not isinstance(args.encoder_kwargs or {}, dict):
@@ -214,56 +213,72 @@ def check_arguments(args: argparse.Namespace):
 
 def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
-    """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it.
+    """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it. `model.labels` is what its data
+    set says of the tasks (Labels).
 
     encoder, encoder_kwargs: of a published checkpoint, which does not name them; None for Swin-Large. A checkpoint of
     train.py knows its own. Raises FileNotFoundError, or ValueError where the file is something else or its weights do
     not fit its configuration.
     """
     checkpoint = read_checkpoint(path)
-    if is_published(checkpoint):
-        config = dict(published_config(checkpoint.get("model", checkpoint)), encoder=encoder or "swin-large",
-                      encoder_kwargs=encoder_kwargs)
+    config = checkpoint["config"]
+    if "encoder" not in config:
+        config = dict(config, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
-    else:
-        config = checkpoint["config"]
-    model = build_model(config)
+    try:
+        model = MTMamba(**config)
+    except TypeError as error:    # arguments that MTMamba or the encoder does not have
+        raise ValueError(f"cannot build a model of {config}: {error}") from error
     load_weights(model, checkpoint, path)
+    model.labels = checkpoint["labels"]
     return model.to(device).eval(), config
 
 
-def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
-    """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
-    cannot run here."""
-    for module in model.modules():
-        if isinstance(module, SS2D):
-            module.backend = backend
-    one, each, matrix = (torch.zeros(shape, device=device) for shape in ((1, 1, 1, 1), (1, 1, 1, K, 1), (K, 1, 1)))
-    try:
-        selective_scan_2d(one, each, matrix, each, each, matrix[:, 0], matrix[:, 0], backend)
-    except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return backend or default_backend(device)
-
-
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of train.py or a published one. Raises FileNotFoundError, or ValueError for another kind of file."""
+    """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
+    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
                                 "published checkpoint")
     checkpoint = read_tensors(path)
-    if not is_published(checkpoint) and not (isinstance(checkpoint, dict) and {"model", "config"} <= set(checkpoint)):
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
+        config, labels = describe_published(state)
+        return dict(published=state, config=config, labels=labels)
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
                          f"{found}; nor a published one, which has final_project.")
-    return checkpoint
+    if "labels" in checkpoint:
+        labels = Labels(**checkpoint["labels"])
+    else:    # of an earlier version: there were no tasks of other names, and it names its data set
+        data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
+        labels = data_set.describe(checkpoint["config"]["tasks"])
+    return dict(checkpoint, labels=labels)
+
+
+def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
+    """MTMamba's tasks, variant and output_scale for a published checkpoint, and what its data set says of the tasks.
+    The channels of the heads tell the data set, and with it the order of the tasks. Otherwise the order of the heads
+    counts. Raises ValueError for unknown tasks."""
+    heads = {m[1]: len(value) for key, value in state.items()
+             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
+    tasks = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
+    if not tasks.keys() <= TASKS.keys():
+        raise ValueError(f"expected heads of the tasks {', '.join(TASKS)}, found {', '.join(tasks)}")
+    fitting = [data_set for data_set in DATASETS.values() if tasks.items() <= data_set.TASKS.items()]
+    data_set = fitting[0] if len(fitting) == 1 else DenseDataset
+    if len(fitting) == 1:
+        tasks = {task: channels for task, channels in data_set.TASKS.items() if task in tasks}
+    config = dict(tasks=tasks, variant=published_variant(state), output_scale=data_set.LABEL_SCALE)
+    return config, data_set.describe(tasks)
 
 
 def load_weights(model: MTMamba, checkpoint: dict, path: Path):
-    """The weights of a checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
-    if is_published(checkpoint):
-        state = checkpoint.get("model", checkpoint)
+    """The weights of a read_checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
+    if "published" in checkpoint:
+        state = checkpoint["published"]
         try:
             print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors of {path}")
         except ValueError as error:
@@ -289,67 +304,62 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
     print(f"loaded {len(found)}/{len(expected)} tensors of {path}")
 
 
-def build_model(config: dict) -> MTMamba:
+def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
+    """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
+    cannot run here."""
+    for module in model.modules():
+        if isinstance(module, SS2D):
+            module.backend = backend
+    pixel, each, matrix = (torch.zeros(shape, device=device) for shape in ((1, 1, 1, 1), (1, 1, 1, K, 1), (K, 1, 1)))
     try:
-        return MTMamba(**config)
-    except TypeError as error:    # arguments that MTMamba or the encoder does not have
-        raise ValueError(f"cannot build a model of {config}: {error}") from error
-
-
-def is_published(checkpoint: object) -> bool:
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    return isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state)
-
-
-def published_config(state: dict[str, Tensor]) -> dict:
-    """MTMamba's tasks, variant and output_scale for a published checkpoint. The heads' channels tell the data set, and
-    so the order of the tasks and the scale; of another data set the heads' own order counts. The other keys tell the
-    variant. Raises ValueError for tasks that there are not."""
-    heads = {m[1]: len(value) for key, value in state.items()
-             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
-    found = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    if not found.keys() <= PRIMARY.keys():
-        raise ValueError(f"expected heads of the tasks {', '.join(PRIMARY)}, found {', '.join(found)}")
-    fitting = [dataset for dataset in DATASETS.values() if found.items() <= dataset.TASKS.items()]
-    if len(fitting) == 1:
-        found = {task: channels for task, channels in fitting[0].TASKS.items() if task in found}
-    return dict(tasks=found, variant=published_variant(state),
-                output_scale=fitting[0].LABEL_SCALE if len(fitting) == 1 else 1)
+        selective_scan_2d(pixel, each, matrix, each, each, matrix[:, 0], matrix[:, 0], backend)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return backend or default_backend(device)
 
 
 # --------------------------------------------------------------------------------------------------------- scores
 
 def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.device) -> Results:
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
-    name = args.dataset or find_dataset(model.tasks, ["synthetic", *DATASETS])
-    dataset = open_dataset(name, model.tasks, config, args.data_root)
+    name = args.dataset or find_dataset(model.labels.tasks)
+    dataset = open_dataset(name, model.labels.tasks, config, args.data_root, args.img_size)
     scored = read_boundary_list(args.boundary_list, dataset)
-    baseline = read_baseline(args.baseline, name, model.tasks) or SINGLE_TASK.get(name)
+    given = read_baseline(args.baseline, name, dataset)
     out = args.out or args.checkpoint.parent
-    for folder in filter(None, (out, args.save_predictions)):
-        check_writable(folder)
+    check_writable(out)
+    if args.save_predictions:
+        folder = args.save_predictions.resolve()
+        if {folder, *folder.parents} & {path.resolve() for path in dataset.folders}:
+            raise ValueError(f"{args.save_predictions} lies in the data set's folder; give another one for the maps")
+        claim(folder, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items() for image in dataset.names],
+              [], args.overwrite)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
-        workers = 0 if name == "synthetic" else min(16, max(1, os.cpu_count() // world))
+        workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    results = evaluate(model, dataset, device, workers=workers, max_dist=MAX_DIST.get(name), scored=scored,
-                       predictions=args.save_predictions)
+    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
         return results
-    improvement = compare(results, baseline)
     print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
-    if name not in PAPER:
-        print_table({"model": results, "best constant": constant_baseline(dataset, MAX_DIST.get(name))})
+    encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
+    paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
+    columns = {"model": results}
+    if dataset.REFERENCES:
+        columns["best constant"] = constant_baseline(dataset)
+    print_table(columns, model.labels, paper)
+    if not (paper or dataset.REFERENCES):
+        print("the paper's figure is not known here for this variant and encoder")
+    improvement = compare(results, given or dataset.SINGLE_TASK, dataset.rows)
+    if improvement is None:
+        print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
     else:
-        print_paper_table(results, PAPER[name], depth_name(model))
-    if improvement is not None:
-        print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %"
-              + (" (paper: +2.38 %)" if not args.baseline and len(results) == len(PAPER[name]) else ""))
-    elif name in PAPER:
-        print("no delta_m: the paper has no single-task row for this data set; give one's results with --baseline")
+        known = not given and paper.keys() == results.keys()
+        published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.rows):+.2f} %)" if known else ""
+        print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %{published}")
     write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                                           boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
@@ -360,68 +370,41 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     return results
 
 
-def open_dataset(name: str, tasks: dict[str, int], config: dict, root: Path | None) -> Dataset:
-    """What the model is scored on. Raises ValueError where it has other tasks than the model, or labels of another size
-    than its outputs."""
-    if not tasks.items() <= task_table(name).items():
-        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {task_table(name)}; choose "
-                         "another --dataset")
-    if name == "synthetic":
-        return held_out(config["img_size"], tasks)
-    dataset, scale = find_dataset_class(name), config.get("output_scale", 1)
-    expected = getattr(dataset, "LABEL_SCALE", 1)
-    if scale != expected:
+def open_dataset(name: str, tasks: dict, config: dict, root: Path | None, size: list[int] | None) -> DenseDataset:
+    """The images to score on. tasks: the model's, as Labels.tasks. Raises ValueError where the data set has other tasks
+    than the model, or labels of another size than its outputs."""
+    data_set, scale = find_dataset_class(name), config.get("output_scale", 1)
+    if not all(data_set.TASKS.get(task) == value for task, value in tasks.items()):
+        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {data_set.TASKS}; choose another "
+                         "--dataset")
+    if scale != data_set.LABEL_SCALE:
         raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} "
-                         f"{expected} times; build it with that output_scale")
-    if name not in DATASETS:
-        return open_own_dataset(dataset, "val", config["img_size"], list(tasks))
-    sizes = {"size": config["img_size"]} if dataset is Cityscapes and "img_size" in config else {}    # not padded to it
-    return dataset(root or dataset.ROOT, "val", list(tasks), **sizes)
+                         f"{data_set.LABEL_SCALE} times; build it with that output_scale")
+    return data_set.open("val", size or data_set.VAL_SIZE or config.get("img_size"), list(tasks), root)
 
 
-def open_own_dataset(dataset: type, split: str, size: tuple[int, int], tasks: list[str] | None) -> Dataset:
-    """One of one's own, with the attribute tasks. Raises ValueError where it cannot be made or is empty."""
-    try:
-        opened = dataset(split, tuple(size))
-    except TypeError as error:
-        raise ValueError(f"expected a constructor {dataset.__name__}(split, size), found: {error}") from error
-    if len(opened) == 0:
-        raise ValueError(f"expected samples of the split {split!r} in {dataset.__name__}, found none")
-    opened.tasks = choose_tasks(dataset.TASKS, tasks)
-    return opened
-
-
-def held_out(img_size: tuple[int, int], tasks: dict[str, int]) -> Synthetic:
-    return Synthetic(EVALUATION_IMAGES, img_size, seed=EVALUATION_SEED, tasks=list(tasks))
-
-
-def find_dataset(tasks: dict[str, int], names: Iterable[str]) -> str:
+def find_dataset(tasks: dict) -> str:
     """The data set with these tasks. Raises ValueError where none or several have them."""
-    fitting = [name for name in names if tasks.items() <= task_table(name).items()]
+    fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
     if len(fitting) != 1:
         raise ValueError(f"expected the tasks (channels) of one data set, found {tasks}, which fit "
                          f"{' and '.join(fitting) or 'none'}; name the data set with --dataset")
     return fitting[0]
 
 
-def task_table(name: str) -> dict[str, int]:
-    return Synthetic.TASKS if name == "synthetic" else find_dataset_class(name).TASKS
-
-
-def read_boundary_list(path: Path | None, dataset: Dataset) -> set[str] | None:
+def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | None:
     """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
     if path is None:
         return None
-    known = set(getattr(dataset, "names", ()))
-    names = set(read_names(path, known.__contains__))
-    unknown = sorted(names - known)
+    names = set(read_names(path))
+    unknown = sorted(names.difference(dataset.names))
     if unknown or not names:
         raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
                          f"{f'{len(unknown)} others, first {unknown[0]}' if unknown else 'none'}")
     return names
 
 
-def read_baseline(path: Path | None, dataset: str, tasks: Iterable[str]) -> dict[str, float] | None:
+def read_baseline(path: Path | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
     """The primary metrics by task in a results.json. Raises FileNotFoundError, or ValueError for another kind of file,
     another data set, and figures that delta_m cannot be taken against."""
     if path is None:
@@ -429,77 +412,73 @@ def read_baseline(path: Path | None, dataset: str, tasks: Iterable[str]) -> dict
     try:
         content = json.loads(path.read_text())
         found, results = content["dataset"], content["results"]
-        figures = {task: results[task]["odsF" if task == "boundary" else PRIMARY[task]] for task in tasks}
+        figures = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
+                   for task, row in dataset.rows.items()}
         positive = all(value > 0 for value in figures.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of evaluate.py with the tasks {', '.join(tasks)} "
+        raise ValueError(f"{path} is not a results.json of evaluate.py with the tasks {', '.join(dataset.rows)} "
                          f"({type(error).__name__}: {error})") from error
-    if found != dataset or not positive:
-        raise ValueError(f"expected a baseline on {dataset} with figures above 0, as delta_m divides by them, found "
+    if found != name or not positive:
+        raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
                          f"{figures} on {found} in {path}")
     return figures
 
 
-def compare(results: Results, baseline: dict[str, float] | None) -> float | None:
-    """delta_m over the tasks that were scored; None where there are none, or no baseline."""
-    figures = {task: metrics[primary(task, metrics)] for task, metrics in results.items()}
-    return delta_m(figures, {task: baseline[task] for task in figures}) if baseline and figures else None
-
-
-def primary(task: str, metrics: dict[str, float]) -> str:
-    """The metric by which the task is compared: odsF where it was computed."""
-    return "odsF" if "odsF" in metrics else PRIMARY[task]
+def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task]) -> float | None:
+    """delta_m of the primary metrics over the tasks that were scored; None where the baseline lacks one of them."""
+    figures = {task: metrics[rows[task].primary(metrics)] for task, metrics in results.items()}
+    if not figures or not figures.keys() <= baseline.keys():
+        return None
+    return delta_m(figures, {task: baseline[task] for task in figures}, rows)
 
 
 @torch.inference_mode()
-def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description: str = "evaluating", workers: int = 0,
-             max_dist: float | None = None, scored: set[str] | None = None, predictions: Path | None = None,
+def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
+             workers: int = 0, odsf: bool = True, scored: set[str] | None = None, predictions: Path | None = None,
              stop: Callable[[], bool] | None = None) -> Results | None:
-    """Every metric of every task over a data set, but those without a label in it, which are named. The model's mode
-    (train or eval) is left as it was.
+    """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
+    (train or eval) stays as it was.
 
-    workers: processes that load, and as many that match boundaries (0: none). max_dist: of odsF, None for pixelF only.
-    scored: names of the images that odsF is scored on, None for all. predictions: folder for the raw maps. stop: asked
-    before every batch whether to give up; the result is None where it says so in any process.
+    workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
+    the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
+    folder for the raw maps. stop: asked before every batch whether to give up; the result is None where it says so in
+    any process.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
-    What is shared out are whole batches, as a model's outputs differ in the last digits with the batch: so the figures
-    are exactly the same for any number of processes.
+    They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
+    exactly the same for any number of processes.
     """
     rank, world = rank_and_world()
-    with_odsf = max_dist is not None and "boundary" in model.tasks
-    samples = WithTruth(dataset, with_odsf, scored)
+    tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
+    boundaries = [task for task, row in dataset.rows.items() if row.kind == "boundary" and tolerance is not None]
+    samples = WithTruths(dataset, boundaries, scored)
     H, W = samples[0]["image"].shape[1:]
     size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
     batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
                         worker_init_fn=follow_main)
-    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
-
-    def boundaries() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Feeds the meters, and yields what odsF compares."""
-        with tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar:
-            for batch in itertools.chain.from_iterable(loader):
-                if stop and stop():
-                    return
-                outputs = model(batch["image"].to(device))
-                for task, meter in meters.items():
-                    meter.update(outputs[task], batch[task].to(device))
-                for i, (name, truth) in enumerate(zip(batch["name"], batch["boundary_truth"])):
-                    area = own_area(batch["image"], batch["size"][i], model.output_scale)
-                    own = {task: prediction(task, output[i:i + 1].float())[0][area]
-                           for task, output in outputs.items() if predictions or task == "boundary"}
-                    if predictions:
-                        save_raw(predictions, name, own)
-                    if truth is not None:
-                        yield to_bytes(own["boundary"][0]), truth
-                bar.update(len(batch["image"]))
-
+    meters = meters_for(dataset)
     training = model.training
     model.eval()
-    counts = np.zeros((len(THRESHOLDS), 4), np.int64)
-    with contextlib.closing(boundaries()) as pairs:
-        for image_counts in boundary_counts_each(pairs, max_dist, workers if with_odsf else 0):
-            counts += image_counts
+    with (Pool(workers if boundaries else 0) as pool,
+          tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar):
+        ods = {task: OdsMeter(tolerance, pool.submit, 4 * workers) for task in boundaries}
+        for batch in itertools.chain.from_iterable(loader):
+            if stop and stop():
+                break
+            outputs = model(batch["image"].to(device))
+            for task, meter in meters.items():
+                meter.update(outputs[task], batch[task].to(device))
+            for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
+                area = own_area(batch["image"], batch["size"][i], model.output_scale)
+                wanted = meters if predictions else truths
+                maps = {task: meters[task].predict(outputs[task][i:i + 1].float())[0][area] for task in wanted}
+                if predictions:
+                    save_raw(predictions, name, maps, dataset.rows)
+                for task, truth in truths.items():
+                    ods[task].update(to_bytes(maps[task][0]), truth)
+            bar.update(len(batch["image"]))
+        for meter in ods.values():
+            meter.collect()
     model.train(training)
 
     shared = device if device.type == "cuda" else "cpu"    # where processes add up
@@ -507,34 +486,40 @@ def evaluate(model: MTMamba, dataset: Dataset, device: torch.device, description
         return None
     for meter in meters.values():
         meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
+    for meter in ods.values():
+        meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
     empty = [task for task, meter in meters.items() if meter.empty()]
     if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")
-    results = {task: meter.compute() for task, meter in meters.items() if task not in empty}
-    counts = add_up(torch.from_numpy(counts).to(shared)).cpu().numpy()
-    if with_odsf and "boundary" in results:
-        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
-    return results
+    return results_of(meters, ods)
 
 
-class WithTruth(Dataset):
-    """A data set's samples, checked, each with the boundaries that odsF scores against (None where it does not)."""
+def meters_for(dataset: DenseDataset) -> dict[str, Meter]:
+    return make_meters(dataset.tasks, dataset.DEPTH_RANGE, dataset.labels.classes)
 
-    def __init__(self, dataset: Dataset, truths: bool, scored: set[str] | None):
-        self.dataset, self.truths, self.scored = dataset, truths, scored
+
+def results_of(meters: dict[str, Meter], ods: dict[str, OdsMeter]) -> Results:
+    """The scores of the tasks that have any, the primary metric first."""
+    return {task: (ods[task].compute() if task in ods else {}) | meter.compute() for task, meter in meters.items()
+            if not meter.empty()}
+
+
+class WithTruths(Dataset):
+    """A data set's samples with the boundaries that odsF is scored against, {task: bool (h, w)}."""
+
+    def __init__(self, dataset: DenseDataset, boundaries: list[str], scored: set[str] | None):
+        self.dataset, self.boundaries, self.scored = dataset, boundaries, scored
 
     def __getitem__(self, index):
         sample = self.dataset[index]
-        if not checks_itself(self.dataset):
-            check_sample(sample, self.dataset.tasks, getattr(self.dataset, "LABEL_SCALE", 1))
-        wanted = self.truths and (self.scored is None or sample["name"] in self.scored)
-        needed = {key: sample[key] for key in ("image", "name", "size", *self.dataset.tasks)}
-        return needed | {"boundary_truth": self.dataset.boundary_truth(index) if wanted else None}
+        wanted = self.boundaries if self.scored is None or sample["name"] in self.scored else ()
+        return sample | {"truths": {task: self.dataset.boundary_truth(index, task) for task in wanted}}
 
 
 @atexit.register
 def end_loaders():
-    """After an error some may be left, to which multiprocessing would send a SIGTERM and then wait for them forever."""
+    """After an error, some loaders may be left. multiprocessing would send them a SIGTERM, which they ignore, and wait
+    for them forever."""
     if (loaders := [p for p in multiprocessing.active_children() if p.daemon]) and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
         for process in loaders:
@@ -542,8 +527,8 @@ def end_loaders():
 
 
 def of_one_size(samples: list[dict]) -> list[dict]:
-    """The samples in batches of equal size, in order: an image larger than the data set's size makes one of its own.
-    Tensors are stacked, which also spares open files: one that comes from another process holds one."""
+    """The samples in batches of equal size, in order: an image larger than the data set's size is a batch of its own.
+    Tensors are stacked, which also spares open files: a tensor that comes from another process holds one."""
     batches = []
     for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape):
         group = list(group)
@@ -558,195 +543,139 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
     return (..., *(slice(scale * part.start, scale * part.stop) for part in centred(image.shape[-2:], size)))
 
 
-def prediction(task: str, output: Tensor) -> Tensor:
-    """Raw output (B, C_t, H, W) -> a map in the form of the task's labels (B, 1 or 3, H, W); probabilities for
-    saliency and boundary."""
-    if task in ("semseg", "parsing"):
-        return output.argmax(1, keepdim=True)
-    if task == "saliency":
-        return output.softmax(1)[:, 1:]
-    if task == "boundary":
-        return output.sigmoid()
-    return F.normalize(output, dim=1) if task == "normal" else output.clamp(min=0)
-
-
 def to_bytes(probability: Tensor) -> np.ndarray:
     """The 8 bits per pixel that boundaries are scored in: truncated, not rounded."""
     return (255 * probability).to(torch.uint8).cpu().numpy()
 
 
-def save_raw(folder: Path, name: str, maps: dict[str, Tensor]):
+def save_raw(folder: Path, name: str, maps: dict[str, Tensor], rows: dict[str, Task]):
     """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
-    (h, w), unit vectors (3, h, w)).
-
-    maps: of `prediction`, (1 or 3, h, w). Raises WriteError.
-    """
+    (h, w), unit vectors (3, h, w)). maps: of Meter.predict, (1 or 3, h, w). Raises WriteError."""
     for task, values in maps.items():
-        suffix = "npy" if task in ("depth", "normal") else "png"
-        path = folder / task / f"{name}.{suffix}"
+        path = folder / task / f"{name}{rows[task].suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            if suffix == "npy":
+            if rows[task].suffix == ".npy":
                 np.save(file, values.squeeze(0).cpu().numpy())
             else:
                 pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
                 Image.fromarray(pixels).save(file, "PNG")
 
 
-def constant_baseline(dataset: Dataset, max_dist: float | None = None) -> Results:
-    """The scores of the best prediction that is the same everywhere: what a model must beat to have learned anything.
-    Without the tasks that have no label.
+def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
+    """The scores of the best prediction that is the same at every pixel: what a model must beat to have learned
+    anything. Tasks without a label are left out.
 
-    Fitted to the very labels that it is scored on: the most frequent class, everything salient or boundary, the mean
-    depth, and the direction with the least mean angle. Reads the data set twice, as it may not fit into memory.
-    max_dist: of odsF, None for pixelF only.
+    The constants are fitted to the very labels that they are scored on. Reads the data set twice, as it may not fit
+    into memory. odsf: as in evaluate.
     """
-    def samples(purpose: str) -> Iterator[dict]:
-        return (dataset[i] for i in tqdm(range(len(dataset)), f"{purpose} the best constant", unit="img", leave=False))
-    statistics = {task: [] for task in dataset.tasks}
-    for sample in samples("labels for"):
-        for task, channels in dataset.tasks.items():
-            statistics[task].append(label_statistics(task, sample[task], channels))
-    constants = {task: torch.tensor(best_constant(task, found)) for task, found in statistics.items()}
-    meters = make_meters(dataset.tasks)
-    with_odsf, counts = max_dist is not None and "boundary" in meters, 0
-    for i, sample in enumerate(samples("scoring")):
+    meters, statistics = meters_for(dataset), {task: [] for task in dataset.tasks}
+    tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
+    ods = {task: OdsMeter(tolerance, Pool(0).submit, 0) for task, row in dataset.rows.items()
+           if row.kind == "boundary" and tolerance is not None}
+    for i in tqdm(range(len(dataset)), "labels for the best constant", unit="img", leave=False):
+        sample = dataset[i]
+        for task, meter in meters.items():
+            statistics[task].append(meter.statistics(sample[task]))
+    constants = {task: meter.constant(statistics[task]) for task, meter in meters.items()}
+    for i in tqdm(range(len(dataset)), "scoring the best constant", unit="img", leave=False):
+        sample = dataset[i]
         for task, meter in meters.items():
             label = sample[task][None]
             meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
-        if with_odsf:
-            truth = dataset.boundary_truth(i)
-            counts += boundary_counts(np.full(truth.shape, 255, np.uint8), truth, max_dist)
-    results = {task: meter.compute() for task, meter in meters.items() if not meter.empty()}
-    if with_odsf and "boundary" in results:
-        results["boundary"] = {"odsF": 100 * ods_f(counts), **results["boundary"]}
-    return results
+        for task, meter in ods.items():
+            truth = dataset.boundary_truth(i, task)
+            meter.update(np.full(truth.shape, 255, np.uint8), truth)
+    return results_of(meters, ods)
 
 
-def label_statistics(task: str, label: Tensor, channels: int) -> Tensor:
-    """What best_constant needs of a label (1 or 3, H, W)."""
-    valid = label[:, (label != IGNORE).all(0)]                                            # (1 or 3, pixels)
-    if task in ("semseg", "parsing"):
-        return valid[0].bincount(minlength=channels)[:channels]
-    if task == "depth":
-        return torch.stack([valid.double().sum(), torch.tensor(valid.numel())])
-    if task == "normal":    # a sample is enough
-        return valid[:, torch.randperm(valid.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
-    return torch.empty(0)
-
-
-def best_constant(task: str, statistics: list[Tensor]) -> list[float]:
-    """The raw output (channels,) that scores best when given at every pixel; statistics: of the labels."""
-    if task in ("semseg", "parsing"):
-        frequency = sum(statistics)
-        return F.one_hot(frequency.argmax(), len(frequency)).tolist()
-    if task == "saliency":
-        return [0.0, 100.0]
-    if task == "boundary":
-        return [100.0]
-    if task == "depth":
-        total, pixels = sum(statistics).tolist()
-        return [total / max(pixels, 1)]
-    normals = torch.cat(statistics, dim=1)                                                # (3, M)
-    directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
-    candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
-    angles = torch.stack([torch.acos((c @ normals).clamp(-1, 1)).mean() for c in candidates.T])
-    return candidates[:, angles.argmin()].nan_to_num(0).tolist()
-
-
-def print_table(columns: dict[str, Results]):
-    """One row per task with its primary metric, one column per set of results."""
-    print(f"\n{'task':<10}{'metric':<8}" + "".join(f"{name:>16}" for name in columns))
+def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None):
+    """One line per metric, the primary one of a task first; one column per set of results. With the paper's figures,
+    that figure and the difference stand beside the first column's."""
+    paper = paper or {}
+    titles = [*columns, *(["paper", "difference"] if paper else [])]
+    print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>15}" for title in titles))
     for task, metrics in next(iter(columns.values())).items():
-        metric = primary(task, metrics)
-        better = "lower" if task in LOWER_IS_BETTER else "higher"
-        values = "".join(f"{results[task][metric]:>16.{3 if task == 'depth' else 2}f}" for results in columns.values())
-        print(f"{task:<10}{metric:<8}{values}   {better} is better")
-    print()
-
-
-def print_paper_table(results: Results, paper: dict[str, float], depth: str = "depth"):
-    """One row per metric, the paper's beside the one that it tells, and the difference. depth: what it is called."""
-    print(f"\n{'task':<10}{'metric':<16}{'model':>10}{'paper':>10}{'difference':>12}")
-    for task, metrics in results.items():
-        better, digits = "lower" if task in LOWER_IS_BETTER else "higher", 4 if task == "depth" else 2
-        for metric, value in metrics.items():
-            row = f"{depth if task == 'depth' else task:<10}{metric:<16}{value:>10.{digits}f}"
+        row = labels.rows[task]
+        for metric in metrics:
+            primary = metric == row.primary(metrics)
+            line = f"{labels.title(task) if primary else '':<12}{metric:<17}" + "".join(
+                f"{results[task][metric]:>15.{row.digits}f}" if metric in results.get(task, ()) else 15 * " "
+                for results in columns.values())
             # The paper's maxF is computed as maxF_published.
-            if task in paper and metric in (primary(task, metrics), "maxF_published"):
-                row += f"{paper[task]:>10.{digits}f}{value - paper[task]:>+12.{digits}f}   {better} is better"
-            print(row)
+            if task in paper and (primary or metric == "maxF_published"):
+                line += f"{paper[task]:>15.{row.digits}f}{metrics[metric] - paper[task]:>+15.{row.digits}f}"
+            print(f"{line}   {'lower' if row.lower_is_better else 'higher'} is better" if primary else line)
     print()
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
-PICTURES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif tiff "
-            "webp").split()    # what is taken for a picture in folders; those that Pillow cannot read are skipped
-MAX_SIDE = 1024    # pixels
-CELL = 512    # pixels, the longer side of a picture in the contact sheet of one's own
-SMALL_CELL = 240    # pictures of a data set are enlarged as far as they stay within it
+PICTURE_FILES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif "
+                 "tiff webp").split()    # endings; those that Pillow cannot read are skipped
+MAX_SIDE = 1024     # pixels
+CELL = 512          # pixels of a picture's longer side in a sheet, at most
+SMALL_CELL = 240    # smaller pictures are enlarged as far as they stay within it
+
+
+def labels_of(model: MTMamba) -> Labels:
+    """What load_checkpoint and train.py keep in model.labels. Any other model has tasks of the six, whose classes have
+    no names."""
+    return getattr(model, "labels", None) or DenseDataset.describe(model.tasks)
+
+
+def predict_maps(model: MTMamba, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Raw outputs (B, C_t, H, W) -> maps in the form of the labels (B, 1 or 3, H, W), see Meter.predict."""
+    meters = make_meters(labels_of(model).tasks)
+    return {task: meters[task].predict(output.float()) for task, output in outputs.items()}
 
 
 @torch.inference_mode()
-def save_contact_sheet(model: MTMamba, dataset: Dataset, device: torch.device, path: Path,
+def save_contact_sheet(model: MTMamba, dataset: DenseDataset, device: torch.device, path: Path,
                        images: Iterable[int] = range(4)) -> Path:
-    """Writes a PNG of some images: the image, and each task's prediction above its ground truth, in colour, small ones
-    enlarged; below them a legend per task with its score on these images."""
+    """Writes a PNG of some images: the image, and each task's prediction above its ground truth; below them a legend
+    per task with its score on these images."""
     training = model.training
     model.eval()
-    meters = make_meters(model.tasks, getattr(dataset, "DEPTH_RANGE", None))
-    pictures, maps, scale = [], [], model.output_scale
+    meters = meters_for(dataset)
+    pictures, maps, truths = [], [], []
     for i in (i for i in images if i < len(dataset)):
-        sample = dataset[i]
+        sample, scale = dataset[i], model.output_scale
         outputs = model(sample["image"][None].to(device))
         inner = own_area(sample["image"], sample["size"])
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
         pictures.append(Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)))
-        maps.append({})
-        for task, output in outputs.items():
-            meters[task].update(output, sample[task][None].to(device))
-            guess = prediction(task, output.float())[0].cpu()
-            # (prediction, truth), at the image's size
-            maps[-1][task] = [values.numpy()[:, ::scale, ::scale][inner] for values in (guess, sample[task])]
+        for task, meter in meters.items():
+            meter.update(outputs[task], sample[task][None].to(device))
+        # At the image's size.
+        maps.append({task: values[0].cpu().numpy()[:, ::scale, ::scale][inner]
+                     for task, values in predict_maps(model, outputs).items()})
+        truths.append({task: sample[task].numpy()[:, ::scale, ::scale][inner] for task in outputs})
     model.train(training)
-    titles = {task: depth_name(model) if task == "depth" else task for task in model.tasks}
-    unit = "px" if "disparity" in titles.values() else "m"
-    truths = {task: np.concatenate([one[task][1].reshape(len(one[task][1]), 1, -1) for one in maps], axis=2)
-              for task in titles}    # of all images, (1 or 3, 1, pixels)
-    rows = []
-    for image, one in zip(pictures, maps):
-        upper, lower = [image], [legend([("above: prediction", None), ("below: ground truth", None)])]
-        for task, labels in one.items():
-            for row, label in zip((upper, lower), labels):
-                bounds = value_range(truths[task]) if task == "depth" else (0, 1)
-                row.append(Image.fromarray(colorize(task, label, model.tasks[task], bounds)))
-        factor = max(1, SMALL_CELL // max(image.size))
-        rows += [[ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if picture is not lower[0] else picture
-                  for picture in row] for row in (upper, lower)]
-    legends = []
-    for task, channels in model.tasks.items():
-        metric, score = PRIMARY[task], "" if meters[task].empty() else meters[task].compute()[PRIMARY[task]]
-        suffix = {"RMSE": f" {unit}", "mErr": "\N{DEGREE SIGN}"}.get(metric, " %")
-        legends.append(explain(task, truths[task], channels, unit, score and f"{metric} here: {score:.2f}{suffix}"))
-    sheet = contact_sheet(["image", *titles.values()], [*rows, [legend([]), *legends]])
+    notes = {}
+    for task, meter in meters.items():
+        if not meter.empty():
+            scores, row = meter.compute(), dataset.rows[task]
+            metric = row.primary(scores)
+            notes[task] = f"{metric} here: {scores[metric]:.{row.digits}f}{dataset.labels.unit(task)}"
     with replacing(path) as file:
-        sheet.save(file, "PNG")
+        draw_sheet("image", pictures, maps, dataset.labels, truths, notes=notes).save(file, "PNG")
     return path
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
-    """Writes the predictions for one's own pictures and a contact sheet of each; returns how many it skipped."""
+    """Writes the predictions for the user's own pictures, and a sheet of each; returns how many were skipped."""
     paths = find_pictures(args.image)
     out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
-    stems = distinct_stems(paths)
-    drawn = [*model.tasks, *(f"{task}_feature" for task in model.tasks if args.features), "sheet"]
-    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], args.image)
-    raw = [f"{task}/{{}}.{'npy' if task in ('depth', 'normal') else 'png'}" for task in model.tasks]
+    stems, rows = distinct_stems(paths), model.labels.rows
+    drawn = [*rows, *(f"{task}_feature" for task in rows if args.features), "sheet"]
+    inputs = {path if path.is_dir() else path.parent for path in args.image}
+    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite)
     if args.save_predictions:
-        claim(args.save_predictions, [name.format(stem) for stem in stems for name in raw], args.image)
+        claim(args.save_predictions, [f"{task}/{stem}{row.suffix}" for task, row in rows.items() for stem in stems],
+              inputs, args.overwrite)
     skipped = 0
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
@@ -760,79 +689,28 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             skipped += 1
             continue
         if args.save_predictions:
-            with placing(args.save_predictions) as folder:
-                save_raw(folder, stem, maps)
-        with placing(out) as folder:
-            draw_picture(folder, stem, path.name, image, maps, heat if args.features else {}, model)
+            save_raw(args.save_predictions, stem, maps, rows)
+        labels = {task: values.cpu().numpy() for task, values in maps.items()}
+        pictures = {task: Image.fromarray(draw(label, label, task, model.labels)[0]) for task, label in labels.items()}
+        overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
+        sheet = draw_sheet(path.name, [image], [labels], model.labels, extra=overlays.values())
+        for name, picture in (pictures | overlays | {"sheet": sheet}).items():
+            with replacing(out / f"{stem}_{name}.png") as file:
+                picture.save(file, "PNG")
         print("pictures:", out / f"{stem}_sheet.png")
     return skipped
 
 
-def draw_picture(folder: Path, stem: str, title: str, image: Image.Image, maps: dict[str, Tensor],
-                 heat: dict[str, Tensor], model: MTMamba):
-    """Writes STEM_TASK.png, STEM_TASK_feature.png and the contact sheet STEM_sheet.png. maps, heat: of
-    predict_picture."""
-    labels = {task: values.cpu().numpy() for task, values in maps.items()}
-    drawn = {task: Image.fromarray(colorize(task, label, model.tasks[task], value_range(label)))
-             for task, label in labels.items()}
-    heat = {f"{task}_feature": overlay(image, values) for task, values in heat.items()}
-    for name, picture in (drawn | heat).items():
-        picture.save(folder / f"{stem}_{name}.png")
-    unit = "px" if depth_name(model) == "disparity" else "m"
-    legends = [explain(task, label, model.tasks[task], unit) for task, label in labels.items()]
-    empty = legend([])
-    rows = [[image, *drawn.values()], *([[empty, *heat.values()]] if heat else [])]
-    for picture in (picture for row in rows for picture in row):
-        picture.thumbnail((CELL, CELL))
-    titles = [title, *(depth_name(model) if task == "depth" else task for task in drawn)]
-    contact_sheet(titles, [*rows, [empty, *legends]]).save(folder / f"{stem}_sheet.png")
-
-
-MANIFEST = "written_by_evaluate.txt"    # SHA-256 and name of the files that --image has written to a folder
-
-
-def claim(folder: Path, names: list[str], inputs: list[Path]):
-    """Makes the folder that these files are to be written to. Raises ValueError where the pictures themselves lie in
-    it, or one of the files is there and no earlier run wrote it."""
-    if folder.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in inputs}:
-        raise ValueError(f"{folder} holds the pictures themselves; give a folder of its own with --out (or "
-                         "--save-predictions)")
+def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool):
+    """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
+    read, and where one of the files is there, unless they may be overwritten."""
+    if folder.resolve() in {path.resolve() for path in read}:
+        raise ValueError(f"{folder} is read; give a folder of its own with --out (or --save-predictions)")
     found = [name for name in names if os.path.lexists(folder / name)]
-    written = read_manifest(folder / MANIFEST)    # after that, as another process may be writing: first a name here
-    others = [name for name in found if (digest(folder / name), name) not in written]
-    if others:
-        raise ValueError(f"{folder / others[0]}{f' and {len(others) - 1} others' if others[1:] else ''} would be "
-                         "overwritten, but no earlier run wrote that; give another folder with --out (or "
-                         "--save-predictions)")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def placing(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, whose files are then moved to the same places in `folder`: whole, and first entered in
-    its list. Raises WriteError."""
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder) as new:
-        yield Path(new)
-        for path in sorted(path for path in Path(new).rglob("*") if path.is_file()):
-            name = path.relative_to(new)
-            append(folder / MANIFEST, f"{digest(path)}  {name.as_posix()}\n")
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(path, folder / name)
-
-
-def read_manifest(path: Path) -> set[tuple[str, str]]:
-    """{(SHA-256, name)} Raises ValueError where the file is something else."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
-    if not all(found):
-        raise ValueError(f"expected the files that an earlier run wrote, found something else in {path}; give another "
-                         "folder with --out")
-    return {match.groups() for match in found}
-
-
-def digest(path: Path) -> str | None:
-    """None where there is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if found and not overwrite:
+        raise ValueError(f"{folder / found[0]}{f' and {len(found) - 1} others' if found[1:] else ''} would be "
+                         "overwritten; add --overwrite, or give another folder with --out (or --save-predictions)")
+    check_writable(folder)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -843,22 +721,23 @@ def out_of_memory(error: RuntimeError) -> bool:
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURES) if path.is_dir() else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES) if path.is_dir() else [path])]
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
-                         f"{' '.join(PICTURES)}")
+                         f"{' '.join(PICTURE_FILES)}")
     return found
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
     """A name for the output of each file: its own without the ending, numbered where others have the same."""
-    stems = []
+    stems, counts = {}, Counter()
     for path in paths:
-        stem, number = path.stem, 2
+        stem = path.stem
         while stem in stems:
-            stem, number = f"{path.stem}_{number}", number + 1
-        stems.append(stem)
-    return stems
+            counts[path.stem] += 1
+            stem = f"{path.stem}_{counts[path.stem] + 1}"
+        stems[stem] = None
+    return list(stems)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -869,164 +748,146 @@ def read_picture(path: Path) -> Image.Image:
 @torch.inference_mode()
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
                     max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of `prediction`, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
+    """({task: map as of Meter.predict, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
 
-    max_side: the model sees the image reduced to that, if it is larger, and the maps are enlarged to its size again.
-    Where the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the
+    image's size again. Where the model's outputs are larger than its images, it sees the picture smaller by as much, as
+    in training.
     """
     size, scale = (image.height, image.width), model.output_scale
     shrink = min(1, scale * max_side / max(size))
     if shrink < 1:    # the model takes no side below 32
         image = image.resize([max(32 * scale, round(n * shrink)) for n in image.size], Image.Resampling.BICUBIC)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     seen = [-(-n // scale) for n in image.size]
     small = image.resize(seen, Image.Resampling.BILINEAR) if scale > 1 else image
-    pixels = ((to_tensor(np.array(small)) - mean) / std)[None].to(device)
+    pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
     heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
         norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
-        heat[task] = enlarge("feature", norm[0, :, :image.height, :image.width], size)[0]
-    return {task: enlarge(task, prediction(task, output.float())[0, :, :image.height, :image.width], size)
-            for task, output in outputs.items()}, heat
+        heat[task] = enlarge(norm[0, :, :image.height, :image.width], size)[0]
+    rows = labels_of(model).rows
+    return {task: enlarge(values[0, :, :image.height, :image.width], size, unit=rows[task].label == "vector")
+            for task, values in predict_maps(model, outputs).items()}, heat
 
 
-def enlarge(task: str, values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (1 or 3, h, w) at the size (h', w'): of classes the nearest, others bilinear, normals of unit length."""
+def enlarge(values: Tensor, size: tuple[int, int], unit: bool = False) -> Tensor:
+    """A map (1 or 3, h, w) at the size (h', w'): the nearest class, all else bilinear; unit: vectors of unit length."""
     if values.shape[1:] == size:
         return values
     if not values.is_floating_point():
         return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
     values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
-    return F.normalize(values, dim=0) if task == "normal" else values
+    return F.normalize(values, dim=0) if unit else values
 
 
-# ----------------------------------------------------------------------------------------- colours, legends, sheets
+# The picture of each kind of task: a map (1 or 3, H, W) -> its colours (H, W, 3), and the lines of its legend, (text,
+# colour). shown: all values that the legend is for, (1 or 3, ...): a sheet's images have one legend.
 
 # Anchors of a colour map of even perceived steps, dark blue over green to yellow, for depth from near to far.
-COLOR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
-                      (160, 218, 57), (253, 231, 37)])
-
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-NYUD_CLASSES = ("wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, "
-                "desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, "
-                "television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, "
-                "bathtub, bag, other structure, other furniture, other prop").split(", ")
-CITYSCAPES_CLASSES = {
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
-    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
-    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
-    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
-    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
-CLASSES = {len(names): list(names) for names in (Synthetic.CLASSES, VOC_CLASSES, NYUD_CLASSES, PARTS,
-                                                 CITYSCAPES_CLASSES)}    # by channels
+COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
+                       (160, 218, 57), (253, 231, 37)])
 
 
-def voc_palette(classes: int = 256) -> np.ndarray:
-    """PASCAL VOC's colours, (classes, 3): the class's bits, taken by threes, are the colour's highest bits first."""
-    index = np.arange(classes)
-    palette = np.zeros((classes, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+def picture_classes(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
+    palette, names = labels.palette(task), labels.class_names(task)
+    return palette[values[0]], [("ignored" if i == IGNORE else names[i], palette[i]) for i in np.unique(shown)]
 
 
-def palette(channels: int) -> np.ndarray:
-    """The colours of classes, (256, 3): Cityscapes' own with black for what is ignored, or PASCAL VOC's."""
-    if channels != len(CITYSCAPES_CLASSES):
-        return voc_palette()
-    return np.array([*CITYSCAPES_CLASSES.values(), *[(0, 0, 0)] * (256 - channels)], np.uint8)
+def picture_depth(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
+    known = shown[(shown != IGNORE) & (shown >= 0)]    # disparities that were not measured are negative
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    steps = np.linspace(low, high, 5)
+    lines = [(f"{step:.2f}{labels.unit(task)}", colour) for step, colour in zip(steps, colour_map(steps, low, high))]
+    return np.where((values[0] >= 0)[..., None], colour_map(values[0], low, high), 0), lines
 
 
-def depth_name(model: MTMamba) -> str:
-    """What to call the model's depth: on Cityscapes it is disparity, in pixels."""
-    on_cityscapes = model.output_scale == Cityscapes.LABEL_SCALE and model.tasks.items() <= Cityscapes.TASKS.items()
-    return "disparity" if on_cityscapes else "depth"
+def picture_normal(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
+    directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
+                  ("to the viewer", (0, 0, 1))]
+    lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
+    return 255 * (values.transpose(1, 2, 0) + 1) / 2, lines
 
 
-def colorize(task: str, label: np.ndarray, channels: int, depth_range: tuple[float, float]) -> np.ndarray:
-    """A map in the form of the task's labels (1 or 3, H, W) -> uint8 (H, W, 3); ignored pixels and those without a
-    disparity are black, of classes as in the palette.
-
-    channels: C_t. depth_range: metres or pixels of disparity, (lowest, highest).
-    """
-    if task in ("semseg", "parsing"):
-        return palette(channels)[label[0]]
-    valid = ((label != IGNORE) & ((label >= 0) | (task != "depth"))).all(0)[..., None]
-    if task == "depth":
-        picture = color_map(label[0], depth_range)
-    elif task == "normal":
-        picture = 255 * (label.transpose(1, 2, 0) + 1) / 2
-    else:
-        picture = 255 * np.repeat(label.transpose(1, 2, 0), 3, axis=2)
-    return np.where(valid, picture, 0).astype(np.uint8)
+def picture_probability(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
+    lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+    return 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2), lines
 
 
-def color_map(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
-    """(H, W) -> (H, W, 3) in 0..255, from the first to the last colour of COLOR_MAP."""
-    low, high = bounds
-    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOR_MAP) - 1)
-    return np.stack([np.interp(position, np.arange(len(COLOR_MAP)), COLOR_MAP[:, c]) for c in range(3)], axis=-1)
+PICTURES = {"classes": picture_classes, "saliency": picture_probability, "normal": picture_normal,
+            "boundary": picture_probability, "depth": picture_depth}
 
 
-def value_range(depth: np.ndarray) -> tuple[float, float]:
-    """Of the valid pixels."""
-    valid = depth[(depth != IGNORE) & (depth >= 0)]
-    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+def draw(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels) -> tuple[np.ndarray, list]:
+    """The picture of a map, uint8 (H, W, 3), and its legend. Ignored pixels are black, of classes as in the palette."""
+    kind = labels.rows[task].kind
+    colours, lines = PICTURES[kind](values, shown, task, labels)
+    if kind != "classes":
+        colours = np.where((values != IGNORE).all(0)[..., None], colours, 0)
+    return colours.astype(np.uint8), lines
+
+
+def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(...) -> (..., 3) in 0..255, from the first to the last colour of COLOUR_MAP."""
+    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOUR_MAP) - 1)
+    return np.stack([np.interp(position, np.arange(len(COLOUR_MAP)), COLOUR_MAP[:, c]) for c in range(3)], axis=-1)
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     """A heat map (h, w), from its minimum to its maximum, in colour over the image."""
-    colors = color_map(heat.cpu().numpy(), (heat.min().item(), heat.max().item()))
-    return Image.blend(image, Image.fromarray(colors.astype(np.uint8)), 0.6)
+    colours = colour_map(heat.cpu().numpy(), heat.min().item(), heat.max().item())
+    return Image.blend(image, Image.fromarray(colours.astype(np.uint8)), 0.6)
 
 
-def contact_sheet(titles: list[str], rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures in columns with titles; cells are as large as the column's and row's largest."""
+def draw_sheet(title: str, images: list[Image.Image], maps: list[dict[str, np.ndarray]], labels: Labels,
+               truths: list[dict[str, np.ndarray]] | None = None, extra: Iterable[Image.Image] = (),
+               notes: dict[str, str] | None = None) -> Image.Image:
+    """Pictures in columns with titles: of each image the image and its maps, by task; below them, where there are any,
+    the true maps, or the pictures of extra; at the end a legend per task. notes: one more line of a legend."""
+    notes = notes or {}
+    shown = {task: np.concatenate([other[task].reshape(len(other[task]), -1) for other in truths or maps], axis=1)
+             for task in labels.rows}
+    legends = {}
+    rows = []
+    for image, *pair in zip(images, maps, *([truths] if truths else [])):
+        for i, values in enumerate(pair):
+            drawn = {task: draw(label, shown[task], task, labels) for task, label in values.items()}
+            legends = {task: lines for task, (_, lines) in drawn.items()}
+            first = legend([("above: prediction", None), ("below: ground truth", None)]) if i else fit(image)
+            rows.append([first, *(fit(Image.fromarray(picture)) for picture, _ in drawn.values())])
+    if extra:
+        rows.append([legend([]), *map(fit, extra)])
+    rows.append([legend([]), *(legend([*lines, *([(notes[task], None)] if task in notes else [])])
+                               for task, lines in legends.items())])
     gap, caption = 4, 16
     widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
     heights = [max(picture.height for picture in row) + gap for row in rows]
     sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), title, fill="black")
+    for column, text in enumerate([title, *map(labels.title, labels.rows)]):
+        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), text, fill="black")
         for i, row in enumerate(rows):
             sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
     return sheet
 
 
-def legend(lines: list[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
+def fit(picture: Image.Image) -> Image.Image:
+    """Reduced to CELL, or enlarged by a whole number within SMALL_CELL."""
+    if max(picture.size) > CELL:
+        return ImageOps.contain(picture, (CELL, CELL))
+    return ImageOps.scale(picture, max(1, SMALL_CELL // max(picture.size)), Image.Resampling.NEAREST)
+
+
+def legend(lines: list[tuple]) -> Image.Image:
     """Lines of text, each behind a square of its colour if it has one."""
     picture = Image.new("RGB", (160, 16 * len(lines) + 2), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (text, color) in enumerate(lines):
-        if color is not None:
-            draw.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=color, outline="gray")
-        draw.text((18 if color is not None else 2, 16 * i + 2), text, fill="black")
+    pen = ImageDraw.Draw(picture)
+    for i, (text, colour) in enumerate(lines):
+        if colour is not None:
+            pen.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=tuple(int(c) for c in colour), outline="gray")
+        pen.text((18 if colour is not None else 2, 16 * i + 2), text, fill="black")
     return picture
-
-
-def explain(task: str, label: np.ndarray, channels: int, unit: str = "m", more: str = "") -> Image.Image:
-    """The legend of a map (1 or 3, H, W): the classes that occur in it, the depth's range in its unit, directions, or
-    probabilities; and one more line."""
-    if task in ("semseg", "parsing"):
-        names = CLASSES.get(channels, [f"class {i}" for i in range(channels)])
-        lines = [("ignored" if i == IGNORE else names[i], tuple(palette(channels)[i].tolist()))
-                 for i in np.unique(label)]
-    elif task == "depth":
-        steps = np.linspace(*value_range(label), 5)
-        colors = color_map(steps[None], value_range(label))[0].astype(int).tolist()
-        lines = [(f"{value:.2f} {unit}", tuple(color)) for value, color in zip(steps, colors)]
-    elif task == "normal":
-        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
-                      "to the viewer": (0, 0, 1)}
-        lines = [(name, tuple(255 * (x + 1) // 2 for x in direction)) for name, direction in directions.items()]
-    else:
-        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
-    return legend(lines + [(more, None)] * bool(more))
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -1091,22 +952,68 @@ EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, 
 
 # ----------------------------------------------------------------------------------------------------------- cost
 
-def print_cost(args: argparse.Namespace):
-    """Parameters and FLOPs of NYUDv2's four tasks at 448x576; the paper's figures are for Swin-Large."""
-    encoder = args.encoder or "swin-large"
-    as_in_paper = ENCODERS.get(encoder, encoder) == ENCODERS["swin-large"] and not args.encoder_kwargs
-    print(f"NYUDv2's tasks, 448x576, {encoder}; parameters in millions, FLOPs in 1e9 (the paper cuts after two digits)")
+@torch.inference_mode()
+def print_cost(args: argparse.Namespace, device: torch.device):
+    """Parameters and FLOPs of the paper's variants; or of one model, with its time and memory on this device."""
+    data_set = find_dataset_class(args.dataset or "nyud")
+    tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
+    given = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE, encoder=args.encoder or "swin-large",
+                 encoder_kwargs=args.encoder_kwargs, output_scale=data_set.LABEL_SCALE)
+    print("parameters in millions, FLOPs in 1e9 (the paper's are of NYUDv2 and Swin-Large, cut after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
     for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
-        with torch.device("meta"):
-            model = MTMamba(NYUDv2.TASKS, (448, 576), encoder, encoder_kwargs=args.encoder_kwargs, variant=variant)
-        parameters, flops = count_cost(model, (448, 576))
-        paper = [f"{value:.2f}" for value in PAPER_COST.get(variant, ())] if as_in_paper else []
-        first, second = paper or ("", "")
+        if args.checkpoint:
+            model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+        else:
+            config = dict(given, variant=variant)
+            with torch.device("meta" if args.variant == "all" else device):
+                model = MTMamba(**config).eval()
+        size, variant = tuple(args.img_size or config["img_size"]), config.get("variant", "mtmamba")
+        parameters, flops = count_cost(model, size)
+        encoder = ENCODERS.get(config["encoder"], config["encoder"])
+        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and encoder == ENCODERS["swin-large"]
+                       and not config.get("encoder_kwargs") and variant in PAPER_COST)
+        first, second = (f"{value:.2f}" for value in PAPER_COST[variant]) if as_in_paper else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
+    if args.variant == "all":
+        return
+    backend, batch = choose_backend(model, args.backend, device), args.batch_size or (8 if device.type == "cuda" else 1)
+    encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
+    print(f"encoder {encoder:.4f} ({config['encoder']}), decoder {parameters / 1e6 - encoder - heads:.4f}, heads "
+          f"{heads:.4f} ({', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
+    cpu = f"{torch.get_num_threads()} threads of a CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    times, batch_times = (np.array(run_times(model, size, n, device)) for n in (1, batch))
+    print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * np.median(times):.1f} ms (median of "
+          f"{len(times)}; 90 % within {1e3 * np.quantile(times, 0.9):.1f} ms); {batch} at a time, "
+          f"{batch / np.median(batch_times):.3g} images per second; peak memory {peak_memory(device)}")
 
 
-# ------------------------------------------------------------------------ processes and files, shared with train.py
+def run_times(model: MTMamba, size: tuple[int, int], batch: int, device: torch.device) -> list[float]:
+    """Seconds of forward passes, after two that warm up: at least 3, at most 50, as many as fit into 5 seconds."""
+    images, times = torch.randn(batch, model.in_chans, *size, device=device), []
+    with tqdm(desc=f"batches of {batch}", leave=False) as bar:
+        while len(times) < 5 or (sum(times[2:]) < 5 and len(times) < 52):
+            start_time = time.perf_counter()
+            model(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start_time)
+            bar.update()
+    return times[2:]
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device"
+    if sys.platform == "win32":
+        return "not known on Windows"
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process"
+
+
+# ------------------------------------------------------------------------ processes of torchrun, shared with train.py
 
 def start(name: str) -> torch.device:
     """The device, and under torchrun the process group. Raises ValueError for a device that there is not."""
@@ -1118,9 +1025,9 @@ def start(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
         raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)    # events and streams belong to the current device
     if distributed and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -1139,8 +1046,8 @@ def add_up(sums: Tensor) -> Tensor:
 
 
 def allow_open_files(workers: int):
-    """Lifts the limit on open files, as far as it may be lifted, to what so many processes for loading need. Raises
-    ValueError where that is too little: they would fail amid the run, and wait for each other forever."""
+    """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
+    allowed: they would fail amid the run, and wait for each other forever."""
     if workers == 0 or sys.platform == "win32":    # which has no such limit
         return
     import resource
@@ -1150,28 +1057,6 @@ def allow_open_files(workers: int):
                          f"raise it (ulimit -n {needed}) or give fewer --workers")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def check_writable(folder: Path):
-    """Makes the folder. Raises OSError, naming it, where nothing can be written there: now, and not after hours."""
-    probe = folder / f".{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(bytes(2 ** 16))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = error.strerror
-        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-
-
-def write_json(path: Path, content: dict):
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

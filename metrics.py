@@ -1,32 +1,29 @@
-"""Metrics of multi-task dense prediction, as NYUDv2 and PASCAL-Context are scored (Table 1 of the paper).
+"""The table of tasks, and the metrics of multi-task dense prediction as NYUDv2 and PASCAL-Context are scored (Table 1).
 
     meters = make_meters({"semseg": 40, "depth": 1})
     for task, meter in meters.items():
         meter.update(outputs[task], targets[task])       # raw outputs (B, C_t, H, W), labels (B, 1 or 3, H, W)
     results = {task: meter.compute() for task, meter in meters.items()}
 
-    counts = sum(boundary_counts_each(pairs, max_dist=0.0075, workers=8))    # (prediction_u8, ground_truth) of images
+    counts = sum(boundary_counts(u8, truth, max_dist=0.0075) for u8, truth in images)
     odsF = 100 * ods_f(counts)
 
     delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
-Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state
-is two tensors of sums, on the device of what it is fed: they add up over batches, data splits and processes alike, and
-no update waits for the device. The boundary score odsF has its own functions.
-
-Reads: delta_m; Meter, a kind of it for each task, and make_meters, which chooses; odsF, from the score down to thinning
-and matching; processes beside the main one.
+Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state is
+two tensors of sums, on the device of the outputs. They add up over batches, data splits and processes, and no update
+waits for the device. The boundary score odsF has functions of its own.
 """
 
+# Reads: the table of tasks; delta_m; Meter, and a class of it for each kind of task; odsF, from the score down to
+# thinning and matching.
+
 import math
-import os
-import signal
-import threading
+import numbers
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,25 +32,97 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import Tensor
 
-IGNORE = 255    # marks the pixels of a label that do not count
-
-# The metric by which each task is compared (Table 1), and the tasks where lower is better.
-PRIMARY = {"semseg": "mIoU", "parsing": "mIoU", "saliency": "maxF", "normal": "mErr", "boundary": "pixelF",
-           "depth": "RMSE"}
-LOWER_IS_BETTER = {"normal", "depth"}
+IGNORE = 255                # marks the pixels of a label that do not count
+UNIT_LENGTH = 0.75, 1.25    # of what passes for a unit vector in 8 bits
 
 
-def delta_m(results: dict[str, float], baseline: dict[str, float]) -> float:
+@dataclass(frozen=True)
+class Task:
+    """A row of TASKS: all that differs by task.
+
+    kind: of the task. It chooses the loss (train.LOSSES), the meter (METERS) and the picture (evaluate.PICTURES).
+    label: form of the label. "class": integers. "distance": floats above 0; augmentation divides them by the factor by
+        which it enlarges the image. "vector": unit vectors; augmentation negates their x where it flips the image.
+    channels: of the output. None: one per class, as many as the data set says.
+    dtype: of the label in a sample. padding: what marks unknown pixels in the compact labels of datasets.as_label.
+    metrics: the primary one first. The next one takes its place where the primary one is not computed.
+    unit, digits: of the primary metric, and so of depth.
+    weight: of the loss with --loss weighted, as usual in the multi-task literature.
+    suffix: of the files of raw predictions.
+
+    A new task of an existing kind is one row. A new kind is one row, one loss, one meter and one picture. A new form of
+    label has its rules in datasets.as_label, decode and augment.
+    """
+
+    kind: str
+    label: str
+    channels: int | None
+    dtype: torch.dtype
+    padding: int
+    metrics: tuple[str, ...]
+    lower_is_better: bool
+    unit: str
+    digits: int
+    weight: float
+    suffix: str
+
+    @property
+    def binary(self) -> bool:
+        """Whether the label says yes (1) or no (0)."""
+        return self.label == "class" and self.kind != "classes"
+
+    def primary(self, scores: Mapping[str, float]) -> str:
+        """The metric by which the task is compared, among those that were computed."""
+        return next(metric for metric in self.metrics if metric in scores)
+
+
+TASKS = {
+    "semseg": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 1.0, ".png"),
+    "parsing": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 2.0, ".png"),
+    "saliency": Task("saliency", "class", 2, torch.int64, IGNORE, ("maxF",), False, " %", 2, 5.0, ".png"),
+    "normal": Task("normal", "vector", 3, torch.float32, 0, ("mErr",), True, "\N{DEGREE SIGN}", 2, 10.0, ".npy"),
+    "boundary": Task("boundary", "class", 1, torch.float32, IGNORE, ("odsF", "pixelF"), False, " %", 2, 50.0, ".png"),
+    "depth": Task("depth", "distance", 1, torch.float32, 0, ("RMSE",), True, " m", 4, 1.0, ".npy"),
+}
+TaskTable = Mapping[str, int | tuple[str, int]]    # of a data set: output channels, or (like, channels), by task
+
+
+def task_rows(tasks: TaskTable) -> dict[str, Task]:
+    """The row of each task of a data set, with its channels.
+
+    tasks: {"semseg": 12, "material": ("semseg", 5)}: one of the six with its output channels, or a task of another name
+    that is treated like one of the six. Raises ValueError for anything else.
+    """
+    rows = {}
+    for name, value in tasks.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in ("image", "name", "size"):
+            raise ValueError(f"expected a task's name of letters, digits, _ and -, found {name!r}; rename the task "
+                             "(image, name and size are the names of other entries of a sample)")
+        like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
+        row = TASKS.get(like)
+        if row is None:
+            raise ValueError(f"expected a task of {', '.join(TASKS)}, or (like, channels) with like one of these, "
+                             f"found {name!r}: {value!r}")
+        low, high = (row.channels, row.channels) if row.channels else (2, IGNORE)
+        if not isinstance(channels, numbers.Integral) or not low <= channels <= high:
+            expected = f"{low} channels" if row.channels else f"2 to {high} channels, one per class,"
+            raise ValueError(f"expected {expected} for the task {name!r}, found {channels!r}")
+        rows[name] = replace(row, channels=int(channels))
+    return rows
+
+
+def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping[str, Task] = TASKS) -> float:
     """The mean relative improvement over a baseline, in percent; both by task, their primary metrics.
 
     Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. Raises ValueError where the tasks differ or a figure of the baseline is 0.
+    NYUDv2 is Table 2's single-task row. rows: as task_rows returns them. Raises ValueError where the tasks differ or a
+    figure of the baseline is 0.
     """
     if not results or results.keys() != baseline.keys():
         raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
     if not all(baseline.values()):
         raise ValueError(f"delta_m divides by the baseline's figures, found a 0 in {baseline}; take another baseline")
-    gains = [(baseline[t] - results[t] if t in LOWER_IS_BETTER else results[t] - baseline[t]) / baseline[t]
+    gains = [(baseline[t] - results[t] if rows[t].lower_is_better else results[t] - baseline[t]) / baseline[t]
              for t in results]
     return 100 * sum(gains) / len(gains)
 
@@ -62,24 +131,29 @@ class Meter:
     """Sums over pixels. update(output, target) adds a batch, compute() gives the metrics by name.
 
     output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore.
-    compute raises ValueError where no pixel has counted yet, an output was not finite or a label cannot be.
-    A kind of meter defines count(output, target), a batch's contribution to the sums, and scores(sums).
+    compute raises ValueError where no pixel has counted yet, an output was not finite or a label is out of range.
+
+    A kind of meter defines shape, of its sums; predict(output), a map in the form of the label, with the probability in
+    place of yes and no; count(prediction, target), what a batch adds to the sums; scores(sums), the metrics; and the
+    best constant: constant(statistics), the raw output (C_t,) that scores best if it is given at every pixel, from the
+    statistics(label) of all labels (1 or 3, H, W).
     """
 
-    task = ""    # set by make_meters
-
-    def __init__(self, *shape: int):
-        self.sums = torch.zeros(shape, dtype=torch.float64)    # exact for counts up to 2^53
-        self.not_finite = torch.zeros((), dtype=torch.int64)   # how many outputs were nan or infinite
+    def __init__(self, task: str, row: Task, depth_range: tuple[float, float] | None = None,
+                 classes: Sequence[str] = ()):
+        self.task, self.channels, self.depth_range = task, row.channels, depth_range
+        self.classes = classes or [f"class {i}" for i in range(row.channels)]
+        self.sums = torch.zeros(self.shape, dtype=torch.float64)    # exact for counts up to 2^53
+        self.not_finite = torch.zeros((), dtype=torch.int64)        # how many outputs were nan or infinite
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
         if output.device.type == "mps":    # which has no float64
             output, target = output.cpu(), target.cpu()
-        for one, label in zip(output.split(1), target.split(1), strict=True):    # of a batch, the steps would be large
-            one = one.float()
-            self.sums = self.sums.to(one.device) + self.count(one, label)
-            self.not_finite = self.not_finite.to(one.device) + (~one.isfinite()).sum()
+        for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
+            image = image.float()
+            self.sums = self.sums.to(image.device) + self.count(self.predict(image), label)
+            self.not_finite = self.not_finite.to(image.device) + (~image.isfinite()).sum()
 
     def empty(self) -> bool:
         """Whether no pixel has counted yet."""
@@ -98,170 +172,224 @@ class Meter:
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """To a multiple of 2^-bits: then float64 sums up to 2^(53 - bits) are exact, whatever the order in which batches
-    and processes are added, and so is the figure."""
+    """x to a multiple of 2^-bits. Sums of such numbers are exact in float64 up to 2^(53 - bits), so the figure does not
+    depend on the order in which batches and processes are added."""
     return torch.round(x * 2**bits) / 2**bits
 
 
-class SegmentationMeter(Meter):
-    """mIoU in percent: the mean over classes of TP / (TP + FP + FN), the background being a class.
+def histogram(index: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins-1 occurs, float64 (bins,). Unlike bincount, it does not wait for the device."""
+    counts = torch.zeros(bins, dtype=torch.float64, device=index.device)
+    return counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
 
-    A class that occurs neither in the labels nor in the predictions is left out of the mean.
+
+class ClassesMeter(Meter):
+    """mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class. Also the share of
+    pixels that are right, the mean of that share over classes, and each class's IoU.
+
+    A class that occurs neither in the labels nor in the predictions is left out of the means.
     Differs: the published implementation counts it as 0. On the full benchmarks every class occurs.
     """
 
-    def __init__(self, classes: int):
-        super().__init__(classes + 1, classes)    # [label, prediction]; the last row: labels that there are not
-        self.classes = classes
+    @property
+    def shape(self):
+        return self.channels + 1, self.channels    # [label, prediction]; the last row: labels out of range
 
-    def count(self, output, target):
-        # Ignored pixels go to one more row, which is cut off: indexing by a mask would wait for the device.
-        label = torch.where((target >= 0) & (target < self.classes), target, self.classes)
-        label = torch.where(target == IGNORE, self.classes + 1, label).long()
-        pair = label * self.classes + output.argmax(1, keepdim=True)
-        counts = torch.zeros((self.classes + 2) * self.classes, dtype=torch.float64, device=output.device)
-        counts.scatter_add_(0, pair.flatten(), torch.ones_like(pair.flatten(), dtype=torch.float64))
-        return counts.view(self.classes + 2, self.classes)[:-1]
+    def predict(self, output):
+        return output.argmax(1, keepdim=True)
+
+    def count(self, prediction, target):
+        # Ignored pixels get a row of their own, which is cut off: indexing by a mask would wait for the device.
+        classes = self.channels
+        label = torch.where((target >= 0) & (target < classes), target, classes)
+        label = torch.where(target == IGNORE, classes + 1, label).long()
+        return histogram(label * classes + prediction, (classes + 2) * classes).view(classes + 2, classes)[:-1]
 
     def scores(self, sums):
         sums, outside = sums[:-1], int(sums[-1].sum())
         if outside:
-            raise ValueError(f"expected labels of {self.task} in 0..{self.classes - 1} or {IGNORE}, found others at "
+            raise ValueError(f"expected labels of {self.task} in 0..{self.channels - 1} or {IGNORE}, found others at "
                              f"{outside} pixels")
-        intersection = sums.diag()
-        union = sums.sum(0) + sums.sum(1) - intersection
-        present = union > 0
-        return {"mIoU": 100 * (intersection[present] / union[present]).mean()}
+        right, labelled = sums.diag(), sums.sum(1)
+        iou = 100 * right / (sums.sum(0) + labelled - right)    # nan where a class does not occur
+        return {"mIoU": iou.nanmean(), "pixel_accuracy": 100 * right.sum() / sums.sum(),
+                "mean_accuracy": (100 * right / labelled).nanmean(),
+                **{f"IoU {name}": value for name, value in zip(self.classes, iou) if not value.isnan()}}
+
+    def statistics(self, label):
+        return label[label != IGNORE].bincount(minlength=self.channels)[:self.channels]
+
+    def constant(self, statistics):    # the most frequent class
+        return F.one_hot(sum(statistics).argmax(), self.channels).float()
 
 
-class ThresholdMeter(Meter):
-    """Positives among true and false pixels at each of a score's thresholds; a pixel is positive strictly above one."""
+class BoundaryMeter(Meter):
+    """pixelF in percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
 
-    def __init__(self, thresholds: Tensor):
-        super().__init__(2, len(thresholds) + 1)    # [false or true pixel, number of thresholds below its score]
-        self.thresholds = thresholds
+    A cheap stand-in for odsF, which matches boundaries within a tolerance; the two are not comparable.
+    A pixel is positive where its probability is strictly above the threshold.
+    """
 
-    def histogram(self, score: Tensor, target: Tensor) -> Tensor:
-        """score: (B, 1, H, W) -> (2, thresholds + 1)"""
+    thresholds = torch.arange(1, 256) / 256
+
+    @property
+    def shape(self):
+        return 2, len(self.thresholds) + 1    # [false or true pixel, number of thresholds below its probability]
+
+    def predict(self, output):
+        return output.sigmoid()
+
+    def count(self, prediction, target):
         bins = len(self.thresholds) + 1
-        self.thresholds = self.thresholds.to(score.device)    # stays there
-        below = torch.bucketize(score.contiguous(), self.thresholds)
+        self.thresholds = self.thresholds.to(prediction.device)    # stays there
+        below = torch.bucketize(prediction.contiguous(), self.thresholds)
         index = torch.where(target == IGNORE, 2 * bins, (target > 0).long() * bins + below)
-        counts = torch.zeros(2 * bins + 1, dtype=torch.float64, device=score.device)
-        counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
-        return counts[:-1].view(2, bins)
+        return histogram(index, 2 * bins + 1)[:-1].view(2, bins)
 
     def f_measure(self, sums: Tensor, beta2: float) -> Tensor:
-        """(1 + beta^2) P R / (beta^2 P + R) at each threshold, 0 where nothing is found."""
+        """(1 + beta^2) P R / (beta^2 P + R) at each threshold in percent, 0 where nothing is found."""
         false_positive, true_positive = sums.flip(1).cumsum(1).flip(1)[:, 1:]
         found = true_positive.clamp(min=1)
         precision = found / (true_positive + false_positive).clamp(min=1)
         recall = found / sums[1].sum().clamp(min=1)
         f = (1 + beta2) * precision * recall / (beta2 * precision + recall)
-        return torch.where(true_positive > 0, f, 0)
+        return torch.where(true_positive > 0, 100 * f, 0)
+
+    def scores(self, sums):
+        return {"pixelF": self.f_measure(sums, beta2=1).max()}
+
+    def statistics(self, label):
+        return torch.empty(0)
+
+    def constant(self, statistics):    # everything is positive
+        return torch.tensor([100.0])
 
 
-class SaliencyMeter(ThresholdMeter):
+class SaliencyMeter(BoundaryMeter):
     """maxF in percent: beta^2 = 0.3, the maximum over the thresholds 1/256 .. 255/256 on P(salient).
 
     maxF_published: the published implementation's figure. It applies a sigmoid to the probability before it compares
-    with 0.05, 0.10 .. 0.95; as the result lies within [0.5, 0.73], the other thresholds take all pixels or none.
+    with 0.05, 0.10 .. 0.95. The result lies within [0.5, 0.73], so the other thresholds take all pixels or none.
+    IoU: TP / (TP + FP + FN) in percent, at the threshold 1/2.
     """
 
-    def __init__(self):
-        uniform = torch.arange(1, 256, dtype=torch.float64) / 256
-        published = torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)
-        thresholds, origin = torch.cat([uniform, published]).float().sort()
-        super().__init__(thresholds)
-        self.is_published = origin >= len(uniform)
+    thresholds, origin = torch.cat([torch.arange(1, 256, dtype=torch.float64) / 256,
+                                    torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)]).float().sort()
 
-    def count(self, output, target):
-        return self.histogram(output.softmax(1)[:, 1:], target)
+    def predict(self, output):
+        return output.softmax(1)[:, 1:]
 
     def scores(self, sums):
-        f = 100 * self.f_measure(sums, beta2=0.3)
-        return {"maxF": f[~self.is_published].max(), "maxF_published": f[self.is_published].max()}
+        f, published = self.f_measure(sums, beta2=0.3), self.origin >= 255
+        above = sums[:, (self.thresholds <= 0.5).sum():].sum(1)    # false and true pixels above 1/2
+        return {"maxF": f[~published].max(), "maxF_published": f[published].max(),
+                "IoU": 100 * above[1] / (above[0] + sums[1].sum()).clamp(min=1)}
 
-
-class BoundaryMeter(ThresholdMeter):
-    """pixelF in percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
-
-    A cheap stand-in for odsF, which matches boundaries within a tolerance; the two are not comparable.
-    """
-
-    def __init__(self):
-        super().__init__(torch.arange(1, 256) / 256)
-
-    def count(self, output, target):
-        return self.histogram(output.sigmoid(), target)
-
-    def scores(self, sums):
-        return {"pixelF": 100 * self.f_measure(sums, beta2=1).max()}
+    def constant(self, statistics):
+        return torch.tensor([0.0, 100.0])
 
 
 class NormalMeter(Meter):
-    """mErr in degrees: the mean angle between the prediction, scaled to unit length, and the label."""
+    """mErr in degrees: the mean angle between the prediction, scaled to unit length, and the label. mErr_unit: over the
+    labels of about unit length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root of
+    the mean square, and the percentage of pixels below some angles.
+    """
 
-    def __init__(self):
-        super().__init__(2)
+    BINS = 18_000           # of 0.01 degrees
+    shape = (BINS + 5,)     # the histogram (180 degrees have a bin of their own), and four sums
 
-    def count(self, output, target):
-        valid = (target != IGNORE).all(1)
-        p, t = F.normalize(output, dim=1), F.normalize(target.float(), dim=1)
+    def predict(self, output):
+        return F.normalize(output, dim=1)
+
+    def count(self, prediction, target):
+        valid, p, t = (target != IGNORE).all(1), prediction, F.normalize(target.float(), dim=1)
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
-        angle = rounded(angle, bits=16)    # 2^37 degrees, as all of PASCAL-Context can have
-        return torch.stack([torch.where(valid, angle, 0).sum(dtype=torch.float64), valid.sum()])
+        angle = torch.where(valid, rounded(angle, bits=16), 0)    # 2^37 degrees, as all of PASCAL-Context can have
+        length = target.norm(dim=1)
+        unit = valid & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
+        terms = (angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit)
+        index = torch.where(valid, (100 * angle.nan_to_num()).long(), self.BINS + 1)
+        return torch.cat([histogram(index, self.BINS + 2)[:-1],
+                          torch.stack([term.sum(dtype=torch.float64) for term in terms])])
 
     def scores(self, sums):
-        return {"mErr": sums[0] / sums[1]}
+        below, (total, squares, unit_total, units) = sums[:-4].cumsum(0), sums[-4:]
+        pixels, middle = below[-1], (below < below[-1] / 2).sum()    # the bin in which half of the pixels are reached
+        return {"mErr": total / pixels, **({"mErr_unit": unit_total / units} if units else {}),
+                "median": (middle + 0.5) / 100, "rmse": (squares / pixels).sqrt(),
+                **{f"below_{angle:g}": 100 * below[round(100 * angle) - 1] / pixels for angle in (11.25, 22.5, 30)}}
+
+    def statistics(self, label):
+        known = label[:, (label != IGNORE).all(0)]                                        # (3, pixels)
+        return known[:, torch.randperm(known.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
+
+    def constant(self, statistics):    # of many directions, that with the least mean angle to a sample of the labels
+        normals = torch.cat(statistics, dim=1)                                            # (3, M)
+        directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
+        candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
+        angles = torch.stack([torch.acos((c @ normals).clamp(-1, 1)).mean() for c in candidates.T])
+        return candidates[:, angles.argmin()].nan_to_num(0)
 
 
 class DepthMeter(Meter):
-    """RMSE in metres (prediction clamped at 0); abs_rel, sq_rel and log_rmse (prediction floored at 1e-9).
+    """RMSE in metres (prediction clamped at 0); with the prediction floored at 1e-9 abs_rel, sq_rel, log_rmse, log10
+    (mean absolute difference of the logarithms to base 10), SILog (deviation of the difference of natural logarithms,
+    times 100) and delta_1, delta_2, delta_3 (share of pixels where the larger of prediction and label is less than
+    1.25, 1.25^2, 1.25^3 times the other).
 
-    bounds: (low, high), only pixels with low < target < high count; None for all. Cityscapes' are (0, 80), its depth
-    being disparity: then RMSE is in pixels.
+    depth_range: (low, high), only pixels with low < target < high count; None for all. Cityscapes has (0, 80): its
+    depth is disparity, so RMSE is in pixels.
     """
 
-    def __init__(self, bounds: tuple[float, float] | None = None):
-        super().__init__(5)
-        self.bounds = bounds
+    shape = (10,)
 
-    def count(self, output, target):
-        target = target.float()
+    def predict(self, output):
+        return output.clamp(min=0)
+
+    def valid(self, target: Tensor) -> Tensor:
         valid = target != IGNORE
-        if self.bounds:
-            valid = valid & (target > self.bounds[0]) & (target < self.bounds[1])
-        target = torch.where(valid, target, 1)
-        error = output.clamp(min=0) - target
-        floored = output.clamp(min=1e-9)
-        terms = (error ** 2, (floored - target).abs() / target, (floored - target) ** 2 / target,
-                 (floored.log() - target.log()) ** 2, torch.ones_like(target))
-        bits = 16 if self.bounds else 20    # sums up to 2^33 square metres, or 2^37 square pixels of all Cityscapes
+        if self.depth_range:
+            valid = valid & (target > self.depth_range[0]) & (target < self.depth_range[1])
+        return valid
+
+    def count(self, prediction, target):
+        valid = self.valid(target)
+        target = torch.where(valid, target.float(), 1)
+        floored = prediction.clamp(min=1e-9)
+        log, ratio = floored.log() - target.log(), torch.maximum(floored / target, target / floored)
+        terms = (torch.ones_like(target), (prediction - target) ** 2, (floored - target).abs() / target,
+                 (floored - target) ** 2 / target, log ** 2, log, log.abs(), *(ratio < 1.25 ** i for i in (1, 2, 3)))
+        bits = 16 if self.depth_range else 20    # sums to 2^33 square metres, or 2^37 square pixels of all Cityscapes
         return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
-        squares, relative, relative_squares, log_squares, pixels = sums
-        return {"RMSE": (squares / pixels).sqrt(), "abs_rel": relative / pixels, "sq_rel": relative_squares / pixels,
-                "log_rmse": (log_squares / pixels).sqrt()}
+        squares, abs_rel, sq_rel, log_squares, log, abs_log, *deltas = sums[1:] / sums[0]
+        return {"RMSE": squares.sqrt(), "abs_rel": abs_rel, "sq_rel": sq_rel, "log_rmse": log_squares.sqrt(),
+                "log10": abs_log / math.log(10), "SILog": 100 * (log_squares - log ** 2).clamp(min=0).sqrt(),
+                **{f"delta_{i}": delta for i, delta in enumerate(deltas, start=1)}}
+
+    def statistics(self, label):
+        known = label[self.valid(label)].double()
+        return torch.stack([known.sum(), torch.tensor(known.numel())])
+
+    def constant(self, statistics):    # the mean depth
+        total, pixels = sum(statistics)
+        return (total / pixels.clamp(min=1)).float().view(1)
 
 
-def make_meters(tasks: dict[str, int], depth_range: tuple[float, float] | None = None) -> dict[str, Meter]:
-    """tasks: output channels by task name. depth_range: see DepthMeter. Raises ValueError on a task without a metric or
-    a range whose low is not below its high."""
+METERS = {"classes": ClassesMeter, "saliency": SaliencyMeter, "normal": NormalMeter, "boundary": BoundaryMeter,
+          "depth": DepthMeter}    # by kind of task
+
+
+def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None,
+                classes: Mapping[str, Sequence[str]] | None = None) -> dict[str, Meter]:
+    """tasks: see task_rows. depth_range: see DepthMeter. classes: names by task, which name the IoU of each class.
+    Raises ValueError for a task that has no row and for a range whose low is not below its high."""
     if depth_range and not depth_range[0] < depth_range[1]:
         raise ValueError(f"expected depth_range (low, high) with low below high, found {depth_range}")
-    builders = {"semseg": SegmentationMeter, "parsing": SegmentationMeter, "saliency": lambda _: SaliencyMeter(),
-                "normal": lambda _: NormalMeter(), "boundary": lambda _: BoundaryMeter(),
-                "depth": lambda _: DepthMeter(depth_range)}
-    unknown = [task for task in tasks if task not in builders]
-    if unknown:
-        raise ValueError(f"no metric for the task {unknown[0]!r}; there are metrics for {', '.join(builders)}")
-    meters = {task: builders[task](channels) for task, channels in tasks.items()}
-    for task, meter in meters.items():
-        meter.task = task
-    return meters
+    return {name: METERS[row.kind](name, row, depth_range, (classes or {}).get(name, ()))
+            for name, row in task_rows(tasks).items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- odsF
@@ -273,47 +401,57 @@ def make_meters(tasks: dict[str, int], depth_range: tuple[float, float] | None =
 THRESHOLDS = np.array([0.001, *(np.arange(1, 100) / 100), 0.999])
 
 
+class OdsMeter:
+    """The boundary scores of BSDS in percent. update(prediction_u8, ground_truth) adds an image, compute() gives them.
+
+    odsF: the best F over thresholds that are the same for all images. oisF: F of the counts of each image at its own
+    best threshold. AP: the area under the curve of precision over recall, at recalls 0, 0.01 .. 1.
+    submit(function, *arguments): returns a future of the result, computed in another process or at once. At most
+    `waiting` images are pending, so an update may wait for the first of them.
+    """
+
+    def __init__(self, max_dist: float, submit: Callable, waiting: int):
+        self.max_dist, self.submit, self.waiting = max_dist, submit, waiting
+        self.counts = np.zeros((len(THRESHOLDS) + 1, 4), np.int64)    # the last row: at each image's best threshold
+        self.pending = deque()
+
+    def update(self, prediction_u8: np.ndarray, ground_truth: np.ndarray):
+        self.pending.append(self.submit(boundary_counts, prediction_u8, ground_truth, self.max_dist))
+        self.collect(self.waiting)
+
+    def collect(self, left: int = 0):
+        """Adds the counts of the first images until so many are left."""
+        while len(self.pending) > left:
+            counts = self.pending.popleft().result()
+            self.counts += np.concatenate([counts, counts[[precision_recall(counts)[2].argmax()]]])
+
+    def compute(self) -> dict[str, float]:
+        self.collect()
+        precision, recall, _ = precision_recall(self.counts[:-1])
+        recalls, first = np.unique(recall, return_index=True)
+        area = np.interp(np.arange(101) / 100, recalls, precision[first], left=0, right=0).sum()
+        return {"odsF": 100 * ods_f(self.counts[:-1]), "oisF": 100 * ods_f(self.counts[-1:]), "AP": float(area)}
+
+
+def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """P = matched predicted / predicted, R = matched true / true and F = 2 P R / (P + R) of counts (thresholds, 4).
+    0 where nothing is matched, which covers images without true pixels and thresholds without predicted ones."""
+    matched_true, true, matched_predicted, predicted = counts.T
+    precision, recall = matched_predicted / np.maximum(predicted, 1), matched_true / np.maximum(true, 1)
+    total = precision + recall
+    return precision, recall, 2 * precision * recall / np.where(total > 0, total, 1)
+
+
 def ods_f(counts: np.ndarray) -> float:
     """The largest F-measure over the thresholds, as a fraction, from boundary_counts summed over the images.
 
-    counts: (thresholds, 4). F = 2 P R / (P + R) of precision P = matched predicted / predicted and recall
-    R = matched true / true, without interpolation between thresholds; 0 where nothing is matched, which covers a data
-    set without true pixels and a threshold without predicted ones. Raises ValueError on another shape.
+    counts: (thresholds, 4). There is no interpolation between thresholds. Raises ValueError on another shape.
     """
     counts = np.asarray(counts)
     if counts.ndim != 2 or counts.shape[1] != 4:
         raise ValueError(f"counts must have the shape (thresholds, 4), found {counts.shape}; sum what boundary_counts "
                          "returns over the images only")
-    matched_true, true, matched_predicted, predicted = counts.T
-    recall = matched_true / np.maximum(true, 1)
-    precision = matched_predicted / np.maximum(predicted, 1)
-    total = precision + recall
-    return float((2 * precision * recall / np.where(total > 0, total, 1)).max())
-
-
-def boundary_counts_each(items: Iterable, max_dist: float, workers: int) -> Iterator[np.ndarray]:
-    """boundary_counts (101, 4) of each image, in their order, on `workers` processes (0: in this one).
-
-    items: yields the pairs (prediction_u8, ground_truth) and is read only a few images ahead, so it may load or predict
-    as it goes. The processes are spawned (a forked copy of a process that uses CUDA or threads may hang), so a script
-    calls this under `if __name__ == "__main__":`.
-    """
-    if workers == 0:
-        for prediction, truth in items:
-            yield boundary_counts(prediction, truth, max_dist)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_main)
-    try:
-        pending = deque()
-        for prediction, truth in items:
-            with signals_waiting():    # a process that this starts needs seconds until it runs follow_main
-                pending.append(pool.submit(boundary_counts, prediction, truth, max_dist))
-            if len(pending) == 4 * workers:    # enough to keep the processes busy, and little memory
-                yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return float(precision_recall(counts)[2].max())
 
 
 def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dist: float) -> np.ndarray:
@@ -544,30 +682,3 @@ def _check_pair(prediction: np.ndarray, target: np.ndarray, max_dist: float):
     if not 0 <= max_dist <= 1:
         raise ValueError(f"max_dist is a fraction of the image's diagonal, from 0 to 1, found {max_dist}; divide "
                          "pixels by sqrt(H^2 + W^2)")
-
-
-# ------------------------------------------------------------------------------------ processes beside the main one
-
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
-def follow_main(*_):
-    """The first thing that a process of a pool or a loader does. Ctrl-C and a cluster's signals reach it, too: what
-    they mean is for the main process to decide, with which this one ends, even where that is killed."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if main := parent_process():
-        threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
-
-
-@contextmanager
-def signals_waiting():
-    """Signals arrive after it; a process that is started in it inherits that they wait."""
-    if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends none
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from datasets import PascalContext, Synthetic, export, prepare
+from archives import export
+from datasets import PascalContext, Pool, Synthetic, prepare
 from metrics import boundary_counts
 from mtmamba import K, MTMamba, has_mamba_ssm, has_triton, selective_scan_2d, triton
 from train import checkpoint_activations
@@ -256,7 +257,8 @@ def data(images: int = 24, epochs: int = 2):
             return epochs * images / (time.process_time() - start)
 
         originals = rate()
-        prepare(root, workers=1)
+        with Pool(0) as pool:
+            prepare(root, pool)
         print(f"training samples per CPU second: {originals:.0f} from the originals, {rate():.0f} prepared")
 
 
@@ -280,14 +282,16 @@ def busy(starts: int = 3, iterations: int = 12, images: int = 36, patience: int 
     """
     job = f"""
 import time
-import evaluate, train    # before torch: they bound the spinning
+import datasets, evaluate, train    # before torch: they bound the spinning
 import torch
-evaluate.EVALUATION_IMAGES = {images}
+opened = datasets.Synthetic.open    # fewer scenes to evaluate
+datasets.Synthetic.open = lambda split, size, *more, **named: (
+    opened(split, size, *more, **named) if split == "train" else datasets.Synthetic({images}, size, 1))
 train.main(["--device", "cpu", "--iterations", "{iterations}", "--log-every", "1", "--out", OUT])
 lines = [train.json.loads(line) for line in open(OUT + "/log.jsonl")]
 times = [line["time"] for line in lines if "losses" in line]
 model, _ = evaluate.load_checkpoint(train.Path(OUT) / "last.pt", torch.device("cpu"))
-data = evaluate.held_out((64, 96), model.tasks)
+data = datasets.Synthetic.open("val", (64, 96))
 evaluate.evaluate(model, data, torch.device("cpu"))    # warm
 start = time.perf_counter()
 evaluate.evaluate(model, data, torch.device("cpu"))

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import metrics
+import datasets
 from mtmamba import MTMamba
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
@@ -58,7 +58,7 @@ def forked_pools(monkeypatch):
     """The processes that match boundaries need not import anything, except on Windows, which cannot fork."""
     if hasattr(os, "fork"):
         from processes import server
-        monkeypatch.setattr(metrics, "get_context", lambda method: server())
+        monkeypatch.setattr(datasets, "get_context", lambda method: server())
 
 
 @pytest.fixture

@@ -289,8 +289,8 @@ def train(report: Report):
 
     def export():
         folder.mkdir(parents=True)
-        return finish([*python, "datasets.py", "export", "--format", "nyud", "--root", data, "--count",
-                       2 if DRY else 16, *(["--size", 40, 48] if DRY else [])])
+        return finish([*python, "tests/archives.py", "nyud", data, "--count", 2 if DRY else 16,
+                       *(["--size", 40, 48] if DRY else [])])
 
     def killed():
         process = start([*torchrun, *arguments])

@@ -18,7 +18,7 @@ from unittest import mock
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-import metrics
+import datasets
 
 TESTS = Path(__file__).parent
 
@@ -79,7 +79,7 @@ def start(files, environment, function, command):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     # Processes that it starts itself are made as by any script; those that match boundaries are forked, too.
     multiprocessing.set_start_method(None, force=True)
-    metrics.get_context = lambda method: multiprocessing.get_context("fork")
+    datasets.get_context = lambda method: multiprocessing.get_context("fork")
     function(command, environment)
 
 

@@ -1,14 +1,16 @@
 """odsF against the original C++ matcher's results (data/boundary_*.npz), brute force and hand-computed cases."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from datasets import Pool
 from metrics import (
     THRESHOLDS,
+    OdsMeter,
     boundary_counts,
-    boundary_counts_each,
     boundary_ground_truth,
     match_boundaries,
     ods_f,
@@ -219,20 +221,45 @@ def test_ods_f_by_hand():
     assert ods_f([[0, 0, 0, 5], [0, 3, 0, 0], [0, 0, 0, 0]]) == 0
 
 
-def test_a_process_adds_up_to_the_serial_counts(chain_counts):
-    def items():
-        for i in "01":
-            yield CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"]
+@pytest.mark.parametrize("workers, waiting, repeats", [(0, 0, 1), (1, 4, 5), (2, 8, 1)])    # more than wait; fewer
+def test_the_meter_adds_up_the_images_counts(workers, waiting, repeats, chain_counts, forked_pools):
+    expected = repeats * chain_counts["pascal"].sum(0)
+    with Pool(workers) as pool:
+        meter = OdsMeter(0.0075, pool.submit, waiting)
+        for i in "01" * repeats:
+            meter.update(CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"])
+            assert len(meter.pending) <= waiting
+        assert meter.compute()["odsF"] == 100 * ods_f(expected)
+    np.testing.assert_array_equal(meter.counts[:-1], expected)
 
-    expected = chain_counts["pascal"].sum(0)
-    np.testing.assert_array_equal(sum(boundary_counts_each(items(), 0.0075, workers=0)), expected)
-    many = list(items()) * 5    # more than are submitted at a time
-    np.testing.assert_array_equal(sum(boundary_counts_each(many, 0.0075, workers=1)), 5 * expected)
 
+def test_ois_and_ap_by_hand():
+    """As BSDS defines them: OIS of each image's best threshold, AP of precision at recalls 0, 0.01 .. 1."""
+    def images():
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            matched = np.sort(rng.integers(0, 80, 101))[::-1]
+            yield np.stack([matched, np.full(101, 90), matched, matched + np.sort(rng.integers(0, 60, 101))[::-1]], 1)
 
-def test_two_processes_add_up_to_the_serial_counts(chain_counts, forked_pools):
-    items = [(CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"]) for i in "01"]
-    np.testing.assert_array_equal(sum(boundary_counts_each(items, 0.0075, workers=2)), chain_counts["pascal"].sum(0))
+    meter, best, total = OdsMeter(0.0075, None, 9), np.zeros(4), np.zeros((101, 4))
+    for counts in images():
+        meter.pending.append(mock.Mock(result=lambda counts=counts: counts))
+        f = [2 * a / d * c / b / max(a / d + c / b, 1e-9) if d else 0 for c, b, a, d in counts]
+        best, total = best + counts[int(np.argmax(f))], total + counts
+    scores = meter.compute()
+    recall, precision = best[0] / best[1], best[2] / best[3]
+    assert scores["oisF"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
+    assert scores["oisF"] >= scores["odsF"] == pytest.approx(100 * ods_f(total))
+    curve = {}
+    for a, b, c, d in total:
+        curve.setdefault(a / b, c / d)
+    recalls, area = sorted(curve), 0
+    for i in range(101):
+        for low, high in zip(recalls, recalls[1:]):
+            if low <= i / 100 <= high:
+                area += (curve[low] + (curve[high] - curve[low]) * (i / 100 - low) / (high - low)) / 100
+                break
+    assert scores["AP"] == pytest.approx(100 * area)
 
 
 def test_errors_say_what_to_do(forked_pools):
@@ -250,4 +277,5 @@ def test_errors_say_what_to_do(forked_pools):
     with pytest.raises(ValueError, match=r"\(thresholds, 4\), found \(2, 101, 4\)"):
         ods_f(np.zeros((2, 101, 4)))
     with pytest.raises(ValueError, match="uint8, found float64"):    # as it comes back from another process
-        list(boundary_counts_each([(prediction / 255, truth)], 0.0075, workers=1))
+        with Pool(1) as pool:
+            pool.submit(boundary_counts, prediction / 255, truth, 0.0075).result()

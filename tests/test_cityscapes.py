@@ -1,12 +1,14 @@
 """Cityscapes: the recorded data, losses and scores of the published implementation, files, training and evaluation."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import archives
 import datasets
 import evaluate
 import train
@@ -61,7 +63,7 @@ def test_losses_and_scores_equal_the_published_ones(recorded, root):
     scores = meters["depth"].compute()
     for ours, theirs in (("RMSE", "rmse"), ("abs_rel", "abs_rel"), ("sq_rel", "sq_rel"), ("log_rmse", "log_rmse")):
         assert scores[ours] == pytest.approx(float(recorded[f"score/{theirs}"]), rel=1e-6)
-    assert meters["depth"].sums[-1] == recorded["score/valid_depth_pixels"]
+    assert meters["depth"].sums[0] == recorded["score/valid_depth_pixels"]
 
 
 def test_invalid_disparity_may_be_masked(root):
@@ -80,13 +82,14 @@ def test_a_split_is_what_lies_in_its_folder(root, recorded):
     assert data.names == [*sorted(recorded["names"]), "zurich_000002_000019"]
     with pytest.raises(FileNotFoundError, match="zurich_000002_000019_gtFine_labelIds.png"):
         data[2]
-    with pytest.raises(FileNotFoundError, match="leftImg8bit/train"):
+    with pytest.raises(ValueError, match="found none in .*leftImg8bit/train"):
         Cityscapes(root, "train", size=SIZE)
 
 
 @pytest.mark.parametrize("folder, suffix, damage, message", [
     ("leftImg8bit", "leftImg8bit", lambda image: image.resize((96, 48)), "image of 96x192 .HxW., .* found 48x96"),
-    ("gtFine", "gtFine_labelIds", lambda image: image.resize((96, 48)), "size of .*leftImg8bit.png"),
+    ("gtFine", "gtFine_labelIds", lambda image: image.resize((96, 48)),
+     r"labelIds.png: expected the image's size \(96, 192\), found \(48, 96\)"),
     ("gtFine", "gtFine_labelIds", lambda image: image.point(lambda v: v + 100), "values in 0..33, found"),
     ("disparity", "disparity", lambda image: Image.new("L", image.size), "16 bits per pixel, found 8"),
 ])
@@ -111,13 +114,18 @@ def test_a_picture_keeps_its_size_and_colours(tiny_model):
         outputs = model(((half - mean) / std)[None])
     assert torch.equal(maps["semseg"], outputs["semseg"].argmax(1)[:, :75, :130])
     assert maps["depth"].shape == (1, 75, 130) and heat["depth"].shape == (75, 130)
-    assert evaluate.depth_name(model) == "disparity" and evaluate.depth_name(tiny_model({"depth": 1})) == "depth"
+    labels = Cityscapes.describe(Cityscapes.TASKS)
+    assert labels.title("depth") == "disparity" and labels.unit("depth") == " px"
 
-    label = np.array([[0, 13, IGNORE]])[None]
-    assert evaluate.colorize("semseg", label, 19, (0, 1)).tolist() == [[[128, 64, 128], [0, 0, 142], [0, 0, 0]]]
-    disparity = evaluate.colorize("depth", np.array([[[-1.0, 0.0, 2.0]]]), 1, (0, 2))[0]
-    assert disparity.tolist() == [[0, 0, 0], evaluate.COLOR_MAP[0].tolist(), evaluate.COLOR_MAP[-1].tolist()]
-    assert evaluate.value_range(np.array([-1.0, 0.5, 2.0, IGNORE])) == (0.5, 2.0)
+    label = np.array([[[0, 13, IGNORE]]])
+    pixels, legend = evaluate.draw(label, label, "semseg", labels)
+    assert pixels.tolist() == [[[128, 64, 128], [0, 0, 142], [0, 0, 0]]]
+    assert [line[0] for line in legend] == ["road", "car", "ignored"]
+    disparity = np.array([[[-1.0, 0.0, 2.0, IGNORE]]])
+    pixels, legend = evaluate.draw(disparity, disparity, "depth", labels)
+    black = [0, 0, 0]
+    assert pixels.tolist() == [[black, evaluate.COLOUR_MAP[0].tolist(), evaluate.COLOUR_MAP[-1].tolist(), black]]
+    assert [line[0] for line in legend][::4] == ["0.00 px", "2.00 px"]
 
 
 ARGUMENTS = ["--dataset", "cityscapes", "--img-size", "32", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
@@ -128,23 +136,36 @@ ARGUMENTS = ["--dataset", "cityscapes", "--img-size", "32", "64", "--encoder", "
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "Cityscapes"
-    assert datasets.main(["export", "--format", "cityscapes", "--root", str(root), "--count", "4", "--size", "64",
-                          "128"]) == 0
+    archives.export("cityscapes", root, 4, (64, 128))
     return root
 
 
 def test_exported_files(exported, capsys):
     files = sorted(str(path.relative_to(exported)) for path in exported.rglob("*.png"))
     assert len(files) == 18 and files[0] == "disparity/train/synthetic/synthetic_000000_000019_disparity.png"
-    assert datasets.main(["check", "--dataset", "cityscapes", "--root", str(exported), "--workers", "1"]) == 0
+    command = ["check", "--dataset", "cityscapes", "--root", str(exported), "--workers", "1"]
+    assert datasets.main([*command, "--img-size", "32", "64"]) == 0
     assert "no problems, but train has 4 of 2975 images" in capsys.readouterr().out
     scene = datasets.Synthetic(4, (64, 128), seed=0).render(0)
     sample = Cityscapes(exported, "train", size=(32, 64))[0]
     seen = scene["depth"] != IGNORE
     np.testing.assert_allclose(sample["depth"][seen], 100 / scene["depth"][seen], atol=1 / 256)
     assert (sample["depth"][~seen] == -1).all() and (sample["semseg"][~seen] == 10).all()    # sky
-    with pytest.raises(SystemExit):
-        datasets.main(["export", "--format", "cityscapes", "--root", str(exported / "new"), "--size", "63", "128"])
+    assert datasets.main(command) == 1
+    assert "an image of 1024x2048 (HxW), twice the size of the network's input, found 64x128; give half" in (
+        capsys.readouterr().out)
+
+
+def test_train_ids_in_place_of_label_ids_are_named(exported, tmp_path, capsys):
+    """With 255 made 0, no single file shows it."""
+    root = shutil.copytree(exported, tmp_path / "copy")
+    command = ["check", "--dataset", "cityscapes", "--root", str(root), "--workers", "1", "--img-size", "32", "64"]
+    for path in sorted((root / "gtFine/val").rglob("*_labelIds.png")):
+        ids = datasets.LABEL_IDS[np.array(Image.open(path))]
+        Image.fromarray(np.where(ids == IGNORE, 0, ids).astype(np.uint8)).save(path)
+    assert datasets.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "gtFine/val: expected label IDs up to 33, found none above 18" in printed and "\n1 problems" in printed
 
 
 def run(exported, out, *arguments):
@@ -195,4 +216,4 @@ if __name__ == "__main__":
 
 def test_a_model_of_another_scale_is_refused(tiny_model, exported):
     with pytest.raises(ValueError, match="are 1 times as large as its images, the labels of cityscapes 2 times"):
-        evaluate.open_dataset("cityscapes", Cityscapes.TASKS, {}, exported)
+        evaluate.open_dataset("cityscapes", Cityscapes.TASKS, {}, exported, None)

@@ -15,6 +15,7 @@ from PIL import Image
 import datasets
 import evaluate
 import train
+from archives import export, save_file
 from processes import descendants
 
 TINY = ["--encoder", "convnext_atto", "--encoder-kwargs", json.dumps(dict(dims=(4, 4, 4, 4), depths=(1, 1, 1, 1))),
@@ -47,7 +48,7 @@ def small_files():
 @pytest.fixture(scope="module")
 def nyud(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "NYUDv2"
-    datasets.export("nyud", root, 8, (64, 64))
+    export("nyud", root, 8, (64, 64))
     return root
 
 
@@ -77,8 +78,8 @@ def test_training_names_the_file_and_can_be_resumed(name, full_disk, nyud, tmp_p
     full_disk(temporary)
     arguments = [*TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 0, "--out", tmp_path]
     code, output, error = ends(capsys, train.main, *arguments)
-    assert code == 1 and error == (f"train.py: cannot write {path} ({FULL}); what was saved before is as it was. Make "
-                                   "room, then go on with --resume")
+    assert code == 1 and error == (f"train.py: cannot write {path} ({FULL}); earlier checkpoints are unchanged. "
+                                   "Make room, then continue with --resume")
     assert not list(tmp_path.rglob("*.tmp"))
     assert ("odsF" in output) == (name not in ("log.jsonl", "last.pt"))    # the table, before what may fail
     temporary.unlink(missing_ok=True)
@@ -90,7 +91,7 @@ def test_old_files_stay_where_a_part_of_the_new_ones_fits(small_files, tmp_path)
     train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
     datasets.append(tmp_path / "log", "line\n")
     with pytest.raises(datasets.WriteError, match=r"cannot write .*last.pt \(File too large\)$"):
-        train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)}, tmp_path / "previous.pt")
+        train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)})
     with pytest.raises(datasets.WriteError, match=r"cannot write .*log \("):
         datasets.append(tmp_path / "log", "x" * 200_000)
     assert torch.load(tmp_path / "last.pt") == {"iteration": 1} and (tmp_path / "log").read_text() == "line\n"
@@ -117,20 +118,21 @@ def test_evaluation_names_the_file(name, full_disk, nyud, trained, tmp_path, cap
     assert not list(tmp_path.rglob("*.tmp")) and ("odsF" in output) == ("maps" not in name)
 
 
-def test_pictures_name_their_folder_and_exports_their_file(small_files, trained, tmp_path, capsys):
+def test_pictures_and_exports_name_their_file(small_files, trained, tmp_path, capsys):
     rows = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    Image.fromarray(rows).resize((512, 384)).save(tmp_path / "a.jpg")
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(rows).resize((512, 384)).save(tmp_path / "photos/a.jpg")
     command = "--checkpoint", trained, "--device", "cpu"
-    for arguments, path in ((["--image", tmp_path / "a.jpg", "--out", tmp_path / "out"], tmp_path / "out"),
+    for arguments, path in ((["--image", tmp_path / "photos", "--out", tmp_path / "out"], tmp_path / "out"),
                             (["--export", tmp_path / "model.pt2"], tmp_path / "model.pt2")):
         code, _, error = ends(capsys, evaluate.main, *command, *arguments)
-        assert code == 1 and f"cannot write {path} (" in error, error
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jpg", "out"]
+        assert code == 1 and f"cannot write {path}" in error, error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jpg", "out", "photos"]
 
 
 def test_preparing_and_exporting_name_the_file(full_disk, tmp_path, capsys):
     root = tmp_path / "data"
-    datasets.export("pascal", root, 4, (40, 48))
+    export("pascal", root, 4, (40, 48))
     full_disk(root / f"prepared/synthetic_train_00002.{os.getpid()}.tmp")
     command = "prepare", "--dataset", "pascal", "--root", root, "--workers", 1
     code, _, error = ends(capsys, datasets.main, *command)
@@ -140,7 +142,7 @@ def test_preparing_and_exporting_name_the_file(full_disk, tmp_path, capsys):
     assert datasets.main(list(map(str, command))) == 0
     with pytest.raises(datasets.WriteError, match=rf"cannot write .*a.mat \({FULL}\)"):
         full_disk(tmp_path / "a.tmp")
-        datasets.save_file(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 3))})
+        save_file(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 3))})
 
 
 # ---------------------------------------------------------------------------------------------------------- signals
@@ -149,12 +151,12 @@ SLOW = """
 import multiprocessing, os, sys, time
 import datasets, evaluate, metrics, train
 if "SPAWN" in os.environ:    # as without the tests, which fork them
-    metrics.get_context = multiprocessing.get_context
+    datasets.get_context = multiprocessing.get_context
 evaluate.EVALUATION_BATCH = 1
-own_area, suppress, pack = evaluate.own_area, metrics.suppress_non_maxima, datasets.PascalFiles.pack
+own_area, suppress, pack = evaluate.own_area, metrics.suppress_non_maxima, datasets.PascalContext.pack
 evaluate.own_area = lambda *arguments: time.sleep(1.5) or own_area(*arguments)
 metrics.suppress_non_maxima = lambda prediction: time.sleep(1.5) or suppress(prediction)
-datasets.PascalFiles.pack = lambda files: time.sleep(0.2) or pack(files)
+datasets.PascalContext.pack = lambda *arguments: time.sleep(0.2) or pack(*arguments)
 if __name__ == "__main__":
     import signal
     signal.signal(signal.SIGTERM, datasets.interrupt)
@@ -199,7 +201,7 @@ def test_signals_to_all_processes_of_a_final_evaluation(slowly, nyud, tmp_path):
     run, others = slowly("train", *TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 1, "--out",
                          tmp_path / "run", processes=2, marker="evaluating", SPAWN="")
     code, output, _ = end(run, others, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    assert code == 0 and "stopped after iteration 1 of 1; go on with" in output
+    assert code == 0 and "stopped after iteration 1 of 1; continue with" in output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "log.jsonl"}
 
 
@@ -212,7 +214,7 @@ def test_signals_to_all_processes_end_a_script_in_one_line(numbers, slowly, nyud
     assert not list((tmp_path / "out").iterdir())
 
     root = tmp_path / "data"
-    datasets.export("pascal", root, 60, (40, 48))
+    export("pascal", root, 60, (40, 48))
     run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", root, "--workers", 2, processes=2,
                          marker="preparing")
     assert end(run, others, *numbers)[::2] == (130, "datasets.py: interrupted")
@@ -225,7 +227,7 @@ def test_no_process_outlives_a_main_one_that_is_killed(slowly, nyud, trained, tm
                          tmp_path, "--workers", 1, processes=2, marker="evaluating")
     run.kill()
     end(run, others)
-    datasets.export("pascal", tmp_path / "data", 60, (40, 48))
+    export("pascal", tmp_path / "data", 60, (40, 48))
     run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", tmp_path / "data", "--workers", 2,
                          processes=2, marker="preparing")
     run.kill()

@@ -98,7 +98,8 @@ def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("flags, message", [
     (["--export", "model.pth"], "expected --export to a file that ends with .onnx or .pt2"),
-    (["--img-size", "64", "64"], "--img-size has no effect here"),
+    (["--features"], "--features has no effect here"),
+    (["--export", "model.pt2", "--dataset", "nyud"], "--dataset has no effect here"),
     (["--export", "model.pt2", "--image", "a.jpg"], "--image has no effect here")])
 def test_export_flags(flags, message, checkpoint, capsys):
     with pytest.raises(SystemExit):

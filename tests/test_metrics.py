@@ -1,10 +1,13 @@
 """Metrics against hand-computed cases and against plain loops in numpy."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from metrics import IGNORE, delta_m, make_meters
+import metrics
+from metrics import IGNORE, delta_m, make_meters, task_rows
 
 
 def score(task, channels, output, target):
@@ -39,6 +42,7 @@ def random_case(task, channels, batch=5):
         task, lambda: rng.integers(0, max(channels, 2), shape))()
     if task == "normal":
         target /= np.linalg.norm(target, axis=1, keepdims=True)
+        target[:, :, :2] *= 0.7    # too short for a unit vector
     return output, np.where(rng.random(shape) < 0.2, IGNORE, target).astype(
         np.int64 if task in ("semseg", "parsing", "saliency") else np.float32)
 
@@ -62,29 +66,40 @@ def brute_force(task, channels, output, target):
     cases = pixels(output, target)
     if task in ("semseg", "parsing"):
         pairs = [(int(np.argmax(o)), int(t[0])) for o, t in cases]
-        ious = []
+        ious, accuracies = {}, []
         for c in range(channels):
-            union = sum(p == c or t == c for p, t in pairs)
+            union, labelled = sum(p == c or t == c for p, t in pairs), [p == c for p, t in pairs if t == c]
             if union:
-                ious.append(sum(p == t == c for p, t in pairs) / union)
-        return {"mIoU": 100 * sum(ious) / len(ious)}
+                ious[f"IoU class {c}"] = 100 * sum(p == t == c for p, t in pairs) / union
+            if labelled:
+                accuracies.append(100 * np.mean(labelled))
+        return {"mIoU": np.mean(list(ious.values())), "pixel_accuracy": 100 * np.mean([p == t for p, t in pairs]),
+                "mean_accuracy": np.mean(accuracies), **ious}
     if task == "saliency":
         p = [np.float32(np.exp(o[1]) / np.exp(o).sum()) for o, _ in cases]
         t = [bool(t[0]) for _, t in cases]
         twice = [1 / (1 + np.exp(-float(v))) for v in p]
         return {"maxF": max(f_measure(p, t, i / 256, 0.3) for i in range(1, 256)),
-                "maxF_published": max(f_measure(twice, t, i / 20, 0.3) for i in range(1, 20))}
+                "maxF_published": max(f_measure(twice, t, i / 20, 0.3) for i in range(1, 20)),
+                "IoU": 100 * sum(o[1] > o[0] and y for (o, _), y in zip(cases, t))
+                / sum(o[1] > o[0] or y for (o, _), y in zip(cases, t))}
     if task == "boundary":
         p, t = [1 / (1 + np.exp(-o[0])) for o, _ in cases], [bool(t[0]) for _, t in cases]
         return {"pixelF": max(f_measure(p, t, i / 256, 1) for i in range(1, 256))}
     if task == "normal":
-        return {"mErr": np.mean([np.degrees(np.arccos(np.clip(o @ t / np.linalg.norm(o) / np.linalg.norm(t), -1, 1)))
-                                 for o, t in cases])}
+        angles = np.array([np.degrees(np.arccos(np.clip(o @ t / np.linalg.norm(o) / np.linalg.norm(t), -1, 1)))
+                           for o, t in cases])
+        unit = np.array([abs(np.linalg.norm(t) - 1) < 0.25 for _, t in cases])
+        return {"mErr": angles.mean(), "mErr_unit": angles[unit].mean(), "rmse": np.sqrt((angles ** 2).mean()),
+                "median": np.sort(angles)[(len(angles) - 1) // 2],
+                **{f"below_{limit}": 100 * np.mean(angles < float(limit)) for limit in ("11.25", "22.5", "30")}}
     o, t = (np.array(column, dtype=np.float64)[:, 0] for column in zip(*cases))
     floored = np.maximum(o, 1e-9)
     return {"RMSE": np.sqrt(np.mean((np.maximum(o, 0) - t) ** 2)), "abs_rel": np.mean(abs(floored - t) / t),
             "sq_rel": np.mean((floored - t) ** 2 / t),
-            "log_rmse": np.sqrt(np.mean((np.log(floored) - np.log(t)) ** 2))}
+            "log_rmse": np.sqrt(np.mean((np.log(floored) - np.log(t)) ** 2)),
+            "log10": np.mean(abs(np.log10(floored) - np.log10(t))), "SILog": 100 * np.std(np.log(floored) - np.log(t)),
+            **{f"delta_{k}": np.mean(np.maximum(floored / t, t / floored) < 1.25 ** k) for k in (1, 2, 3)}}
 
 
 TASKS = {"semseg": 5, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
@@ -95,9 +110,30 @@ TASKS = {"semseg": 5, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1, "
 def test_equals_brute_force(task, channels, compare):
     case = random_case(task, channels)
     ours, expected = score(task, channels, *case), brute_force(task, channels, *case)
-    assert ours.keys() == expected.keys()
+    assert ours.keys() == expected.keys() and next(iter(ours)) in metrics.TASKS[task].metrics
     for name, value in expected.items():
-        compare(ours[name], value, rtol=1e-5, atol=0)
+        compare(ours[name], value, rtol=1e-5, atol=0.0051 if name == "median" else 0)    # half a bin
+
+
+def test_median_of_many_angles_and_shares_below_limits():
+    """To half a bin of 0.01 degrees; an angle that is the limit is not below it."""
+    angles = np.random.default_rng(0).uniform(0, 60, (1, 1, 100, 101))
+    angles[0, 0, 0, :3] = 11.25, 22.5, 30
+    radians = torch.deg2rad(torch.tensor(angles))
+    output = torch.cat([radians.sin(), torch.zeros_like(radians), radians.cos()], dim=1)
+    target = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand_as(output)
+    meter = make_meters({"normal": 3})["normal"]
+    meter.sums = meter.sums + meter.count(output, target.double())
+    scores = meter.compute()
+    assert abs(scores["median"] - np.median(angles)) <= 0.0051
+    for limit in (11.25, 22.5, 30):
+        assert scores[f"below_{limit:g}"] == 100 * np.mean(angles < limit)
+
+
+def test_classes_are_named():
+    meter = make_meters({"semseg": 3}, classes={"semseg": ("wall", "floor", "bed")})["semseg"]
+    meter.update(torch.eye(3).view(1, 3, 1, 3), torch.tensor([[[[0, 0, IGNORE]]]]))
+    assert meter.compute() == {"mIoU": 25, "pixel_accuracy": 50, "mean_accuracy": 50, "IoU wall": 50, "IoU floor": 0}
 
 
 @pytest.mark.parametrize("task, channels", TASKS.items())
@@ -123,7 +159,7 @@ def test_thresholds_are_strict():
     meter.update(torch.zeros(1, 2, 1, 4), torch.tensor([[[[1, 0, 0, 0]]]]))
     f = meter.f_measure(meter.sums, beta2=0.3)
     at = {round(float(t) * 256): float(v) for t, v in zip(meter.thresholds, f) if (float(t) * 256).is_integer()}
-    assert at[128] == 0 and at[127] == pytest.approx(1.3 * 0.25 / (0.3 * 0.25 + 1))
+    assert at[128] == 0 and at[127] == pytest.approx(100 * 1.3 * 0.25 / (0.3 * 0.25 + 1))
 
 
 def test_normal_error_of_known_angles():
@@ -161,8 +197,31 @@ def test_nothing_valid_is_an_error(task, channels):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="no metric for the task 'pose'"):
+    with pytest.raises(ValueError, match=r"or \(like, channels\) with like one of these, found 'pose': 17"):
         make_meters({"pose": 17})
+
+
+def test_tasks_of_other_names_are_treated_like_one_of_the_six():
+    rows = task_rows({"semseg": np.int64(12), "material": ("semseg", 5), "height": ["depth", 1]})
+    assert {name: row.channels for name, row in rows.items()} == {"semseg": 12, "material": 5, "height": 1}
+    assert rows["material"].metrics == ("mIoU",) and rows["height"].lower_is_better and rows["height"].suffix == ".npy"
+    meters = make_meters({"material": ("semseg", 5), "semseg": 12, "height": ("depth", 1)}, depth_range=(0, 80))
+    output, target = map(torch.as_tensor, random_case("semseg", 5))
+    meters["material"].update(output, target)
+    assert meters["material"].compute() == score("semseg", 5, output, target) and meters["semseg"].empty()
+    assert meters["height"].depth_range == (0, 80)
+    assert delta_m({"height": 1.0}, {"height": 2.0}, rows) == 50 == -delta_m({"material": 1.0}, {"material": 2.0}, rows)
+
+
+@pytest.mark.parametrize("table, message", [
+    ({"pose": 17}, "found 'pose': 17"), ({"pose": ("pose", 17)}, "with like one of these"),
+    ({"depth": 2}, "1 channels"), ({"material": ("semseg", 1)}, "2 to 255 channels"),
+    ({"semseg": "12"}, "found '12'"), ({"semseg": 12.0}, "found 12.0"),
+    ({"a/b": ("depth", 1)}, "found 'a/b'"), ({"image": ("depth", 1)}, "found 'image'"), ({3: ("depth", 1)}, "found 3"),
+    ({"..": ("depth", 1)}, "found '..'"), ({"material": ("semseg", 5, 1)}, "like one of these")])
+def test_impossible_tasks_are_named(table, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        task_rows(table)
 
 
 NYUD_BASELINE = (54.32, 0.5166, 19.21, 77.30)    # Table 2, single-task

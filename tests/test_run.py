@@ -2,11 +2,11 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from test_model import published_state
+from test_train import few_scenes
 
 import datasets
 import evaluate
-import metrics
 import train
+from archives import export
 from conftest import TINY_SWIN
-from datasets import PascalContext, Synthetic
+from datasets import SIGNALS, Synthetic
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
@@ -36,25 +37,27 @@ SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.
 
 DRIVER = """
 import os, shutil, sys, time
-import evaluate, train
+import datasets, train
 if __name__ == "__main__":
-    evaluate.EVALUATION_IMAGES = 3
+    def open_few(cls, split, size, tasks=None, root=None, seed=0, count=None):
+        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(3, size, 1, tasks)
+    datasets.Synthetic.open = classmethod(open_few)
     if "KEEP" in os.environ:    # the checkpoint of every iteration
         save = train.save_checkpoint
-        def save_and_keep(path, content, previous):
-            save(path, content, previous)
+        def save_and_keep(path, content):
+            save(path, content)
             shutil.copy(path, path.with_name(f"{content['iteration']}.pt"))
         train.save_checkpoint = save_and_keep
     if "SLOW" in os.environ:
-        next_batch = train.next_batch
-        train.next_batch = lambda loader: time.sleep(0.4) or next_batch(loader)
+        step = train.Run.step
+        train.Run.step = lambda *arguments: time.sleep(0.4) or step(*arguments)
     train.main(sys.argv[1:])
 """
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 3)
+    monkeypatch.setattr(Synthetic, "open", few_scenes(3))
 
 
 @pytest.fixture
@@ -107,20 +110,6 @@ def assert_same_training(ours, expected):
         assert_same_state(ours[key], expected[key])
 
 
-class InterruptedAfter(train.Interruption):
-    """As by a signal in a given iteration."""
-    steps = 0
-
-    @property
-    def noted(self):
-        self.count += 1
-        return self.count >= self.steps
-
-    @noted.setter
-    def noted(self, value):
-        self.count = 0
-
-
 # ----------------------------------------------------------------------------------------------------------- launch
 
 def test_processes_and_parts_change_nothing(tmp_path):
@@ -148,34 +137,35 @@ def test_processes_and_parts_change_nothing(tmp_path):
 
 
 class Numbered(torch.utils.data.Dataset):
+    SHUFFLED = True
+
     def __len__(self):
         return 7
 
 
-def shares(start, rank=0, world=1, accumulate=1, dataset=None, seed=0):
+def indices(start, rank=0, world=1, accumulate=1, dataset=None, seed=0):
     args = argparse.Namespace(seed=seed, batch_size=12, accumulate=accumulate, iterations=5)
-    return list(train.batch_shares(dataset or Numbered(), args, start, rank, world))
+    return list(train.batch_indices(dataset or Numbered(), args, start, rank, world))
 
 
 def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
-    batches = shares(0)
+    batches = indices(0)
     assert [len(batch) for batch in batches] == [12] * 5
     drawn = [sample for batch in batches for sample in batch]
     for epoch in range(8):    # each sample once in each epoch, in ever new orders
         assert sorted(drawn[7 * epoch:7 * epoch + 7]) == [(epoch, i) for i in range(7)]
     assert len({tuple(i for _, i in drawn[7 * e:7 * e + 7]) for e in range(8)}) > 5
-    assert shares(0, seed=1) != batches
-    assert shares(3) == batches[3:]
+    assert indices(0, seed=1) != batches
+    assert indices(3) == batches[3:]
     for world, accumulate in ((2, 1), (3, 2), (1, 4), (4, 3)):
-        parts = [shares(0, rank, world, accumulate) for rank in range(world)]
+        parts = [indices(0, rank, world, accumulate) for rank in range(world)]
         together = [sum((parts[rank][p] for rank in range(world)), []) for p in range(5 * accumulate)]
         assert [sum(together[accumulate * i:accumulate * (i + 1)], []) for i in range(5)] == batches
-    assert shares(1, dataset=Synthetic(60))[0] == list(range(12, 24))    # a new scene for each position
+    assert indices(1, dataset=Synthetic(60))[0] == list(range(12, 24))    # a new scene for each position
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; sizes that work are "
-                            "multiples of 3, such as 3 or 6"),
+    (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; give a multiple of 3"),
     (["--accumulate", "0"], "--accumulate of at least 1"),
     (["--eval-every", "-1"], "--eval-every of at least 0"),
     (["--lr", "nan"], "--lr above 0"),
@@ -190,18 +180,18 @@ def test_bad_flags(arguments, message, tmp_path, capsys):
 
 def test_the_scan_runs_on_the_backend_asked_for(tmp_path, capsys):
     """The equations step by step give the losses of the default, nearly."""
-    for backend in ("reference", "torch"):
+    for backend in ("loop", "torch"):
         run(tmp_path / backend, "--variant", "stm1", "--iterations", 2, "--backend", backend)
         assert f"scan backend: {backend}" in capsys.readouterr().out
-    reference, ours = (log(tmp_path / backend, "losses")[-1]["losses"] for backend in ("reference", "torch"))
-    assert ours == pytest.approx(reference, rel=1e-3) and ours != reference
-    scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "reference"])
-    assert "scan backend: reference" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
+    expected, ours = (log(tmp_path / backend, "losses")[-1]["losses"] for backend in ("loop", "torch"))
+    assert ours == pytest.approx(expected, rel=1e-3) and ours != expected
+    scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "loop"])
+    assert "scan backend: loop" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
 
 
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in fails(capsys, 2, tmp_path / "run", "--tensorboard")
+    assert "tensorboard" in fails(capsys, 2, tmp_path / "run", "--tensorboard")
 
 
 def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
@@ -282,7 +272,7 @@ def test_terminated_by_launcher_and_cluster(driver, tmp_path):
 @pytest.fixture
 def signals(monkeypatch):
     """signals(iteration, *numbers): sends them to this process, once, in the midst of that iteration's step."""
-    handlers = {number: signal.getsignal(number) for number in metrics.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def send(iteration, *numbers, method="step"):
         inner, unsent = getattr(train.Run, method), list(numbers)
@@ -297,7 +287,7 @@ def signals(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", metrics.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_ends_cleanly(number, signals, tmp_path, capsys):
     twice = () if number == signal.SIGINT else (number, signal.SIGTERM)
     signals(3, number, *twice)
@@ -323,15 +313,15 @@ def test_a_signal_during_an_evaluation(signals, tmp_path):
     assert load(tmp_path / "halves/last.pt")["iteration"] == 3 and not (tmp_path / "halves/best.pt").exists()
     run(tmp_path / "halves", *arguments, "--resume")
     assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
-    assert log(tmp_path / "halves", "delta_m") == log(tmp_path / "straight", "delta_m")
+    halves, straight = ([{**line, "seconds": None} for line in log(tmp_path / name, "delta_m")]
+                        for name in ("halves", "straight"))
+    assert halves == straight
 
 
-def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
+def test_resuming_with_fp16_keeps_the_scaler(tmp_path, signals):
     run(tmp_path / "straight", "--amp", "fp16", *FEW)
-    monkeypatch.setattr(InterruptedAfter, "steps", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Interruption", InterruptedAfter)
-        assert run(tmp_path / "halves", "--amp", "fp16", *FEW) == {}
+    signals(0, signal.SIGTERM)
+    assert run(tmp_path / "halves", "--amp", "fp16", *FEW) == {}
     half = load(tmp_path / "halves/last.pt")
     assert half["scaler"]["_growth_tracker"] == half["iteration"] == 1
     run(tmp_path / "halves", "--amp", "fp16", *FEW, "--resume")
@@ -343,36 +333,41 @@ def test_resuming_with_fp16_keeps_the_scaler(tmp_path, monkeypatch):
 def test_what_cannot_be_resumed(tmp_path, capsys):
     out = tmp_path / "run"
     run(out, *FEW, "--save-every", 2)
-    assert "go on with it with --resume" in fails(capsys, 2, out, *FEW)
+    assert "continue it with --resume" in fails(capsys, 2, out, *FEW)
     message = fails(capsys, 2, out, *FEW, "--resume", "--lr", 1e-4, "--seed", 3)
     assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
-    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
-    (out / "best.pt").unlink()
-    run(out, *FEW, "--save-every", 2, "--resume")
-    captured = capsys.readouterr()
-    assert "cannot resume from" in captured.err and "truncated" in captured.err
-    assert f"resuming {out / 'previous.pt'} after iteration 4" in captured.out
-    assert load(out / "last.pt")["iteration"] == 6
-    (out / "last.pt").unlink()    # as if killed between the two renames of a save
-    assert "go on with it with --resume" in fails(capsys, 2, out, *FEW)
     for path in out.glob("*.pt"):
         path.write_bytes(b"")
     assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
 
 
-def test_the_newest_checkpoint_is_that_of_the_highest_iteration(tmp_path, capsys):
-    """Whatever the files' times are, as copying a run changes them."""
-    for name, iteration in (("best.pt", 3), ("last.pt", 7), ("previous.pt", 5)):    # written in this order
-        torch.save(dict(model={}, config={}, optimizer={}, iteration=iteration), tmp_path / name)
-    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
-    torch.save(dict(model={}, config={}, optimizer={}, iteration=7), tmp_path / "best.pt")
-    assert train.find_checkpoint(tmp_path)[0].name == "last.pt"
-    shutil.copy(tmp_path / "last.pt", tmp_path / "saved")
-    (tmp_path / "last.pt").write_bytes(b"")
-    (tmp_path / "best.pt").unlink()
+def test_a_damaged_last_checkpoint_is_replaced_by_the_best_one(tmp_path, capsys):
+    arguments = [*FEW, "--eval-every", 3]
+    run(tmp_path, *arguments)
+    whole, best = load(tmp_path / "last.pt"), load(tmp_path / "best.pt")["iteration"]
     path, content = train.find_checkpoint(tmp_path)
-    assert path.name == "previous.pt" and content["iteration"] == 5
-    assert f"cannot resume from {tmp_path / 'last.pt'}" in capsys.readouterr().err
+    assert path == tmp_path / "last.pt" and content["iteration"] == 6
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:5000])
+    assert "continue it with --resume" in fails(capsys, 2, tmp_path, *arguments)
+    run(tmp_path, *arguments, "--resume")
+    captured = capsys.readouterr()
+    assert f"cannot resume from {tmp_path / 'last.pt'}" in captured.err and "truncated" in captured.err
+    assert f"resuming {tmp_path / 'best.pt'} after iteration {best}" in captured.out
+    if best < 6:
+        assert_same_training(load(tmp_path / "last.pt"), whole)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, signals):
+    """It has no labels, and beside it lies previous.pt."""
+    run(tmp_path / "straight", *FEW)
+    signals(3, signal.SIGTERM)
+    run(tmp_path / "halves", *FEW)
+    content = load(tmp_path / "halves/last.pt")
+    assert content.pop("labels") == dataclasses.asdict(Synthetic(1, (32, 64), tasks=["semseg", "depth"]).labels)
+    for name in ("last.pt", "previous.pt"):
+        torch.save(content, tmp_path / "halves" / name)
+    run(tmp_path / "halves", *FEW, "--resume")
+    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
 
 
 def test_too_few_open_files_are_lifted_or_refused_before_the_first_iteration(script, tmp_path):
@@ -397,10 +392,10 @@ if __name__ == "__main__":
 
 def test_what_stops_a_run_from_outside_is_told_in_one_line():
     for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
-        assert "ulimit -n" in train.explain(full)
+        assert "ulimit -n" in train.one_line(full)
     compiler = torch._dynamo.exc.TorchDynamoException("backend='inductor' raised:\nRuntimeError: no compiler\n\nSet X")
-    assert "raised: RuntimeError: no compiler); install" in train.explain(compiler)
-    assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
+    assert "raised: RuntimeError: no compiler); install" in train.one_line(compiler)
+    assert train.one_line(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
@@ -411,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
         calls.append(task)
         return loss(task, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, in the fifth
     monkeypatch.setattr(train, "task_loss", poisoned)
-    message = fails(capsys, 1, tmp_path, "--variant", "stm1", "--save-every", 2)
+    message = fails(capsys, 1, tmp_path, "--variant", "stm1", "--save-every", 2, "--log-every", 50)
     assert "the loss of normal is nan in iteration 4" in message
     content = load(tmp_path / "last.pt")
     assert content["iteration"] == 4 and all(value.isfinite().all() for value in content["model"].values())
@@ -465,11 +460,6 @@ def test_logs_and_pictures(tmp_path):
     assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
     assert load(tmp_path / "best.pt")["best"] == max(line["delta_m"] for line in scores)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000003.png", "000006.png"}
-
-
-def test_weighted_total():
-    losses = {task: torch.tensor(float(i)) for i, task in enumerate(train.TASK_WEIGHTS, start=1)}
-    assert train.total_loss(losses, "weighted").item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1
 
 
 def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
@@ -537,8 +527,10 @@ class WithoutLabels(Synthetic):
 
 
 def test_tasks_that_cannot_be_compared_are_named_before_the_first_iteration(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "held_out", lambda size, tasks: WithoutLabels(3, size, 1, tasks))
-    monkeypatch.setattr(train, "held_out", evaluate.held_out)
+    few = few_scenes(3).__func__
+    monkeypatch.setattr(Synthetic, "open", classmethod(
+        lambda cls, split, *arguments, **options: few(cls if split == "train" else WithoutLabels, split, *arguments,
+                                                      **options)))
     results = run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "saliency", "depth", "--iterations", 2)
     printed = capsys.readouterr().out
     assert "saliency plays no part in choosing best.pt: a maxF of 0 of the best constant" in printed
@@ -567,13 +559,14 @@ def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, m
 def test_a_whole_run_on_files(kind, tmp_path, monkeypatch, capsys, forked_pools):
     """Exported files, training with workers, the table, and evaluate.py with the same figures."""
     root = tmp_path / "data"
-    datasets.export(kind, root, 4, (96, 120))
+    export(kind, root, 4, (96, 120))
+    monkeypatch.setitem(datasets.DATASETS[kind].PAPER, ("stm1", "convnext_atto"), {"boundary": 71.5})
     kwargs = json.dumps(dict(dims=(4, 4, 4, 4), depths=(1, 1, 1, 1)))
     results = train.main(["--dataset", kind, "--data-root", str(root), "--encoder", "convnext_atto", "--encoder-kwargs",
                           kwargs, "--no-pretrained", "--variant", "stm1", "--img-size", "64", "64", "--batch-size", "2",
                           "--iterations", "4", "--workers", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
     output = capsys.readouterr().out
-    assert "odsF" in output and str(evaluate.PAPER[kind]["boundary"]) in output
+    assert "odsF" in output and "71.50" in output
     again = evaluate.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--dataset", kind, "--data-root", str(root),
                            "--device", "cpu", "--workers", "0", "--out", str(tmp_path / "again")])
     assert again == results["trained"]
@@ -582,8 +575,8 @@ def test_a_whole_run_on_files(kind, tmp_path, monkeypatch, capsys, forked_pools)
 
 
 def test_a_damaged_file_ends_the_run_with_its_name(tmp_path, capsys):
-    datasets.export("pascal", tmp_path / "data", 2, (64, 64))
-    name = PascalContext(tmp_path / "data").names[0]
+    export("pascal", tmp_path / "data", 2, (64, 64))
+    name = datasets.PascalContext(tmp_path / "data").names[0]
     (tmp_path / f"data/JPEGImages/{name}.jpg").write_bytes(b"\xff\xd8\xff")
     message = fails(capsys, 1, tmp_path / "run", *SWIN, "--dataset", "pascal", "--data-root", tmp_path / "data",
                     "--workers", 1)
@@ -615,79 +608,114 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
         results["trained"])
 
 
-PLAIN = """
-import numpy, torch
+FAULTY = """
+import numpy as np
 from datasets import LabelledDataset
-class Plain(torch.utils.data.Dataset):
+class Plain(LabelledDataset):
     TASKS = {"semseg": 3, "depth": 1}
-    def __init__(self, split, size):
-        self.size, self.faulty = size, split == "train"
-    def __len__(self):
-        return 20
-    def __getitem__(self, index):
-        index = index[1] if isinstance(index, tuple) else index
-        depth = torch.ones(1, *self.size)
-        if self.faulty and index == 18:
-            depth[0, 5, 7] = float("nan")
-        return {"image": torch.zeros(3, *self.size), "semseg": torch.zeros(1, *self.size, dtype=torch.int64),
-                "depth": depth, "name": f"scene {index}", "size": self.size}
-class TwiceAsLarge(Plain):
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        return sample | {"semseg": torch.zeros(1, 128, 128, dtype=torch.int64)}
-class Unvalidated(Plain):
-    def __len__(self):
-        return 20 if self.faulty else 0
-class UnevenlyLarge(Plain):
-    def __getitem__(self, index):
-        self.faulty, self.size = False, (64, 64) if index != (0, 18) else (64, 96)
-        return super().__getitem__(index)
-class FaultyInValidation(Plain):
-    def __init__(self, split, size):
-        self.size, self.faulty = size, split == "val"
-class Unnamed(Plain):
-    def __getitem__(self, index):
-        return {key: value for key, value in super().__getitem__(index).items() if key != "name"}
-class OfArrays(Plain):
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        return sample | {"image": sample["image"].numpy()}
-class Overridden(LabelledDataset):
-    TASKS = {"depth": 1}
     def list_names(self):
         return [f"scene {i}" for i in range(20)]
     def read(self, name):
-        return numpy.zeros((64, 64, 3), numpy.uint8), {"depth": numpy.ones((64, 64))}
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        if index == (0, 18):
-            sample["depth"][0, 5, 7] = -3
-        return sample
+        labels = {"semseg": np.zeros((64, 64), np.uint8), "depth": np.ones((64, 64), np.float32)}
+        self.spoil(labels, name)
+        return np.zeros((64, 64, 3), np.uint8), labels
+    def spoil(self, labels, name):
+        if self.split == "train" and name == "scene 18":
+            labels["depth"][5, 7] = float("nan")
+class TwiceAsLarge(Plain):
+    def spoil(self, labels, name):
+        labels["semseg"] = np.zeros((128, 128), np.uint8)
+class Unvalidated(Plain):
+    def list_names(self):
+        return super().list_names() if self.split == "train" else []
+class FaultyInValidation(Plain):
+    def spoil(self, labels, name):
+        if self.split == "val" and name == "scene 18":
+            labels["depth"][5, 7] = -3
 class Unread(LabelledDataset):
     TASKS = {"depth": 1}
     def list_names(self):
         return ["a"]
+class Unknown(Plain):
+    TASKS = {"pose": 3}
+class Derived(dict):
+    pass
 """
 
 
 def test_wrong_labels_of_ones_own_are_named(tmp_path, capsys):
-    """Of a class that derives from nothing here: at the start, or when they are met, after which the run ends."""
-    (tmp_path / "plain.py").write_text(PLAIN)
-    message = fails(capsys, 1, tmp_path / "a", "--dataset", f"{tmp_path / 'plain.py'}:TwiceAsLarge", *OWN)
-    assert "scene 0, semseg: expected the shape (64, 64)" in message and "128" in message
-    message = fails(capsys, 1, tmp_path / "b", "--dataset", f"{tmp_path / 'plain.py'}:Plain", *OWN, "--iterations", 10)
-    assert "scene 18, depth: expected depths above 0" in message and "nan" in message and "--lr" not in message
-    for name, expected in (
-            ("UnevenlyLarge", "pixels as that of scene"),
-            ("FaultyInValidation", "scene 18, depth: expected depths above 0, or 0 where unknown, found nan"),
-            ("Unnamed", "expected the entries image, name and size in a sample, found ['depth', 'image', 'semseg', "),
-            ("OfArrays", "scene 0: expected the image as a tensor, found ndarray"),
-            ("Overridden", "scene 18, depth: expected depths above 0, or 0 where unknown, found -3")):
-        message = fails(capsys, 1, tmp_path / name, "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN,
+    """At the start, or when they are met: then the run ends."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    for code, name, expected in (
+            (1, "TwiceAsLarge", "scene 0, semseg: expected"),
+            (1, "Plain", "scene 18, depth: expected"),
+            (1, "FaultyInValidation", "scene 18, depth: expected"),
+            (2, "Unvalidated", "'val'"),
+            (2, "Unread", "Unread"),
+            (2, "Unknown", "'pose'"),
+            (2, "Derived", "LabelledDataset"),
+            (2, "Nothing", "'Nothing'")):
+        message = fails(capsys, code, tmp_path / name, "--dataset", f"{tmp_path / 'faulty.py'}:{name}", *OWN,
                         "--iterations", 10)
-        assert expected in message
-    for name, expected in (("Unvalidated", "expected samples of the split 'val' in Unvalidated, found none"),
-                           ("Unread", "abstract class Unread with")):
-        assert expected in fails(capsys, 2, tmp_path / "d", "--dataset", f"{tmp_path / 'plain.py'}:{name}", *OWN)
-    assert "expected a class 'Nothing'" in fails(capsys, 2, tmp_path / "c", "--dataset",
-                                                 f"{tmp_path / 'plain.py'}:Nothing", *OWN)
+        assert expected in message and "--lr" not in message
+
+
+FLATS = """
+import numpy as np
+from datasets import LabelledDataset
+class Flats(LabelledDataset):
+    TASKS = {"semseg": 4, "material": ("semseg", 5), "depth": 1, "height": ("depth", 1), "edge-map": ("boundary", 1)}
+    CLASSES = {"material": ("wood", "stone", "glass", "steel", "cloth")}
+    BOUNDARY_TOLERANCE = 0.02
+    def list_names(self):
+        return [f"{self.split} {i}" for i in range(6)]
+    def read(self, name):
+        rng = np.random.default_rng(sum(name.encode()))
+        classes = np.kron(rng.integers(0, 4, (4, 4)), np.ones((16, 16))).astype(np.uint8)
+        labels = {"semseg": classes, "material": (classes + 1) % 5, "depth": 1.0 + classes, "height": 3.0 - classes / 2,
+                  "edge-map": (classes != np.roll(classes, 1, 1)).astype(np.uint8)}
+        if name.endswith(("1", "4")):    # unlabelled
+            del labels["material"]
+            labels["height"] = None
+        return np.repeat(60 * classes[..., None], 3, 2), labels
+"""
+
+
+@pytest.fixture
+def flats(tmp_path):
+    """A data set with two tasks of a kind side by side, which some samples lack."""
+    (tmp_path / "flats.py").write_text(FLATS)
+    return f"{tmp_path / 'flats.py'}:Flats"
+
+
+def test_tasks_of_other_names_train_and_resume(flats, signals, tmp_path, capsys):
+    arguments = ["--dataset", flats, *OWN, "--iterations", 4, "--eval-every", 2, "--loss", "weighted"]
+    results = run(tmp_path / "straight", *arguments)["trained"]
+    assert {task: list(scores)[0] for task, scores in results.items()} == {
+        "semseg": "mIoU", "material": "mIoU", "depth": "RMSE", "height": "RMSE", "edge-map": "odsF"}
+    assert "material    mIoU" in capsys.readouterr().out
+    assert list(log(tmp_path / "straight", "losses")[0]["losses"]) == list(results)
+    signals(2, signal.SIGTERM)
+    assert run(tmp_path / "halves", *arguments) == {}
+    run(tmp_path / "halves", *arguments, "--resume")
+    content = load(tmp_path / "straight/last.pt")
+    assert_same_training(load(tmp_path / "halves/last.pt"), content)
+    assert content["config"]["tasks"] == {"semseg": 4, "material": 5, "depth": 1, "height": 1, "edge-map": 1}
+    assert tuple(content["labels"]["tasks"]["material"]) == ("semseg", 5)
+    assert list(content["labels"]["classes"]["material"]) == ["wood", "stone", "glass", "steel", "cloth"]
+    assert evaluate.main(["--checkpoint", str(tmp_path / "straight/last.pt"), "--dataset", flats, "--workers", "0",
+                          "--device", "cpu"]) == results
+
+
+def test_fine_tuning_to_tasks_of_other_names(flats, tmp_path, capsys):
+    arguments = ["--dataset", flats, *OWN, "--iterations", 1]
+    run(tmp_path / "first", *arguments, "--tasks", "semseg", "height")
+    first = tmp_path / "first/last.pt"
+    run(tmp_path / "second", *arguments, "--init-from", first, "--init-partial", "--lr", 1e-12)
+    printed = capsys.readouterr().out
+    old, new = load(first)["model"], load(tmp_path / "second/last.pt")["model"]
+    taken = {key for key in old if key in new and key != "_extra_state"}
+    assert any("height" in key for key in taken) and f"took {len(taken)} tensors of {first}" in printed
+    for key in taken:
+        torch.testing.assert_close(new[key], old[key], rtol=0, atol=1e-9)
+    assert "heads.edge-map.expand (" in printed and "heads.material.expand (" in printed

@@ -6,7 +6,7 @@ import torch
 
 import datasets
 from datasets import BOX, CEILING, CYLINDER, FLOOR, IGNORE, PARTS, PERSON, SKY, SPHERE, WALL, Synthetic
-from metrics import boundary_pixels
+from metrics import boundary_pixels, thin
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_workers_do_not_change_the_data():
 def test_samples_have_the_documented_form():
     data = Synthetic(5, size=(48, 64), seed=2)
     assert list(data.TASKS) == ["semseg", "parsing", "saliency", "normal", "boundary", "depth"]
-    assert data.TASKS["semseg"] == len(data.CLASSES) and data.TASKS["parsing"] == len(PARTS) == 7
+    assert data.TASKS["semseg"] == len(data.CLASSES["semseg"]) and data.TASKS["parsing"] == len(PARTS) == 7
     assert len(data) == len(list(data)) == 5
     for i, sample in enumerate(data):
         assert list(sample) == ["image", *data.TASKS, "name", "size"]
@@ -72,6 +72,18 @@ def test_tasks_choose_labels_and_nothing_else():
     assert some.tasks == {"depth": 1, "semseg": 8}
     assert list(some[0]) == ["image", "depth", "semseg", "name", "size"]
     assert_equal(some[0], {key: everything[0][key] for key in some[0]})
+
+
+def test_boundaries_to_score_against_are_the_labels_thinned(monkeypatch):
+    """Right after a sample they are not rendered again, and what is done to the sample does not change them."""
+    data = Synthetic(2, size=(48, 64))
+    sample = data[1]
+    expected = thin(sample["boundary"][0].numpy() > 0)
+    sample["boundary"].fill_(0)
+    monkeypatch.setattr(datasets, "trace", None)
+    assert (data.boundary_truth(1) == expected).all() and expected.any()
+    monkeypatch.undo()
+    assert not np.array_equal(data.boundary_truth(0), expected)
 
 
 def test_every_class_and_part_occurs(scenes):

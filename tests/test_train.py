@@ -14,9 +14,18 @@ from torch.utils.data import default_collate
 import evaluate
 import train
 from datasets import IGNORE, Synthetic
+from metrics import TASKS as ROWS
+from metrics import make_meters, task_rows
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
+
+
+def few_scenes(images):
+    """Synthetic.open, with so few scenes to validate on."""
+    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
+        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(images, size, 1, tasks)
+    return classmethod(open)
 
 
 def brute_force_loss(task, output, target):
@@ -74,6 +83,22 @@ def test_total_is_the_mean_over_images_of_the_sum_of_logarithms():
     assert train.total_loss(losses).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_weighted_total_has_the_weights_of_the_rows():
+    losses = {task: torch.tensor(float(i)) for i, task in enumerate(ROWS, start=1)}
+    assert train.total_loss(losses, "weighted").item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1
+    rows = task_rows({"material": ("parsing", 5), "semseg": 3})
+    losses = {"semseg": torch.tensor(3.0), "material": torch.tensor(7.0)}
+    assert train.total_loss(losses, "weighted", rows).item() == 3 + 2 * 7
+
+
+def test_losses_are_chosen_by_kind():
+    assert train.LOSSES.keys() == {row.kind for row in ROWS.values()}
+    output, target = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 1, 4, 5))
+    assert torch.equal(train.task_loss("classes", output, target), train.task_loss("parsing", output, target))
+    with pytest.raises(ValueError, match="found 'pose'"):
+        train.task_loss("pose", output, target)
+
+
 def test_polynomial_decay():
     assert train.learning_rate(1e-4, 0, 50_000) == 1e-4
     assert train.learning_rate(1e-4, 25_000, 50_000) == pytest.approx(1e-4 * 0.5 ** 0.9)
@@ -85,7 +110,7 @@ TINY = ["--iterations", "10", "--batch-size", "2", "--img-size", "32", "64", "--
 
 def test_ten_steps_lower_every_loss(monkeypatch, tmp_path):
     """On the scenes trained on: an average over 10 fresh pairs of scenes would need many more steps to be sure."""
-    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 2)
+    monkeypatch.setattr(Synthetic, "open", few_scenes(2))
     two_scenes = default_collate([Synthetic(60, (32, 64))[i] for i in range(2)])
     render = Synthetic.__getitem__
     monkeypatch.setattr(Synthetic, "__getitem__", lambda self, i: render(self, i % 2 if i < len(self) else i))
@@ -105,7 +130,7 @@ def test_ten_steps_lower_every_loss(monkeypatch, tmp_path):
 
 
 def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate, "EVALUATION_IMAGES", 5)
+    monkeypatch.setattr(Synthetic, "open", few_scenes(5))
     results = train.main([*TINY, "--iterations", "2", "--variant", "stm1", "--out", str(tmp_path)])
     table = capsys.readouterr().out
     (tmp_path / "contact_sheet.png").unlink()
@@ -113,7 +138,7 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     assert "scan backend: torch" in table and "scan backend: torch" in capsys.readouterr().out
     for task, metrics in results["trained"].items():
         row = next(line for line in table.splitlines() if line.startswith(task))
-        assert f"{metrics[evaluate.primary(task, metrics)]:.{3 if task == 'depth' else 2}f}" in row
+        assert f"{metrics[ROWS[task].primary(metrics)]:.{ROWS[task].digits}f}" in row
     picture = evaluate.Image.open(tmp_path / "contact_sheet.png")
     assert picture.size[0] > 7 * 64 and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
     assert not list(tmp_path.glob("*.tmp"))
@@ -122,16 +147,17 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
 def test_best_constant_beats_other_constants():
     torch.manual_seed(0)
     dataset = Synthetic(6, (48, 64), seed=5)
-    best = evaluate.constant_baseline(dataset)
+    best = evaluate.constant_baseline(dataset, odsf=False)
     labels = {task: torch.stack([sample[task] for sample in dataset]) for task in dataset.tasks}
     for task, label in labels.items():
-        metric = evaluate.PRIMARY[task]
+        row = dataset.rows[task]
+        metric = row.primary(best[task])
         for _ in range(20):
             output = torch.randn(1, dataset.tasks[task], 1, 1) * (3 if task == "depth" else 1)
-            meter = evaluate.make_meters({task: dataset.tasks[task]})[task]
+            meter = make_meters({task: dataset.tasks[task]})[task]
             meter.update(output.expand(6, -1, 48, 64), label)
             other = meter.compute()[metric]
-            if task in evaluate.LOWER_IS_BETTER:
+            if row.lower_is_better:
                 assert best[task][metric] <= other * 1.02    # the direction is searched on a sample
             else:
                 assert best[task][metric] >= other - 1e-9
