@@ -40,24 +40,23 @@ Files of the benchmarks, as their archives have them:
 
 import abc
 import argparse
-import copy
 import errno
-import hashlib
-import importlib.util
+import importlib
 import inspect
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from math import ceil, cos, pi, sin
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePath
@@ -67,11 +66,11 @@ import numpy as np
 import scipy.io
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics import IGNORE, Task, TaskTable, boundary_ground_truth, boundary_pixels, task_rows, thin
+from metrics import IGNORE, UNIT_LENGTH, Task, TaskTable, boundary_ground_truth, boundary_pixels, task_rows, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -98,6 +97,7 @@ class DenseDataset(torch.utils.data.Dataset):
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
     folders = ()                 # that are read, so that nothing is written there
     REFERENCES = True            # whether the best constant and the untrained model are scored beside a trained model
+    UNIT_NORMALS = True          # whether normals that are far from unit length are ignored
 
     def __init__(self, size, tasks, seed, smallest=1):
         """size: (H, W) in pixels, each at least `smallest`. Raises ValueError for bad values and for bad attributes."""
@@ -123,11 +123,11 @@ class DenseDataset(torch.utils.data.Dataset):
     @classmethod
     def describe(cls, tasks: TaskTable) -> "Labels":
         """What pictures of these tasks need to know."""
-        classes, colours, titles, units = ({task: table[task] for task in tasks if task in table}
-                                           for table in (cls.CLASSES, cls.COLOURS, cls.TITLES, cls.UNITS))
-        return Labels(dict(tasks), {task: list(map(str, names)) for task, names in classes.items()},
-                      {task: [tuple(map(int, rgb)) for rgb in values] for task, values in colours.items()},
-                      titles, units)
+        def chosen(table, plain):
+            return {task: plain(table[task]) for task in tasks if task in table}
+        return Labels(dict(tasks), chosen(cls.CLASSES, lambda names: list(map(str, names))),
+                      chosen(cls.COLOURS, lambda colours: np.asarray(colours).tolist()),
+                      chosen(cls.TITLES, str), chosen(cls.UNITS, str))
 
     def check_index(self, index: int):
         if not 0 <= index < len(self):
@@ -160,13 +160,10 @@ class Labels:
     def palette(self, task: str) -> np.ndarray:
         """The colours of the classes, uint8 (256, 3): the data set's own, then black; or PASCAL VOC's, in which the
         bits of the class, taken by threes, are the highest bits of red, green and blue."""
+        if task not in self.colours:
+            return np.packbits(np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3).T & 1, axis=2)[..., 0]
         palette = np.zeros((256, 3), np.uint8)
-        if task in self.colours:
-            palette[:len(self.colours[task])] = self.colours[task]
-            return palette
-        for bit in range(8):
-            for channel in range(3):
-                palette[:, channel] |= ((np.arange(256) >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+        palette[:len(self.colours[task])] = self.colours[task]
         return palette
 
 
@@ -219,10 +216,7 @@ class Synthetic(DenseDataset):
     SHUFFLED = False             # every training image is new
 
     def __init__(self, count, size=SIZE, seed=0, tasks=None):
-        """count: images; size: (H, W) in pixels, each at least 32; tasks: names from TASKS, None for all.
-
-        Raises ValueError for anything else.
-        """
+        """count: images; size: (H, W) in pixels, each at least 32; tasks: names from TASKS, None for all."""
         if count < 1:
             raise ValueError(f"expected count of at least 1, found {count}; ask for one image or more")
         super().__init__(size, tasks, seed, smallest=32)
@@ -244,24 +238,19 @@ class Synthetic(DenseDataset):
         return self.count
 
     def __getitem__(self, index):
-        """The dictionary of the module's docstring. Raises IndexError outside 0..count-1."""
         maps = self.render(index)
-        mean, std = (np.float32(v).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        sample = {"image": torch.from_numpy((maps["image"] - mean) / std)}
+        sample = {"image": normalised(torch.from_numpy(maps["image"]))}
         sample |= {task: torch.tensor(maps[task]) for task in self.tasks}
         return sample | {"name": f"synthetic-{index:06d}", "size": self.size}
 
     def boundary_truth(self, index, task="boundary"):
-        """The boundaries that odsF scores against: bool (H, W), the label thinned. Raises as [index]."""
+        """The boundaries that odsF scores against: bool (H, W), the label thinned."""
         return thin(self.render(index)[task][0] > 0)
 
     @kept
     def render(self, index):
         """Image `index` in numpy: "image" (3, H, W) in 0..1, the labels of all tasks, "instance" int64 (H, W), and
-        "rays" float32 (3, H, W), directions in camera space with z = -1: depth times ray is the point seen.
-
-        Raises IndexError outside 0..count-1.
-        """
+        "rays" float32 (3, H, W), directions in camera space with z = -1: depth times ray is the point seen."""
         self.check_index(index)
         rng = np.random.default_rng([self.seed, index])
         camera = draw_camera(rng, *self.size)
@@ -618,10 +607,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
-        tasks: names from TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation.
-
-        Raises ValueError for other values, and where there are no names.
-        """
+        tasks: names from TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation."""
         super().__init__(size or self.SIZE, tasks, seed)
         self.split = split
         self.augment = split == "train" if augment is None else augment
@@ -634,7 +620,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
     @classmethod
     def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
         """The data set as train.py and evaluate.py use it. root: a folder, which only the benchmarks take; count: used
-        by Synthetic alone. Raises what the constructor raises."""
+        by Synthetic alone."""
         if root is not None:
             raise ValueError(f"{cls.__name__} knows its files itself, found the folder {root}; leave it out")
         return cls(split=split, size=size, tasks=tasks, seed=seed)
@@ -648,23 +634,20 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The image, uint8 (h, w, 3), and its labels, in the forms that as_label takes. name: an item of list_names.
+        """The image, uint8 (h, w, 3), and its labels by task, in the forms that as_label takes, or as functions that
+        return them. name: an item of list_names.
 
-        An image without a label of a task leaves the task out, or gives None. Raises OSError or ValueError, naming the
-        file.
+        An image without a label of a task leaves the task out, or gives None. Raise OSError or ValueError, naming the
+        file, where one is damaged.
         """
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        """The dictionary of the module's docstring. index: an int, or (epoch, index).
-
-        Raises IndexError outside 0..len-1, what `read` raises, and ValueError, naming image and task, for a label of
-        another size than the image's or with values out of range.
-        """
+        """The dictionary of the module's docstring. index: an int, or (epoch, index)."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        image, labels = self.load(index)
+        image, labels = self.load(index)[0], {task: self.label(index, task) for task in self.tasks}
         size = self.size
         if self.augment:
             judged = next((task for task, row in task_rows(self.TASKS).items() if row.kind == "classes"), None)
@@ -679,50 +662,42 @@ class LabelledDataset(DenseDataset, abc.ABC):
         return sample | {"name": self.names[index], "size": tuple(image.shape[1:])}
 
     @kept
-    def load(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """What `read` gives, checked: the image, and the labels of self.tasks in the forms that as_label returns."""
+    def load(self, index: int) -> tuple[np.ndarray, dict]:
+        """What `read` gives; the image is checked."""
         self.check_index(index)
-        name = self.names[index]
         image, labels = self.read(self._listed[index])
         image = np.require(image, requirements="CW")    # torch takes no other arrays
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"{name}: expected an image of uint8 (h, w, 3), found {image.dtype} {image.shape}")
-        size, checked = tuple(self.LABEL_SCALE * n for n in image.shape[:2]), {}
-        for task, row in self.rows.items():
-            with about(f"{name}, {task}"):
-                checked[task] = as_label(row, labels.get(task), size)
-        return image, checked
+            raise ValueError(f"{self.names[index]}: expected an image of uint8 (h, w, 3), found {image.dtype} "
+                             f"{image.shape}")
+        return image, labels
+
+    def label(self, index: int, task: str) -> np.ndarray:
+        """A label, checked, in the form that as_label returns."""
+        image, labels = self.load(index)
+        label, size = labels.get(task), tuple(self.LABEL_SCALE * n for n in image.shape[:2])
+        with about(f"{self.names[index]}, {task}"):
+            return as_label(self.rows[task], label() if callable(label) else label, size, self.UNIT_NORMALS)
 
     def boundary_truth(self, index: int, task: str = "boundary") -> np.ndarray:
-        """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned.
-        Raises as [index]."""
-        return thin(self.load(index)[1][task][0] == 1)
+        """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
+        return thin(self.label(index, task)[0] == 1)
 
-    def problems(self, index: int) -> dict[str, str]:
-        """What is wrong with an image and its labels: messages by task, and by "image"."""
+    def check(self, index: int) -> dict[str, str]:
+        """What is wrong with an image and its labels: messages by "image" and by task."""
         found, name = {}, self.names[index]
-        with suppress(OSError, ValueError):    # which are caught below, task by task
-            self.load(index)
-            return found
         for kind in ("image", *self.tasks):
-            alone = copy.copy(self)
-            alone.tasks = {task: channels for task, channels in self.tasks.items() if task == kind}
-            self._kept.pop("load", None)
             try:
-                alone.load(index)
+                self.load(index) if kind == "image" else self.label(index, kind)
             except (OSError, ValueError) as error:
                 message = str(error) if name in str(error) else f"{name}: {error}"
                 if message not in found.values():    # two labels may come from one file
                     found[kind] = message
         return found
 
-    def __reduce_ex__(self, protocol):
-        """For pickling. A class of a user's file is stored by the file's name, so that a new process can load it."""
-        function, arguments, *state = super().__reduce_ex__(protocol)
-        module = type(self).__module__
-        if module.startswith(FILE_MODULE):
-            function, arguments = unpickled, (f"{sys.modules[module].__file__}:{type(self).__name__}",)
-        return function, arguments, *state
+    def check_split(self) -> list[str]:
+        """What is wrong with the split as a whole."""
+        return []
 
 
 def file_names(names: Iterable) -> list[str]:
@@ -741,22 +716,18 @@ def file_names(names: Iterable) -> list[str]:
 
 class FileDataset(LabelledDataset):
     """What PascalContext, NYUDv2 and Cityscapes share: a folder, a list of the split's images, and one method for each
-    label: read_semseg(name) and so on. picture(name) is the image, uint8 (h, w, 3).
-
-    A file is read, and checked, when a sample is loaded. `python datasets.py check` reads them all.
+    label: read_semseg(name) and so on. Each file is checked when it is read.
     """
 
     IMAGE = ()      # folder and suffix of the images
     COUNTS = {}     # images by split, as published
     LIST = ""       # the file with a split's image IDs, one per line
     ROOT = ""       # folder, where none is given
-    REFERENCES = False    # the published figures are known, and either costs hours
+    REFERENCES = False      # the published figures are known, and either costs hours
+    UNIT_NORMALS = False    # as in the published runs
 
     def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
-        """As LabelledDataset; root: folder, split: from COUNTS.
-
-        Raises FileNotFoundError where the list or a folder is missing, too.
-        """
+        """As LabelledDataset; root: folder, split: from COUNTS."""
         if split not in self.COUNTS:
             raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
         self.root = Path(root or self.ROOT).expanduser()
@@ -780,10 +751,11 @@ class FileDataset(LabelledDataset):
         return self.root / folder / (name + suffix)
 
     def read(self, name):
-        return self.picture(name), {task: getattr(self, f"read_{task}")(name) for task in self.tasks}
+        return self.picture(name), {task: partial(getattr(self, f"read_{task}"), name) for task in self.tasks}
 
     @kept
     def picture(self, name: str) -> np.ndarray:
+        """The image, uint8 (h, w, 3)."""
         folder, suffix = self.IMAGE
         try:
             return read_image(self.path(folder, name, suffix))
@@ -796,10 +768,10 @@ class FileDataset(LabelledDataset):
         .mat file the variable."""
         path = self.path(folder, name, suffix)
         label = READERS[path.suffix](path, role)
-        self.check(name, path, label[0] if role == "normal" else label, last)
+        self.check_label(name, path, label[0] if role == "normal" else label, last)
         return label
 
-    def check(self, name: str, path: Path, label: np.ndarray, last: float | None = None):
+    def check_label(self, name: str, path: Path, label: np.ndarray, last: float | None = None):
         size = self.picture(name).shape[:2]
         with reading(path):
             expect(label.shape == size, f"the image's size {size}", label.shape, "unpack the archive again")
@@ -807,12 +779,12 @@ class FileDataset(LabelledDataset):
                 right = (label >= 0) & (label <= last)    # nan is not
                 expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
 
-    def list_problems(self) -> list[str]:
-        """What is wrong with the split as a whole."""
-        expected, exported = self.COUNTS[self.split], all(name.startswith("synthetic_") for name in self.names)
-        if len(self) == expected or exported:    # by tests/archives.py, any number of images
+    def check_split(self):
+        exported = all(name.startswith("synthetic_") for name in self.names)    # by tests/archives.py, any number
+        if exported or len(self) == self.COUNTS[self.split]:
             return []
-        return [f"{self.list_path()}: expected {expected} images, found {len(self)}; unpack the archive again"]
+        return [f"{self.list_path()}: expected {self.COUNTS[self.split]} images, found {len(self)}; unpack the archive "
+                "again"]
 
 
 def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
@@ -827,8 +799,7 @@ class PascalContext(FileDataset):
     parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
                that is listed later stands.
     saliency   1 where the distilled map is above 127, or of a mask (0 and 1, or as the role "mask" of read_image).
-    normal     distilled; valid only inside those of LabelMap's 459 classes that also exist indoors (INDOOR), and where
-               the vector is of about unit length. Differs: the published implementation does not look at the length.
+    normal     distilled; IGNORE outside those of LabelMap's 459 classes that also exist indoors (INDOOR).
     boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
                scores against another map, boundary_truth.
     """
@@ -860,7 +831,7 @@ class PascalContext(FileDataset):
         path = self.path("human_parts", name, ".mat")
         label = np.zeros(self.picture(name).shape[:2], np.uint8)
         for part, mask in person_parts(path):
-            self.check(name, path, mask)
+            self.check_label(name, path, mask)
             with reading(path):
                 expect(part in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part))
             label[mask > 0] = PART_NAMES[part]
@@ -898,11 +869,11 @@ class PascalContext(FileDataset):
     def prepared_path(self, name: str) -> Path:
         return self.path("prepared", name, ".png")    # rename the folder when `pack` changes
 
-    def outdated(self, name: str) -> bool:
-        """Whether there are prepared labels, but of other originals than those that are there now."""
+    def is_prepared(self, name: str) -> bool:
+        """Whether there are prepared labels, and newer ones than the originals."""
         path = self.prepared_path(name)
         originals = (self.path(folder, name, ".mat") for folder in ("human_parts", "pascal-context/trainval"))
-        return path.exists() and any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
+        return path.exists() and not any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
 
     def pack(self, name: str) -> np.ndarray:
         """The labels that are slow to make, in the bits of one image, uint8 (h, w): 0-2 part of a person (7: ignored),
@@ -911,13 +882,11 @@ class PascalContext(FileDataset):
         masks = INDOOR[label_map], self.read_boundary(name), boundary_ground_truth(label_map)
         return self.read_parsing(name) & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
 
-    @kept
     def packed(self, name: str) -> np.ndarray | None:
-        """The prepared labels of an image, or None where there are none of these originals."""
-        if not self.use_prepared or not self.prepared_path(name).exists() or self.outdated(name):
-            return None
-        return self.read_prepared(name)
+        """The prepared labels of an image, see pack; None where there are none of these originals."""
+        return self.read_prepared(name) if self.use_prepared and self.is_prepared(name) else None
 
+    @kept
     def read_prepared(self, name: str) -> np.ndarray:
         try:
             return self.read_label(name, "prepared", ".png", "classes")
@@ -925,19 +894,17 @@ class PascalContext(FileDataset):
             raise ValueError(f"unusable file {self.prepared_path(name)}; delete it, then run `python datasets.py "
                              "prepare` again") from error
 
-    def problems(self, index):
-        """Of the originals, and whether the "prepared" labels are theirs."""
-        self.use_prepared = False
-        found, name = super().problems(index), self.names[index]
-        path, message = self.prepared_path(name), None
-        try:
-            if self.outdated(name):
-                message = f"older than its originals: {path}; run `python datasets.py prepare` again"
-            elif path.exists() and not found and (self.read_prepared(name) != self.pack(name)).any():
-                message = f"other labels than the originals' in {path}; delete it, then prepare again"
-        except ValueError as error:
-            message = str(error)
-        return found | {"prepared": message} if message else found
+    def check(self, index):
+        """Of the originals, and whether the prepared labels are theirs."""
+        self.use_prepared, name = False, self.names[index]
+        found, path = super().check(index), self.prepared_path(name)
+        if path.exists() and not found:
+            with suppress(ValueError):    # damaged
+                if self.is_prepared(name) and (self.read_prepared(name) == self.pack(name)).all():
+                    return found
+            found["prepared"] = (f"unusable file {path}, damaged or of other originals; delete it, then run `python "
+                                 "datasets.py prepare` again")
+        return found
 
 
 class NYUDv2(FileDataset):
@@ -945,7 +912,7 @@ class NYUDv2(FileDataset):
 
     semseg     40 classes: 1..40 in the file are 0..39 here, 0 there is IGNORE here.
     depth      metres; 0 in the file is IGNORE here.
-    normal     valid where the vector is of about unit length. Differs: the published implementation counts all.
+    normal     as it is, whatever its length.
     boundary   the edge image, as it is.
     """
 
@@ -1045,19 +1012,17 @@ class Cityscapes(FileDataset):
 
     def __getitem__(self, index):
         index = index[1] if isinstance(index, tuple) else index
-        image, labels = self.load(index)
+        image, _ = self.load(index)
         image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
         sample = {"image": normalised(to_tensor(np.array(image)))}
-        sample |= {task: torch.tensor(labels[task], dtype=row.dtype)[None] for task, row in self.rows.items()}
+        sample |= {task: torch.tensor(self.label(index, task), dtype=row.dtype)[None] for task, row in self.rows.items()}
         if self.mask_invalid and "depth" in self.tasks:
             sample["depth"][sample["depth"] < 0] = IGNORE
         return sample | {"name": self.names[index], "size": self.size}
 
-    @kept
-    def load(self, index):
-        """Image and labels as they are in the files, at twice the size of the samples."""
-        self.check_index(index)
-        return self.read(self.names[index])
+    def label(self, index, task):
+        """As it is in its file, at twice the size of a sample's image."""
+        return self.load(index)[1][task]()
 
     def picture(self, name):
         image, (folder, suffix) = super().picture(name), self.IMAGE
@@ -1083,14 +1048,13 @@ class Cityscapes(FileDataset):
         """uint8 (h, w)."""
         return self.read_label(name, "gtFine", "_gtFine_labelIds.png", "classes", last=33)
 
-    def list_problems(self):
-        found = super().list_problems()
+    def check_split(self):
         for name in self.names:
             with suppress(OSError, ValueError):    # which are reported with the image
                 if self.label_ids(name).max() > 18:
-                    return found
-        return [*found, f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in "
-                "files of train IDs; take the archive's files *_labelIds.png"]
+                    return super().check_split()
+        return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in files of "
+                "train IDs; take the archive's files *_labelIds.png"]
 
 
 LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
@@ -1110,7 +1074,6 @@ INDOOR = np.isin(np.arange(460), [    # by class of LabelMap
     407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457])
 
 DATASETS = {"synthetic": Synthetic, "pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
-FILE_MODULE = "dataset_file_"    # the names of modules loaded from a user's file begin with it
 
 
 def find_dataset_class(name: str) -> type[DenseDataset]:
@@ -1120,9 +1083,10 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
         return DATASETS[name]
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    if path.suffix != ".py":
-        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, found {name!r}")
-    found = getattr(load_file(path), class_name, None)
+    if path.suffix != ".py" or "." in path.stem:
+        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, with no other dot in the "
+                         f"file's name, found {name!r}")
+    found = getattr(import_file(path), class_name, None)
     if not (isinstance(found, type) and issubclass(found, LabelledDataset)) or inspect.isabstract(found):
         raise ValueError(f"expected a subclass {class_name!r} of datasets.LabelledDataset with list_names and read in "
                          f"{path}, found {found}")
@@ -1134,28 +1098,19 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
     return found
 
 
-def load_file(path: Path):
-    """The module of a Python file of any name. It can import from its own folder."""
-    module_name = FILE_MODULE + hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    if module_name in sys.modules:
-        return sys.modules[module_name]
+def import_file(path: Path):
+    """The module of a user's file. The file's folder goes on sys.path, which a new process gets, too."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = importlib.import_module(path.stem)
     except Exception as error:
-        del sys.modules[module_name]
         raise ValueError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+    if Path(getattr(module, "__file__", None) or "").resolve() != path:
+        raise ValueError(f"cannot load {path}: another module is called {path.stem}; rename the file")
     return module
-
-
-def unpickled(name: str) -> LabelledDataset:
-    """An empty data set of a user's file. A process that has not loaded the file does so here."""
-    return object.__new__(find_dataset_class(name))
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -1218,70 +1173,53 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or holds something else.
     """
     with reading(path), Image.open(path) as image:
-        stored = image.tile[0][3] if image.tile else ""    # Pillow's name of the layout of the file's pixels
-        stored = str(stored[0] if isinstance(stored, tuple) else stored)
-        turned = image.getexif().get(ORIENTATION) in range(2, 9)
+        layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
-        tags = image.tag_v2 if image.format == "TIFF" else {}
         image.load()
         if role == "picture":
-            picture = to_rgb(image)
-            if turned and image.format != "TIFF":    # which Pillow turns by itself
-                picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
-            return np.array(picture)
+            return to_rgb(image)
         expect(image.format in LOSSLESS and image.info.get("compression") != "jpeg", "a label without loss, in a file "
                f"of {', '.join(LOSSLESS)}", f"one of {image.format}")
         expect(getattr(image, "n_frames", 1) == 1, "one frame", getattr(image, "n_frames", 1))
-        expect(tags.get(PHOTOMETRIC) != 0, "0 as black", "a TIFF with 0 as white")
+        expect(not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0,
+               "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
+        pixels = np.array(image)
         if role == "normal":
             expect(image.mode == "RGB", "three channels, RGB", f"mode {image.mode}")
-            pixels = np.array(image)
             return np.stack([*pixels.transpose(2, 0, 1), np.ones(pixels.shape[:2], np.uint8)])
-        if role != "classes":
-            return mask_pixels(image, role == "soft mask")
-        expect(image.mode in ("L", "P") or image.mode.startswith("I"), "one channel of integers", f"mode {image.mode}")
-        expect(stored[:3] not in ("L;2", "L;4"), "8 or 16 bits per pixel, or a palette", f"grey of {stored[2:3]} bits")
-        return np.array(image)
+        if role == "classes":
+            expect(image.mode in ("L", "P") or image.mode[0] == "I", "one channel of integers", f"mode {image.mode}")
+            return pixels
+        colours = np.array(image.convert("RGB")) if image.mode == "P" else pixels
+        if colours.ndim == 3 and (colours == colours[..., :1]).all() and np.isin(colours, (0, 255)).all():
+            pixels = colours[..., 0]    # black and white
+        expect(pixels.ndim == 2 and image.mode != "F", "one channel", f"mode {image.mode}")
+        highest = pixels.max()
+        if highest in (0, 1, 255, 65535) and ((pixels == 0) | (pixels == highest)).all():
+            return (pixels > 0).astype(np.uint8)
+        values = np.unique(pixels)
+        expect(role == "soft mask" and image.mode == "L" and len(values) > 32, "0 and 1 or 0 and 255",
+               f"{', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''}")
+        return (pixels > 127).astype(np.uint8)
 
 
 LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
-PHOTOMETRIC, ORIENTATION = 262, 274    # tags of TIFF and EXIF
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}    # by EXIF's orientation
+PHOTOMETRIC = 262    # the tag of TIFF that tells what 0 means
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture in 8 bits per channel. Of 16 bits in colour Pillow itself gives the upper 8."""
-    if image.format == "PNG" and image.mode.startswith("I"):
-        return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
-    expect(image.mode[0] not in "IF", "8 bits per channel", f"mode {image.mode} of {image.format}",
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A loaded picture, upright, uint8 (h, w, 3). Of 16 bits in colour Pillow itself gives the upper 8."""
+    grey16 = image.format == "PNG" and image.mode[0] == "I"
+    expect(grey16 or image.mode[0] not in "IF", "8 bits per channel", f"mode {image.mode} of {image.format}",
            "convert it to 8 bits per channel")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    image = ImageOps.exif_transpose(image)
+    if grey16:
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode[-1] in "Aa" or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def mask_pixels(image: Image.Image, soft: bool) -> np.ndarray:
-    """A loaded mask: uint8 (h, w), 0 and 1."""
-    pixels = np.array(image)
-    if image.mode == "P":
-        colours = np.array(image.convert("RGB"))
-        if (np.isin(colours, (0, 255)) & (colours == colours[..., :1])).all():    # black and white
-            pixels = colours[..., 0]
-    elif image.mode == "RGB" and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    expect(pixels.ndim == 2 and image.mode != "F", "one channel", f"mode {image.mode}")
-    highest = pixels.max()
-    if highest in (0, 1, 255, 65535) and ((pixels == 0) | (pixels == highest)).all():
-        return (pixels > 0).astype(np.uint8)
-    values = np.unique(pixels)
-    expect(soft and image.mode == "L" and len(values) > 32, "0 and 1 or 0 and 255",
-           f"{', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''}")
-    return (pixels > 127).astype(np.uint8)
+    return np.array(image.convert("RGB"))
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
@@ -1318,24 +1256,24 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------- forms of labels
 
-def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
+def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_normals: bool = True) -> np.ndarray:
     """A label as a data set reads it -> a compact array that augment, pad and decode work on. row: of the task.
 
     class      integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
     distance   floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown -> float32 (1, h, w), 0 where unknown
-    vector     floats (3, h, w), unit vectors, 0 or IGNORE in all three where unknown, or uint8 (4, h, w):
-               255 (v + 1) / 2, and 1 where known -> the latter, in float32 if it was floats
+    vector     floats (3, h, w), 0 or IGNORE in all three where unknown, or uint8 (4, h, w): 255 (v + 1) / 2, and 1
+               where known -> the latter, in float32 if it was floats
 
-    None stands for a label that is unknown everywhere. size: (h, w). A vector that is far from unit length has no
-    direction: unknown. Raises Unfit where there are many of them, for another shape or kind of number, and for values
-    out of range.
+    None stands for a label that is unknown everywhere. size: (h, w). unit_normals: a vector that is far from unit
+    length has no direction, so it becomes unknown. Raises Unfit where there are many of them, for another shape or
+    kind of number, and for values out of range.
     """
     if label is None:
         channels, dtype = 4 if row.label == "vector" else 1, np.float32 if row.label == "distance" else np.uint8
         return np.full((channels, *size), row.padding, dtype)
     label = np.asarray(label)
     if row.label == "vector":
-        return as_vectors(label, size)
+        return as_vectors(label, size, unit_normals)
     expect(label.shape in (size, (1, *size)), f"the shape ({size[0]}, {size[1]}), as the image", label.shape)
     label = label.reshape(1, *size)
     if row.label == "distance":
@@ -1354,11 +1292,10 @@ def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int]) -> np.n
     return label.astype(np.uint8)
 
 
-SHORTEST, LONGEST = 0.75, 1.25    # of what passes for a unit vector
-MOST_OFF = 0.4                    # of the vectors may have another length; beyond that it is no image of normals
+MOST_OFF = 0.4    # of the vectors may be far from unit length; beyond that it is no image of normals
 
 
-def as_vectors(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> np.ndarray:
     """See as_label."""
     if label.dtype.kind == "f":
         expect(label.shape == (3, *size), f"the shape {(3, *size)}, as the image", label.shape)
@@ -1367,18 +1304,15 @@ def as_vectors(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         label = np.float32([*((label + 1) * 127.5), known])
     expect(label.shape == (4, *size) and label.dtype in (np.uint8, np.float32), f"floats {(3, *size)} or uint8 "
            f"{(4, *size)}, as the image", f"{label.dtype} {label.shape}")
-    vectors = label[:3].astype(np.float32)
-    vectors -= 127.5
-    vectors *= vectors
-    square = (vectors[0] + vectors[1] + vectors[2]) / 127.5 ** 2    # of the length
-    known = label[3] > 0
-    kept = known & (square > SHORTEST ** 2) & (square < LONGEST ** 2)
-    off = known & ~kept & (square > 0.01)
+    length = np.linalg.norm(label[:3] / np.float32(127.5) - 1, axis=0)
+    known = (label[3] > 0) & (length > 0)
+    unit = known & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
+    off = known & ~unit & (length > 0.1)    # what is shorter stands for nothing, in many files
     expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
            f"{np.mean(off):.0%} of other lengths")
-    grey = label.dtype == np.uint8 and kept.any() and (label[:3] == label[0]).all()
+    grey = label.dtype == np.uint8 and unit.any() and (label[:3] == label[0]).all()
     expect(not grey, "x, y and z in red, green and blue", "a grey image")
-    return np.concatenate([label[:3], kept[None].astype(label.dtype)])
+    return np.concatenate([label[:3], (unit if unit_normals else known)[None].astype(label.dtype)])
 
 
 def decode(row: Task, label: np.ndarray) -> Tensor:
@@ -1517,18 +1451,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected --workers of at least 1, found {args.workers}")
         if not issubclass(dataset, LabelledDataset):
             raise ValueError(f"{args.dataset} has no files")
-        root = args.root or getattr(dataset, "ROOT", None)
-        if root and not Path(root).expanduser().is_dir():
-            raise FileNotFoundError(f"no folder {root}; give the place where the archive is unpacked with --root")
         if args.command == "prepare" and dataset is not PascalContext:
             print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
             return 0
         with Pool(args.workers if args.workers > 1 else 0) as pool:
-            if args.command == "check":
-                return int(check(dataset, root, args.img_size, pool) > 0)
-            messages = prepare(root, pool)
-        print_problems("not prepared", messages)
-        return int(bool(messages))
+            if args.command == "prepare":
+                problems = print_problems("not prepared", prepare(args.root, pool))
+            else:
+                problems = check(dataset, args.root, args.img_size, pool)
+        return int(problems > 0)
     except KeyboardInterrupt:
         parser.exit(130, "datasets.py: interrupted\n")
     except WriteError as error:
@@ -1539,7 +1470,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
 
-def prepare(root: Path, pool: "Pool") -> list[str]:
+def prepare(root: Path | None, pool: "Pool") -> list[str]:
     """Writes the labels of PASCAL-Context that are slow to make, one image each, to the folder prepared below root.
 
     It may be interrupted and run again: it skips files that are newer than their originals, and no file is ever half
@@ -1550,27 +1481,26 @@ def prepare(root: Path, pool: "Pool") -> list[str]:
         data = PascalContext(root, split, ["parsing", "boundary"])
         data.use_prepared = False
         (data.root / "prepared").mkdir(exist_ok=True)
-        messages += parallel(prepare_image, data, pool, f"preparing {split}")
-    return list(filter(None, messages))
+        messages += pool.map(partial(prepare_image, data), range(len(data)), f"preparing {split}")
+    return [message for message in messages if message]
 
 
 def prepare_image(data: PascalContext, index: int) -> str | None:
     """Returns a message where the image's files are missing or wrong. Raises WriteError."""
     name = data.names[index]
-    path = data.prepared_path(name)
-    if path.exists() and not data.outdated(name):
+    if data.is_prepared(name):
         return None
     try:
         packed = data.pack(name)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    with replacing(path, f".{os.getpid()}.tmp") as file:    # another process may be preparing the same image
+    with replacing(data.prepared_path(name), f".{os.getpid()}.tmp") as file:    # others may prepare the same image
         Image.fromarray(packed).save(file, "PNG")
 
 
 def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int] | None, pool: "Pool") -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, notes, earlier = 0, [], set()
+    total, earlier = 0, set()
     for split in ("train", "val"):
         try:
             data = dataset.open(split, size, root=root)
@@ -1578,46 +1508,28 @@ def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int]
             print(f"{split}: {error}")
             total += 1
             continue
-        found = parallel(dataset.problems, data, pool, f"checking {split}")
-        problems = {kind: [messages[kind] for messages in found if kind in messages]
-                    for kind in ("image", *data.tasks, "prepared")}
+        problems = defaultdict(list)
+        for messages in pool.map(partial(dataset.check, data), range(len(data)), f"checking {split}"):
+            for kind, message in messages.items():
+                problems[kind].append(message)
+        problems["list"] += data.check_split()
+        published = ""
         if isinstance(data, FileDataset):
-            published = data.COUNTS[split]
-            print(f"{split}: {len(data)} images; published: {published}")
-            notes += [f"{split} has {len(data)} of {published} images"] if len(data) != published else []
-            twice = [f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
-            problems["list"] = data.list_problems() + twice
+            published = f"; published: {data.COUNTS[split]}"
+            problems["list"] += [f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
             earlier |= set(data.names)
-        else:
-            print(f"{split}: {len(data)} images")
-        for kind, messages in problems.items():
-            total += len(messages)
-            print_problems(kind, messages)
-    print(f"{total} problems" if total else f"no problems{', but ' if notes else ''}{' and '.join(notes)}")
+        print(f"{split}: {len(data)} images{published}")
+        total += sum(print_problems(kind, messages) for kind, messages in problems.items())
+    print(f"{total or 'no'} problems")
     return total
 
 
-def print_problems(kind: str, messages: list[str], shown: int = 3):
+def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:
     if messages:
-        print(f"  {kind}: {len(messages)} problems")
-        print("\n".join(f"    {message}" for message in messages[:shown]))
+        print(f"  {kind}: {len(messages)} problems", *messages[:shown], sep="\n    ")
         if len(messages) > shown:
             print(f"    and {len(messages) - shown} more")
-
-
-def parallel(function: Callable, data: LabelledDataset, pool: "Pool", description: str) -> list:
-    """[function(data, index) for each index] in the pool, with a progress bar."""
-    with tqdm(total=len(data), desc=description, unit="img") as bar:
-        # The data set is sent to a process with each part, so a larger data set has larger parts, not more of them.
-        futures = []
-        for part in np.array_split(range(len(data)), min(len(data), 32 * pool.workers or len(data))):
-            futures.append(pool.submit(each, function, data, part.tolist()))
-            futures[-1].add_done_callback(lambda _, images=part.size: bar.update(images))
-        return [result for future in futures for result in future.result()]
-
-
-def each(function: Callable, data: LabelledDataset, indices: list[int]) -> list:
-    return [function(data, index) for index in indices]
+    return len(messages)
 
 
 # ------------------------------------- files, processes and signals, a section that evaluate.py and train.py use, too
@@ -1642,8 +1554,8 @@ class Pool:
     """Runs functions on so many processes beside this one; with 0 at once, in this process.
 
         with Pool(4) as pool:
-            futures = [pool.submit(function, *arguments) for arguments in work]
-            results = [future.result() for future in futures]
+            future = pool.submit(function, *arguments)
+            results = pool.map(function, items, "a word for the progress bar")
 
     The processes are spawned: a forked copy of a process that uses CUDA or threads may hang. So a script uses a pool
     only under `if __name__ == "__main__":`. The with statement raises ChildProcessError if the system kills a process.
@@ -1661,6 +1573,13 @@ class Pool:
         future = Future()
         future.set_result(function(*arguments))
         return future
+
+    def map(self, function: Callable, items: Sequence, description: str) -> list:
+        results = map(function, items)
+        if self.executor:
+            with signals_waiting():    # the function is sent with each chunk, and a data set in it may be large
+                results = self.executor.map(function, items, chunksize=ceil(len(items) / (32 * self.workers)) or 1)
+        return list(tqdm(results, description, len(items), unit="img"))
 
     def __enter__(self):
         return self
@@ -1752,19 +1671,14 @@ def append(path: Path, text: str):
 
 def check_writable(folder: Path):
     """Makes the folder and writes to it once, so that a run fails now and not after hours. Raises OSError."""
-    probe = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(2 ** 16))
-            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror
         raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
-    finally:
-        with suppress(OSError):
-            probe.unlink()
 
 
 def write_json(path: Path, content: dict):
