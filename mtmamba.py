@@ -2,10 +2,10 @@
 
     Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba: Enhancing Multi-Task Dense Scene Understanding by
     Mamba-Based Decoders. ECCV 2024. https://arxiv.org/abs/2407.02228
-    The same. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders.
-    IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
+    Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via
+    Mamba-Based Decoders. IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
 
-This file stands alone: copy it, have torch and timm.
+To use it elsewhere, copy this file; it needs torch and timm.
 
     model = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     outputs = model(torch.randn(1, 3, 448, 576))         # {"semseg": (1, 40, 448, 576), "depth": ...}
@@ -26,11 +26,12 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
     B, C     B, C           (B, H, W, K, N)        input and output matrices                      Eq. 6, 7
     D        D              (K, D)                 skip connection                                Eq. 2
 
-Equations, tables and figures are those of the ECCV paper. Reads top-down: MTMamba, decoder stage, CTM, STM, MFE,
+Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. Appendix: the scan, fast, in chunks and as GPU kernels.
+published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs.
 """
 
+import copy
 import functools
 import importlib.util
 import json
@@ -38,6 +39,7 @@ import math
 import re
 import typing
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -48,9 +50,10 @@ from timm.layers import DropPath, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-try:    # comes with PyTorch for CUDA; there is none for macOS and Windows
+try:    # comes with PyTorch for CUDA; macOS and Windows have none
     import triton
     import triton.language as tl
     from triton.language import constexpr
@@ -71,13 +74,12 @@ ENCODERS = {
     "swin-large": "swin_large_patch4_window12_384",
 }
 
-# The blocks of each task per decoder stage and their number; the cross-task block, if any, and what the "feature" one
-# hands on per task; what MFE and the gates are made of; the head; and whether the tasks share one encoder.
+# The columns are those of DecoderConfig, which explains them.
 _MTMAMBA = dict(block="stm", depth=2, ctm="feature", fusion="adaptive", mfe="ss2d", gate="linear", head="dense",
                 shared_encoder=True)
 VARIANTS = {
     "mtmamba": _MTMAMBA,
-    # The successor, and one of its two changes without the other
+    # The successor, then each of its two changes alone
     "mtmamba++": dict(_MTMAMBA, ctm="semantic", fusion=None, head="lite"),
     "s-ctm-dense": dict(_MTMAMBA, ctm="semantic", fusion=None),
     "f-ctm-lite": dict(_MTMAMBA, head="lite"),
@@ -98,6 +100,25 @@ VARIANTS = {
 }
 
 
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What all parts of a decoder have in common: a row of VARIANTS, the state size and the scan's backend."""
+
+    block: str               # of each task in a stage: "stm" or "swin"
+    depth: int               # number of these blocks
+    ctm: str | None          # cross-task block at the end of a stage: "feature" (CTM), "semantic" (SCTM) or none
+    fusion: str | None       # what CTM hands on to a task: "adaptive", "specific" or "shared"
+    mfe: str | None          # what MFE is made of: "ss2d" or "wmsa"
+    gate: str | None         # what the gates are made of: "linear" or "wmsa"
+    head: str                # "dense" or "lite"
+    shared_encoder: bool     # one encoder for all tasks, or one per task
+    d_state: int = 16        # N
+    backend: str | None = None
+
+
+PAPER = DecoderConfig(**VARIANTS["mtmamba"])
+
+
 class MTMamba(nn.Module):
     """Figure 1: a shared encoder, three decoder stages, a head per task.
 
@@ -106,15 +127,15 @@ class MTMamba(nn.Module):
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: further arguments of timm.create_model, such as in_chans=4 for images of four channels.
+    encoder_kwargs: more arguments of timm.create_model, such as in_chans=4 for images of four channels.
     variant: a key of VARIANTS.
-    output_scale: size of the outputs over that of the image, a whole number: 1, but 2 in the recipe of Cityscapes,
-        whose images are halved and whose labels are not.
+    output_scale: size of the outputs divided by the image's, a whole number. It is 2 in the recipe of Cityscapes,
+        where images are halved and labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
-    An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t): predict resizes its output.
-    Raises ValueError on an unknown variant, encoder or backend, no tasks, names that a task cannot have, or channel
-    counts below 1 or another output_scale.
+    An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
+    predict checks its output and resizes it.
+    Raises ValueError on an unknown variant or encoder, no tasks, or a wrong number of channels or output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
@@ -126,15 +147,10 @@ class MTMamba(nn.Module):
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
         if not tasks or any(channels < 1 for channels in tasks.values()):
             raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
-        for task in tasks:    # they name submodules, which share their names with a module's attributes
-            if not task or "." in task or hasattr(nn.ModuleDict(), task):
-                raise ValueError(f"a task cannot be named {task!r}, which cannot name a module of PyTorch; rename it")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
-        if backend not in (None, *BACKENDS):
-            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}, or None")
-        structure = dict(VARIANTS[variant])
-        self.shared_encoder, head = structure.pop("shared_encoder"), structure.pop("head")
+        config = DecoderConfig(**VARIANTS[variant], d_state=d_state, backend=backend)
+        self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
         self.in_chans = (encoder_kwargs or {}).get("in_chans", 3)
 
@@ -143,23 +159,22 @@ class MTMamba(nn.Module):
         self.encoder = build_encoder() if self.shared_encoder else nn.ModuleDict({t: build_encoder() for t in tasks})
         c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
 
-        blocks = structure["depth"] + (structure["ctm"] is not None)    # per stage
+        blocks = config.depth + (config.ctm is not None)    # per stage
         drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
         self.stages = nn.ModuleList(
-            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], swin_heads=heads,
-                         d_state=d_state, backend=backend, **structure)
+            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], heads, config)
             for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
-        build_head = DenseHead if head == "dense" else LiteHead
+        build_head = DenseHead if config.head == "dense" else LiteHead
         self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
 
     def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
         output_scale.
 
-        Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
-        tasks: whose heads to run; None for all. (The decoder runs for all, as its tasks exchange features.)
-        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast any float
-        type but float64 will do).
+        H and W are 32 or more. The image is padded inside (bottom and right, zeros) and the outputs are cropped back.
+        tasks: run the heads of these tasks only. The decoder always runs for all, because tasks exchange features.
+        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast, any float
+        type but float64 is accepted).
         """
         return self.predict(self.decode(image), image.shape[2:], tasks)
 
@@ -197,18 +212,39 @@ class MTMamba(nn.Module):
         H, W = (self.output_scale * n for n in size)
         outputs = {}
         for t in self.heads if tasks is None else tasks:
-            if t not in self.heads:
-                raise ValueError(f"the model has no task {t!r}; choose from {', '.join(self.heads)}")
-            y = self.heads[t](z[t]).permute(0, 3, 1, 2)              # (B, C_t, H' / stride of the head, W' / stride)
+            if t not in self.heads or t not in self.tasks:
+                raise ValueError(f"the model has no task {t!r}; its tasks are {', '.join(self.tasks)}, its heads "
+                                 f"{', '.join(self.heads)}")
+            y = self.heads[t](z[t])                                  # (B, n H'/4, n W'/4, C_t)
+            b, h, w, _ = z[t].shape
+            n = y.shape[1] // h if y.ndim == 4 else 1
+            if y.shape != (b, n * h, n * w, self.tasks[t]):
+                raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C) = "
+                                 f"{tuple(z[t].shape)}, with a whole number n; found {tuple(y.shape)}")
+            y = y.permute(0, 3, 1, 2)
             padded = [4 * self.output_scale * n for n in z[t].shape[1:3]]
             if list(y.shape[2:]) != padded:
-                # In one step and in float32: its gradients are sums over many pixels, which CUDA adds up in y's type.
+                # In float32: the gradients are sums over many pixels, and CUDA would add them in y's type.
                 y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
-            outputs[t] = y[:, :, :H, :W]                             # without what decode padded
+            outputs[t] = y[:, :, :H, :W]                             # without decode's padding
         return outputs
 
+    def set_grad_checkpointing(self, enable: bool = True):
+        """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes it a second time in
+        the backward pass: less memory, more time, equal gradients.
+
+        Lite heads are skipped: recomputing them would update batch norm twice.
+        """
+        for encoder in [self.encoder] if self.shared_encoder else self.encoder.values():
+            encoder.set_grad_checkpointing(enable)
+        for block in (*self.stages.modules(), *self.heads.values()):
+            if isinstance(block, (SwinTransformerBlock, STM, CTM, SCTM, DenseHead)):
+                block.__dict__.pop("forward", None)    # of an earlier call
+                if enable:
+                    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
     def get_extra_state(self) -> Tensor:
-        """Of every state_dict: what the names and shapes of its tensors do not show, as the bytes of a JSON object."""
+        """Part of every state_dict: what its tensors' names and shapes do not show, as the bytes of a JSON object."""
         shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
@@ -216,13 +252,13 @@ class MTMamba(nn.Module):
         return torch.tensor(list(json.dumps(hidden).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor):
-        """Raises ValueError, before anything is loaded, where a state_dict is of a model that computes something else
-        with the same tensors: its tasks in another order, in which the cross-task blocks concatenate their features."""
+        """Raises ValueError, before anything is loaded, if the same tensors would compute something else here, for
+        example because the cross-task blocks concatenate the tasks in another order."""
         found, own = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
         different = [f"{key} {found[key]} (here {own[key]})" for key in own if found.get(key, own[key]) != own[key]]
         if different:
             raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded. "
-                             "Build the model as it was")
+                             "Build the model with the same arguments")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())    # files of earlier versions have none
@@ -230,32 +266,29 @@ class MTMamba(nn.Module):
 
 
 def round_up(n: int, multiple: int) -> int:
-    return (n + multiple - 1) // multiple * multiple    # a form that the compiler simplifies where n is symbolic
+    return (n + multiple - 1) // multiple * multiple    # a form that torch.compile simplifies for a symbolic n
 
 
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
-    block, depth, ctm, fusion, mfe, gate: a row of VARIANTS. drop_path: stochastic depth of each block in order.
+    drop_path: stochastic depth of each block in order. swin_heads: of the blocks of Table 2's Swin rows.
     """
 
-    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], block: str, depth: int,
-                 ctm: str | None, fusion: str | None, mfe: str, gate: str, swin_heads: int, d_state: int,
-                 backend: str | None):
+    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], swin_heads: int,
+                 config: DecoderConfig):
         super().__init__()
 
         def build_block(i):
-            if block == "swin":
+            if config.block == "swin":
                 return decoder_swin_block(dim, swin_heads, shifted=i % 2 == 1, drop_path=drop_path[i])
-            return STM(dim, mfe, gate, drop_path[i], d_state, backend)
+            return STM(dim, drop_path[i], config)
         self.expand = nn.ModuleDict({t: PatchExpand(dim_in, dim, factor=2) for t in tasks})
         self.fuse = nn.ModuleDict({t: nn.Linear(2 * dim, dim) for t in tasks})
-        self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(depth)]) for t in tasks})
+        self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(config.depth)]) for t in tasks})
         self.ctm = None
-        if ctm == "feature":
-            self.ctm = CTM(tasks, dim, mfe, gate, fusion, drop_path[-1], d_state, backend)
-        elif ctm == "semantic":
-            self.ctm = SCTM(tasks, dim, drop_path[-1], d_state, backend)
+        if config.ctm:
+            self.ctm = (CTM if config.ctm == "feature" else SCTM)(tasks, dim, drop_path[-1], config)
 
     def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
         """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
@@ -270,29 +303,28 @@ class DecoderStage(nn.Module):
 class CTM(nn.Module):
     """Cross-task Mamba block, Figure 2(b), Eq. 19-25.
 
-    fusion: "adaptive" is Eq. 24; "specific" and "shared" (Table 5) hand on the task's own feature or the shared one
-        alone, and build nothing that they do not use.
+    config.fusion: "adaptive" is Eq. 24. In Table 5, "specific" hands on the task's own feature alone, and "shared" the
+        shared one; they build only what they use.
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
     and the gate has no bias, the two are the same function with the gate's weight negated
     (load_published_checkpoint does that).
     """
 
-    def __init__(self, tasks: list[str], dim: int, mfe: str, gate: str, fusion: str, drop_path: float, d_state: int,
-                 backend: str | None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
-        self.fusion = fusion
+        self.fusion = fusion = config.fusion
         d_inner = EXPANSION * dim
 
         def per_task(build):
             return nn.ModuleDict({t: build() for t in tasks})
         if fusion in ("adaptive", "specific"):
             self.norm = per_task(lambda: nn.LayerNorm(dim))
-            self.mfe = per_task(lambda: MFE(dim, dim, mfe, d_state, backend))
+            self.mfe = per_task(lambda: MFE(dim, dim, config))
         if fusion in ("adaptive", "shared"):
             self.norm_shared = nn.LayerNorm(len(tasks) * dim)
-            self.mfe_shared = MFE(len(tasks) * dim, dim, mfe, d_state, backend)
+            self.mfe_shared = MFE(len(tasks) * dim, dim, config)
         if fusion == "adaptive":
-            self.gate = per_task(lambda: build_gate(dim, gate))
+            self.gate = per_task(lambda: build_gate(dim, config))
         self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
         self.drop_path = DropPath(drop_path)
 
@@ -318,11 +350,11 @@ class CTM(nn.Module):
 class STM(nn.Module):
     """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
 
-    def __init__(self, dim: int, mfe: str, gate: str, drop_path: float, d_state: int, backend: str | None):
+    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mfe = MFE(dim, dim, mfe, d_state, backend)
-        self.gate = build_gate(dim, gate)
+        self.mfe = MFE(dim, dim, config)
+        self.gate = build_gate(dim, config)
         self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
         self.drop_path = DropPath(drop_path)
 
@@ -334,27 +366,27 @@ class STM(nn.Module):
         return z + self.drop_path(self.out(z_mfe * g))          # Eq. 17, 18   (B, H, W, C)
 
 
-def build_gate(dim: int, kind: str) -> nn.Module:
+def build_gate(dim: int, config: DecoderConfig) -> nn.Module:
     """(B, H, W, C) -> (B, H, W, D): the linear map of Eq. 16 and 23, or Table 4's window attention before it."""
     linear = nn.Linear(dim, EXPANSION * dim, bias=False)
-    return linear if kind == "linear" else nn.Sequential(WindowMSA(dim), linear)
+    return linear if config.gate == "linear" else nn.Sequential(WindowMSA(dim), linear)
 
 
 class MFE(nn.Module):
     """Mamba-based feature extractor, Eq. 13: LN . SS2D . SiLU . Conv . Linear.
 
     dim_in: input channels. dim: C of the decoder stage, which sets D and R also where dim_in is T * C (Eq. 22).
-    kind: "ss2d", or "wmsa" (Table 3), where one window attention replaces all that follows the linear map.
+    In Table 3's row "wmsa", one window attention replaces all that follows the linear map.
     """
 
-    def __init__(self, dim_in: int, dim: int, kind: str, d_state: int, backend: str | None):
+    def __init__(self, dim_in: int, dim: int, config: DecoderConfig = PAPER):
         super().__init__()
         d_inner = EXPANSION * dim
         self.linear = nn.Linear(dim_in, d_inner, bias=False)
-        self.wmsa = WindowMSA(d_inner) if kind == "wmsa" else None
-        if kind == "ss2d":
+        self.wmsa = WindowMSA(d_inner) if config.mfe == "wmsa" else None
+        if config.mfe == "ss2d":
             self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
-            self.ss2d = SS2D(d_inner, d_state, dt_rank=math.ceil(dim / 16), backend=backend)
+            self.ss2d = SS2D(d_inner, config.d_state, dt_rank=math.ceil(dim / 16), backend=config.backend)
             self.norm = nn.LayerNorm(d_inner)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -367,8 +399,8 @@ class MFE(nn.Module):
 
 
 class SS2D(nn.Module):
-    """2D selective scan, Eq. 6-8 and 10-12: the map's own Delta, B and C per direction, then the scan. In MTMamba++'s
-    cross SS2D they are projected from a second map; all else is the same.
+    """2D selective scan, Eq. 6-8 and 10-12: projects the map to Delta, B and C per direction, then scans. In
+    MTMamba++'s cross SS2D they are projected from a second map; all else is equal.
 
     No outer projections and no LayerNorm. The projections act on each pixel alone, so they commute with the order of
     the scan: one linear map on the feature map in place serves all directions.
@@ -401,14 +433,14 @@ class SS2D(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x, and c if Delta, B and C are to come from it: (B, H, W, D) -> (B, H, W, D)"""
+        """x: (B, H, W, D). c: the map for Delta, B and C if it is not x. Returns (B, H, W, D)."""
         R, N = self.dt_rank, self.d_state
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
         A = -torch.exp(self.A_log.float())
-        # The scan expands delta to D itself, so that the expanded one, 4 times as large as x, need not be stored.
-        return _selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.dt_weight, self.backend)
+        # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
+        return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
 
 
 # ------------------------------------------------------------------------------------------------------- the scan
@@ -432,12 +464,12 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 
 def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
-    """The outputs of all steps, (L, ...): by a Python loop. While a model is compiled or exported, by PyTorch's scan
-    operator, one node for any L, which a file can hold without this project."""
+    """The outputs of all steps, (L, ...), by a Python loop. While a model is compiled or exported, by PyTorch's scan
+    operator: one node for any L, so that exported files run without this project."""
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
         return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
-    if torch.compiler.is_compiling():    # that, without a compilation of every step function
+    if torch.compiler.is_compiling():    # the same operator, without compiling each step function
         from torch._higher_order_ops.scan import scan_op
         return scan_op(step, [h], sequences, (A,))[1]
     y = []
@@ -458,27 +490,22 @@ def scan_orders(H: int, W: int, device: torch.device | None = None) -> Tensor:
 
 
 def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
-                      backend: str | None = None) -> Tensor:
+                      backend: str | None = None, dt_weight: Tensor | None = None) -> Tensor:
     """Eq. 10-12: S6 along four directions of the feature map, put back in place and summed.
 
     x: (B, H, W, D). delta: (B, H, W, K, D), before bias and softplus. A: (K, D, N). B, C: (B, H, W, K, N).
     D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
     autocast (float64 where x is), because the state sums over thousands of steps.
+    dt_weight: (K, D, R), where delta is still (B, H, W, K, R), to be expanded by it.
 
-    backend: "loop", also called "reference": s6 along explicit index lists; for reading, tests, exports and any kind of
-            derivative.
+    backend: "loop": s6 along explicit index lists; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
-    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where "triton" or
-    "mamba_ssm" cannot run.
+    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where a backend
+    cannot run.
     """
-    return _selective_scan_2d(x, delta, A, B, C, D, delta_bias, None, backend)
-
-
-def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    """selective_scan_2d; with a dt_weight (K, D, R), delta is (B, H, W, K, R) and still to be expanded by it."""
     batch, H, W, d = x.shape
     n = A.shape[-1]
     rank = d if dt_weight is None else dt_weight.shape[-1]
@@ -494,37 +521,23 @@ def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    tensors = [t for t in (x, delta, A, B, C, D, delta_bias, dt_weight) if t is not None]
-    if backend not in ("loop", "reference") and any(_is_transformed(t) for t in tensors):
+    if backend == "loop":
+        delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
+        return _scan_loop(x, delta, A, B, C, D, delta_bias)
+    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
                            "jvp or torch.func.grad; use the backend loop, which has them all")
-    if backend in ("torch", "triton"):
-        return _scan_op(x, delta, A, B, C, D, delta_bias, dt_weight, backend)[0]
-    delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
-    return (_scan_mamba_ssm if backend == "mamba_ssm" else _scan_loop)(x, delta, A, B, C, D, delta_bias)
+    return _scan_op(*inputs, backend)[0]
 
 
-def _is_transformed(t: Tensor) -> bool:
-    """By jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
-    if torch.compiler.is_dynamo_compiling():    # which cannot tell for a tensor
-        return forward_ad._current_level >= 0
-    return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
-
-
-BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # "reference" is "loop" by another name
+BACKENDS = ("loop", "torch", "triton", "mamba_ssm")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that selective_scan_2d picks: on CUDA "mamba_ssm" where its kernel is installed, else "triton" where
-    has_triton(); elsewhere, and in float64, "torch"."""
-    if device.type != "cuda" or dtype == torch.float64:
-        return "torch"
-    return "mamba_ssm" if has_mamba_ssm() else "triton" if has_triton() else "torch"
-
-
-def has_mamba_ssm() -> bool:
-    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
-    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+    """The backend that selective_scan_2d picks: on CUDA "triton" where has_triton(); elsewhere, and in float64,
+    "torch"."""
+    return "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "torch"
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -532,7 +545,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias):
-    dtype = _compute_dtype(x)    # which autocast leaves as it is in everything that s6 does
+    dtype = _compute_dtype(x)    # autocast changes no type in s6
     orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
     u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
     directions = torch.arange(K, device=x.device)[:, None]
@@ -579,11 +592,10 @@ class DenseHead(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- MTMamba++
-# Two changes: in every decoder stage SCTM in place of CTM, and LiteHead in place of DenseHead. Read off the published
-# implementation.
+# Two changes, which follow the published implementation: SCTM in place of CTM, and LiteHead in place of DenseHead.
 
 class SCTM(nn.Module):
-    """S-CTM, the semantic cross-task Mamba block: the fused features of all tasks say how each task's own are filtered.
+    """S-CTM, the semantic cross-task Mamba block: the tasks' fused features control how each task's own are filtered.
 
         s     = Conv3x3(Linear(LN(concat_t z^t)))         once                                   TC -> C -> C
         u^t   = LN(z^t)                                   then per task
@@ -592,12 +604,12 @@ class SCTM(nn.Module):
         y^t   = LN(SS2D(x^t; c^t))                        Delta, B and C from c^t, the sequence and D's skip from x^t
         out^t = z^t + W_o^t (y^t * SiLU(W_g^t u^t))                                              D -> C
 
-    No activation or norm follows the linear map and the convolution of s; the depthwise convolution and these two have
-    a bias, the W have none. CTM (F-CTM in this paper) mixes features; here a task gets nothing of the others' but the
-    step sizes and matrices of its own scan.
+    In s, no activation or norm follows the linear map and the convolution. These two and the depthwise convolution have
+    a bias; the W have none. CTM (F-CTM in this paper) mixes features. Here the other tasks only influence the step
+    sizes and matrices of a task's own scan.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float, d_state: int, backend: str | None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         d_inner = EXPANSION * dim
 
@@ -607,7 +619,7 @@ class SCTM(nn.Module):
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
         self.norm = per_task(lambda: nn.LayerNorm(dim))
-        self.mfe = per_task(lambda: MFE(dim, dim, "ss2d", d_state, backend))
+        self.mfe = per_task(lambda: MFE(dim, dim, config))
         self.cross = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
         self.gate = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
         self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
@@ -629,8 +641,8 @@ class SCTM(nn.Module):
 class LiteHead(nn.Module):
     """3x3 convolution, batch norm, ReLU, linear map, (B, H, W, C) -> (B, H, W, channels); MTMamba.predict resizes.
 
-    The convolution has 96 channels, half of Swin-Large's C_1, whatever the encoder. Batch norm ties the images of a
-    batch together in training, and those of several processes where torch.nn.SyncBatchNorm takes its place.
+    The convolution has 96 channels, half of Swin-Large's C_1, with every encoder. In training, batch norm makes an
+    image's outputs depend on the others of its batch.
     """
 
     WIDTH = 96
@@ -681,25 +693,31 @@ def check_heads(dim: int, heads: int):
                          f"{dim}. Choose an encoder whose widths fit, such as Swin's")
 
 
-class SwinBlock(SwinTransformerBlock):
-    """timm's Swin block, padded to whole windows before the cyclic shift.
+def pad_before_shift(module: nn.Module) -> nn.Module:
+    """Makes timm's Swin blocks in a module pad the map to whole windows before the cyclic shift. Returns the module.
 
     Differs from timm, which shifts first and pads then: where the feature map is not a multiple of the window, that
-    puts the padding into the middle of the shifted map and computes something else than Swin for dense prediction,
-    on which all published MTMamba weights were trained.
+    puts the padding into the middle of the shifted map. Swin for dense prediction pads first, and so do all published
+    MTMamba weights.
     """
+    for block in module.modules():
+        if isinstance(block, SwinTransformerBlock):
+            block._attn = functools.partial(_padded_attention, block)
+    return module
 
-    def _attn(self, x: Tensor) -> Tensor:
-        return super()._attn(pad_to_windows(x, self.window_size))[:, :x.shape[1], :x.shape[2]]
+
+def _padded_attention(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    return type(block)._attn(block, pad_to_windows(x, block.window_size))[:, :x.shape[1], :x.shape[2]]
 
 
-def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> SwinBlock:
+def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> nn.Module:
     """A block of Table 2's Swin baselines: window 12, MLP ratio 4."""
     check_heads(dim, heads)
     # always_partition and dynamic_mask: the window stays 12 and the mask is made for each input's size, so the
     # resolution given here plays no part.
-    return SwinBlock(dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
-                     drop_path=drop_path, always_partition=True, dynamic_mask=True)
+    return pad_before_shift(SwinTransformerBlock(
+        dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
+        drop_path=drop_path, always_partition=True, dynamic_mask=True))
 
 
 class Encoder(nn.Module):
@@ -707,7 +725,7 @@ class Encoder(nn.Module):
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
     Arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to multiples
-    of 32; forward raises ValueError on another one.
+    of 32.
     """
 
     def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
@@ -716,8 +734,8 @@ class Encoder(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
                              "timm.list_models() returns")
-        is_swin = timm.models.model_entrypoint(name).__module__ == SwinTransformerBlock.__module__
-        self.name, self.built_for = name, None    # the size, where other sizes may be refused
+        is_swin = name.startswith("swin_")    # others of this family begin with swinv2_
+        self.name, self.built_for = name, None    # the size, where the weights depend on it
         if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
             padded = tuple(n + -n % ENCODER_STRIDES[-1] for n in img_size)
             kwargs = {"img_size": padded, **kwargs}
@@ -725,43 +743,33 @@ class Encoder(nn.Module):
         if is_swin:
             # Any input size, and windows that keep their size also on maps smaller than themselves.
             kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
-        try:
-            self.backbone, kwargs = create_backbone(name, kwargs)
-            info = self.backbone.feature_info
-            self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
-        except TypeError as error:
-            raise ValueError(f"cannot build the encoder {name!r} with the arguments {kwargs}: {error}") from error
-        except (RuntimeError, AttributeError, AssertionError, ValueError) as error:
-            raise ValueError(f"the encoder {name!r} does not give features at strides {ENCODER_STRIDES}"
-                             f"{_reason(error)}. Choose a hierarchical model") from error
+        self.backbone, kwargs = create_backbone(name, kwargs)
+        info = self.backbone.feature_info
+        if not set(ENCODER_STRIDES) <= set(info.reduction()):
+            raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, found {name!r} with "
+                             f"{tuple(info.reduction())}. Choose a hierarchical model")
+        self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
         if pretrained:
             load_pretrained_backbone(self.backbone, name, kwargs)
-        if is_swin:
-            for block in self.backbone.modules():
-                if type(block) is SwinTransformerBlock:
-                    block.__class__ = SwinBlock
+        pad_before_shift(self.backbone)
         self.channels = [info.channels()[i] for i in self.indices]
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = self.backbone(image) if self.built_for is None else self.try_backbone(image)
+        features = self.backbone(image)
         features = [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
         return [norm(f) for norm, f in zip(self.norms, features)]
 
-    def try_backbone(self, image: Tensor) -> list[Tensor]:
-        # timm does not tell which of these models take other sizes: some do, and some do multiples of their windows.
-        try:
-            return self.backbone(image)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError, IndexError) as error:
-            found = tuple(image.shape[2:])    # as padded by the model
-            raise ValueError(f"the encoder {self.name!r}, built for images of {self.built_for}, cannot take {found}"
-                             f"{_reason(error)}. Build the model with the images' img_size, or choose an encoder that "
-                             "takes any, such as Swin") from error
+    def set_grad_checkpointing(self, enable: bool):
+        """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
+        stages = [m for m in self.backbone.modules() if m is not self.backbone and hasattr(m, "grad_checkpointing")]
+        for stage in stages:
+            stage.grad_checkpointing = enable
+        if not stages:
+            self.backbone.set_grad_checkpointing(enable)
 
 
 def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
@@ -773,15 +781,11 @@ def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
         return timm.create_model(name, features_only=True, **kwargs), kwargs
 
 
-def _reason(error: Exception) -> str:
-    return f": {str(error).splitlines()[0].rstrip('.')}" if str(error) else ""
-
-
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     """Loads timm's pretrained weights into a features_only model, all of them or none.
 
-    timm loads such a model with strict=False and says nothing of what is missing. The classifier that it was cut from
-    is loaded strictly, so its tensors are copied from there. Raises RuntimeError where they do not fit.
+    timm loads such a model with strict=False and does not report missing tensors. It loads the whole classifier
+    strictly, so the tensors are copied from there.
     """
     source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
@@ -802,7 +806,7 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
 
 PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
 
-# (published name, name here), applied in this order to each key behind its prefix "module."
+# (published name, name here), applied in this order to each key without its prefix "module."
 _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
     (r"^backbone\.", r"encoder.backbone."),
@@ -852,7 +856,7 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
 
 
 def published_variant(state: dict[str, Tensor]) -> str:
-    """The row of VARIANTS that a published state_dict is of: its keys tell the cross-task block and the head."""
+    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
     semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
     lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
     kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
@@ -863,8 +867,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file, for tasks in another order (that of its
-    keys), or naming every tensor that is missing, left over or of the wrong shape; then the model is unchanged.
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
+    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
     """
     source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
@@ -874,7 +878,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
     own = model.state_dict()
-    del own["_extra_state"]    # which published files have not
+    del own["_extra_state"]    # published files have none
     state = {}
     for key, value in checkpoint.items():
         if key.endswith("relative_position_index"):    # a constant, which timm computes
@@ -890,16 +894,16 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
                          f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
                          + "\n  ".join(problems))
     order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # which no shape shows
-        raise ValueError("the checkpoint's tasks stand in another order, in which the cross-task blocks concatenate "
-                         f"their features; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+    if order != list(model.tasks):    # all shapes fit then
+        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
+                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
     model.load_state_dict(state)
     return len(checkpoint)
 
 
 def read_tensors(path: str | Path):
-    """What torch.save wrote, as long as it is tensors and plain values. Raises FileNotFoundError, or ValueError where
-    it is something else."""
+    """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
+    files."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
     try:
@@ -918,13 +922,13 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
     for pattern, replacement in _PUBLISHED_NAMES:
         name = pattern.sub(replacement, name)
     if "downsample.norm" in name or "downsample.reduction" in name:
-        # Patch merging: the four pixels of a cell stand channel-major, (c, row, column), in the published weights and
+        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
         # (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
     if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
         linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
         return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
-    if ".ctm.gate." in name:                                         # CTM's g multiplies the other feature there
+    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
         return {name: -value}
     if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
         return {name: value.unflatten(0, (K, -1))}
@@ -942,8 +946,8 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
     9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
-    The paper's counter takes SS2D's two projections from a report that prints their operations (2 per multiply-add)
-    with four significant digits. Table 2's 435.47 would be 435.48 without that rounding, so it is done here, too.
+    The paper's counter reads SS2D's two projections from a report with four significant digits of their operations (2
+    per multiply-add). Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
     Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
     """
     rounding = 0
@@ -965,23 +969,14 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
-    weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    backends = {m: m.backend for m in model.modules() if isinstance(m, SS2D)}
-    hooks = [ss2d.register_forward_pre_hook(count_rounding) for ss2d in backends]
-    training = model.training
-    model.eval()
-    try:
-        for ss2d in backends:
-            ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
-        with counter, torch.no_grad():
-            image = torch.empty(1, model.in_chans, *img_size, device="meta", dtype=next(model.parameters()).dtype)
-            outputs = torch.func.functional_call(model, weights, image)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-        for ss2d, backend in backends.items():
-            ss2d.backend = backend
+    meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, meta).eval()    # with the weights that `meta` says, which hold no numbers
+    for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
+        ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
+        ss2d.register_forward_pre_hook(count_rounding)
+    with counter, torch.no_grad():
+        outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
+                                     dtype=next(model.parameters()).dtype))
     resize = 4 * sum(output.numel() for output in outputs.values())
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
@@ -1043,6 +1038,13 @@ def _scan_second_derivative(ctx, *grads):
 
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
+
+
+def _is_transformed(t: Tensor) -> bool:
+    """Whether by jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
+    if torch.compiler.is_dynamo_compiling():    # Dynamo knows it of the program, not of a tensor
+        return forward_ad._current_level >= 0
+    return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
 def _to_sequences(t: Tensor) -> Tensor:
@@ -1215,6 +1217,11 @@ def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
 # processor has to suppress, and softplus takes ten times as long. Computing both, often enough to fill whole vectors,
 # brings the page in.
 torch.log1p(torch.tensor([-1.0, -0.0], device="cpu").repeat(64))
+
+
+def has_mamba_ssm() -> bool:
+    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
+    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
 
 
 def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):

@@ -124,7 +124,7 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     sizes = sizes or ([(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else
                       [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
     if DEVICE == "cpu":
-        backends = backends or {"torch": 7, "reference": 1}
+        backends = backends or {"torch": 7, "loop": 1}
     else:
         fast = ["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm()
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
