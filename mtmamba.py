@@ -36,12 +36,15 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -500,6 +503,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
 
     backend: "loop": s6 along explicit index lists; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
+        "numba": this file's loops for CPUs, compiled by the package numba; float32.
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
@@ -531,13 +535,14 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     return _scan_op(*inputs, backend)[0]
 
 
-BACKENDS = ("loop", "torch", "triton", "mamba_ssm")
+BACKENDS = ("loop", "torch", "numba", "triton", "mamba_ssm")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that selective_scan_2d picks: on CUDA "triton" where has_triton(); elsewhere, and in float64,
-    "torch"."""
-    return "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "torch"
+    """The backend that selective_scan_2d picks: "triton" on CUDA where has_triton(), "numba" on CPUs where Numba is
+    installed; elsewhere, and in float64, "torch"."""
+    available = {"cuda": "triton" if has_triton() else "torch", "cpu": "numba" if HAS_NUMBA else "torch"}
+    return "torch" if dtype == torch.float64 else available.get(device.type, "torch")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -983,23 +988,23 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast
 #
-# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
-# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
+# All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. Saved
+# for the backward pass are the inputs and some of the states, from which it computes the others again.
 
 @torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
 def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
              dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """Arguments as in _selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
-    forward = _triton_forward if backend == "triton" else _torch_forward
+    """Arguments as in selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+    _, forward, _ = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        y, states = forward(x, delta, A, B, C, D, delta_bias, dt_weight)
+        y, states = forward(*_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
     return y.to(x.dtype), states
 
 
 @_scan_op.register_fake
 def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    states = _triton_states if backend == "triton" else _torch_states
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
+    empty_states, _, _ = _SCANS[backend]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), empty_states(x, A.shape[-1])
 
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
@@ -1007,10 +1012,15 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
                       D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
     """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
     inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
-    backward = _triton_backward if backend == "triton" else _torch_backward
+    _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        grads = backward(grad_y, states, *inputs)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs) if t is not None]
+        operands = _operands(backend, *inputs)
+        grads = list(backward(grad_y.to(operands[0].dtype), states, *operands))
+        if dt_weight is not None:
+            g_delta = grads[1].flatten(0, 2)
+            grads.append(torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2)))
+            grads[1] = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype)).view(delta.shape)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
 
 
 @_scan_backward_op.register_fake
@@ -1033,11 +1043,21 @@ def _scan_autograd(ctx, grad_y, grad_states):
 
 
 def _scan_second_derivative(ctx, *grads):
-    raise RuntimeError("the scan backends torch and triton have no second derivatives; use the backend loop, which has")
+    raise RuntimeError("this scan backend has no second derivatives; use the backend loop, which has them")
 
 
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
+
+
+def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
+    """The operator's inputs in the type computed in, with delta (B, H, W, K, D)."""
+    dtype = _compute_dtype(x)
+    if backend != "triton":    # whose kernels read x and delta in any type
+        x, delta = x.to(dtype), delta.to(dtype)
+    if dt_weight is not None:
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
+    return x, delta, *(t.to(dtype) for t in (A, B, C, D, delta_bias))
 
 
 def _is_transformed(t: Tensor) -> bool:
@@ -1049,174 +1069,306 @@ def _is_transformed(t: Tensor) -> bool:
 
 def _to_sequences(t: Tensor) -> Tensor:
     """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
-    batch, H, W, k, X = t.shape
-    to_shared, to_each, _ = _rows(batch, H, W, t.device)
-    rows = t.reshape(-1, X).index_select(0, to_each if k == K else to_shared)
-    return rows.view(H * W, batch, K, X)
+    orders = scan_orders(*t.shape[1:3], t.device)
+    rows = t.flatten(1, 2).transpose(0, 1).expand(-1, -1, K, -1)                               # (L, B, K, X)
+    return torch.stack([rows[order, :, k] for k, order in enumerate(orders)], dim=2)
 
 
 def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
     """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    batch, X = t.shape[1], t.shape[3]
-    return t.reshape(-1, X).index_select(0, _rows(batch, H, W, t.device)[2]).view(batch, H, W, K, X)
+    orders = scan_orders(H, W, t.device).argsort(dim=1)
+    rows = torch.stack([t[order, :, k] for k, order in enumerate(orders)], dim=2)
+    return rows.transpose(0, 1).unflatten(1, (H, W))
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
-    sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
-    with torch.inference_mode(False):    # autograd refuses to save inference tensors, and a later call may train
-        order = scan_orders(H, W, device)                                                  # (K, L)
-        batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
-        shared = order.T[:, None] + H * W * batches                                        # (L, B, K)
-        back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions        # (B, L, K)
-        return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
-
-
-# The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
-# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
-# and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
-# is the inputs and L / chunk states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
-# contiguous block, and D innermost is wide enough to vectorise.
-CHUNK = 32                # steps, or as many more as make this number of states:
-CHUNK_STATES = 2 ** 17    # less is not worth sharing out to threads, more does not fit into a core's cache
-PAIRED_FROM, PAIRED_UP_TO = 24, 2 ** 12    # steps, and states in a step: where _recur joins steps, measured on a CPU
-
-
-def _chunk(batch: int, d: int, n: int) -> int:
-    """Steps in a chunk."""
-    return max(CHUNK, CHUNK_STATES // (batch * K * n * d))
+# The backend "torch". Sequences are cut into chunks. Inside a chunk, everything but the recurrence itself is done for
+# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start.
+# The backward pass computes the states inside the chunk again. Shapes inside are (steps, B, K, N, D): then each step is
+# a contiguous block, and D is innermost, wide enough for vector instructions.
+CHUNK = 32    # steps; also of the backend "numba"
 
 
 def _torch_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the states at the chunks' starts (ceil(L / chunk), B, K, N, D)."""
+    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
     batch, H, W, d = x.shape
-    chunk = _chunk(batch, d, n)
-    return x.new_empty((H * W + chunk - 1) // chunk, batch, K, n, d, dtype=_compute_dtype(x))
+    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
 
 
-def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, _, _ = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
-    step_u = step * u
-    y = torch.empty_like(u)
-    states = _torch_states(x, n)
-    chunk = min(L, _chunk(batch, d, n))
-    A_bar, H = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1))
-    h = u.new_zeros(batch, K, n, d)
-    for i, start in enumerate(range(0, L, chunk)):
-        now = slice(start, min(start + chunk, L))
-        T = now.stop - start
+def _torch_forward(x, delta, A, B, C, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
+    step, y, states = F.softplus(z), D * u, _torch_states(x, A.shape[1])
+    h = torch.zeros_like(states[0])
+    for i, now in enumerate(chunks):
         states[i] = h
-        _run_chunk(h, step[now], step_u[now], A, B[now], A_bar[:T], H[:T + 1])
-        _sum_states(C[now], H[1:T + 1], y[now])                                                 # Eq. 4
-        h = H[T]
-    y.addcmul_(D.to(u.dtype), u)                                                                # the skip of Eq. 2
-    y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
-    return y, states
+        _, H = _torch_chunk(h, step[now], u[now], A, B[now])
+        y[now] += (C[now].unsqueeze(3) @ H[1:]).squeeze(3)                                      # Eq. 4
+        h = H[-1]
+    return _from_sequences(y, *x.shape[1:3]).sum(3), states                                     # Eq. 12
 
 
-def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, pre_softplus, low_rank = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
+def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
+    step, gy = F.softplus(z), _to_sequences(grad_y.unsqueeze(3))
     step_u = step * u
-    gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
-    g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
-    gB, gC = torch.empty_like(B), torch.empty_like(C)
-    gA = torch.zeros_like(A)
-    chunk = min(L, _chunk(batch, d, n))
-    A_bar_chunk, H_chunk, G_chunk = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1, 0))
-    carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
-    for i in reversed(range(len(states))):
-        now = slice(i * chunk, min((i + 1) * chunk, L))
-        T = now.stop - now.start
-        A_bar, H, G = A_bar_chunk[:T], H_chunk[:T + 1], G_chunk[:T]
-        _run_chunk(states[i], step[now], step_u[now], A, B[now], A_bar, H)
-        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
-        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G)
-        G[T - 1] += carry
-        _recur(A_bar[1:], G, back=True)
-        torch.mul(A_bar[0], G[0], out=carry)
-        torch.matmul(H[1:], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
-        torch.matmul(G, step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
-        _sum_states(B[now], G, g_step_u[now])
-        # Gradient of the exponent step * A in A_bar = exp(step * A).
-        g_exponent = G.mul_(A_bar).mul_(H[:T])
-        torch.sum(torch.mul(g_exponent, A, out=A_bar), dim=3, out=g_step[now])
-        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar).sum((0, 1))
-    gu = torch.mul(gy, D.to(u.dtype)).addcmul_(g_step_u, step)
-    g_delta = g_step.addcmul_(g_step_u, u).mul_(pre_softplus.sigmoid_())
-    g_bias, g_weight = g_delta.sum((0, 1)), None
-    if dt_weight is not None:    # steps and images in one dimension, so that einsum need not copy
-        g_weight = torch.einsum("mkd,mkr->kdr", g_delta.flatten(0, 1), low_rank.flatten(0, 1))
-        g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
-    gD = (gy * u).sum((0, 1))
-    gx = _from_sequences(gu, *x.shape[1:3]).sum(3)
-    g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (g_delta, gB, gC))
-    return gx, g_delta, gA.transpose(1, 2), gB, gC, gD, g_bias, g_weight
+    g_step, g_step_u, gB, gC = (torch.empty_like(t) for t in (u, u, B, C))
+    gA, g_next = torch.zeros_like(A), torch.zeros_like(states[0])
+    for i, now in reversed([*enumerate(chunks)]):
+        A_bar, H = _torch_chunk(states[i], step[now], u[now], A, B[now])
+        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times its G.
+        G = gy[now].unsqueeze(3) * C[now].unsqueeze(4)
+        G[-1] += g_next
+        for t in reversed(range(len(G) - 1)):
+            G[t].addcmul_(A_bar[t + 1], G[t + 1])
+        g_next = A_bar[0] * G[0]
+        gC[now] = (H[1:] @ gy[now].unsqueeze(4)).squeeze(4)
+        gB[now] = (G @ step_u[now].unsqueeze(4)).squeeze(4)
+        g_step_u[now] = (B[now].unsqueeze(3) @ G).squeeze(3)
+        G.mul_(A_bar).mul_(H[:-1])    # now of the exponent Delta A in Eq. 5
+        g_step[now] = (G * A).sum(3)
+        gA += (G * step[now].unsqueeze(3)).sum((0, 1))
+    g_delta = (g_step + g_step_u * u) * z.sigmoid()
+    gx, g_delta, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in (g_step_u * step + gy * D, g_delta, gB, gC))
+    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))
 
 
-def _run_chunk(h, step, step_u, A, B, A_bar, H):
-    """From state h through the T steps of a chunk: fills A_bar (T, ...) with Eq. 5 and H (T + 1, ...) with the states,
-    H[t] before step t, by Eq. 3."""
-    torch.mul(step.unsqueeze(3), A, out=A_bar).exp_()
-    H[0] = h
-    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[1:])    # B_bar x
-    _recur(A_bar, H)
+def _torch_inputs(x, delta, A, B, C, delta_bias):
+    """u, Delta before softplus, A (K, N, D), B, C as sequences (L, B, K, .), and the chunks of steps."""
+    delta, B, C, u = (_to_sequences(t) for t in (delta + delta_bias, B, C, x.unsqueeze(3)))
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(u), CHUNK)]
+    return u, delta, A.transpose(1, 2).contiguous(), B, C, chunks
 
 
-def _recur(links: Tensor, h: Tensor, back: bool = False):
-    """h[t + 1] += links[t] h[t] for t = 0, 1, ..; back: h[t] += links[t] h[t + 1] for t = .., 1, 0. In place.
+def _torch_chunk(h, step, u, A, B):
+    """From state h on: A_bar of each step (T, B, K, N, D), Eq. 5, and the states (T + 1, ...), [t] before step t."""
+    A_bar = (step.unsqueeze(3) * A).exp_()
+    H = torch.cat([h[None], (step * u).unsqueeze(3) * B.unsqueeze(4)])                          # B_bar x
+    for a, before, after in zip(A_bar, H, H[1:]):
+        after.addcmul_(a, before)                                                               # Eq. 3
+    return A_bar, H
 
-    Where steps are so small that calling an operator costs more than what it computes, it goes in three: one step
-    within every pair of neighbours, at once; from pair to pair, which is the same recurrence, half as long; the rest.
+
+# The backend "numba", for CPUs. A unit of work is one image, one direction and BLOCK channels; PyTorch's number of
+# threads share the units. The maps stay in place: the pixel is computed from the step. A unit works on CHUNK steps at
+# a time, for one of the N states after the other, so that all it reads and writes inside fits into the first cache.
+# The units, and so all sums, are the same for any number of threads: equal inputs give equal bits.
+BLOCK = 64    # channels, whose loops become vector instructions
+HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where the first scan runs
+
+
+@functools.cache
+def _numba_kernels():
+    """(forward, backward), compiled when they are first called, 1 or 2 seconds each. Both do the units first .. last.
+
+    x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
+    states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
     """
-    if len(h) < PAIRED_FROM or h[0].numel() > PAIRED_UP_TO:
-        order = slice(None, None, -1 if back else 1)
-        links, h = links.unbind()[order], h.unbind()[order]
-        for link, before, after in zip(links, h, h[1:]):
-            after.addcmul_(link, before)
-        return
-    even, odd = h[::2], h[1::2]
-    within, between = len(odd), len(even) - 1
-    if back:
-        even[:within].addcmul_(links[::2], odd)
-        _recur(links[:-1:2] * links[1::2], even, back)
-        odd[:between].addcmul_(links[1::2], even[1:])
-    else:
-        odd.addcmul_(links[::2], even[:within])
-        _recur(links[1:-1:2] * links[2::2], odd)
-        even[1:].addcmul_(links[1::2], odd[:between])
+    import numba
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    single, integer = numba.float32, numba.int64
+    log2_e, ln_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+    shift = np.float32(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
+    # For sums of vectors, the order of additions must be free. exp2 needs the order that is written.
+    jit = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    strict = numba.njit(nogil=True, fastmath={"contract"})
+
+    @intrinsic
+    def stack(typing_context, kind):
+        """Memory for CHUNK x BLOCK numbers on the stack. The compiler knows that no array shares it, and can use vector
+        instructions without checks."""
+        def generate(context, builder, signature, arguments):
+            pointer = cgutils.alloca_once(builder, context.get_value_type(kind.dtype), CHUNK * BLOCK)
+            pointer.align = 64
+            return pointer
+        return types.CPointer(kind.dtype)(kind), generate
+
+    @intrinsic
+    def power_of_2(typing_context, shifted):
+        """2 ** (z rounded) of z + shift: its lowest bits, moved to where a float32 has its exponent."""
+        def generate(context, builder, signature, arguments):
+            bits = builder.bitcast(arguments[0], context.get_value_type(types.int32))
+            return builder.bitcast(builder.shl(bits, bits.type(23)), arguments[0].type)
+        return types.float32(types.float32), generate
+
+    @strict
+    def exp2(z):
+        """2 ** z for z <= 127, error 1e-7; 0 below -127, NaN for NaN. The polynomial is for -0.5 <= f <= 0.5."""
+        z = single(-127) if z < single(-127) else z
+        shifted = z + shift
+        f = z - (shifted - shift)
+        p = single(0.00961802560) + f * (single(0.00134004322) + f * single(0.000154697320))
+        p = single(0.693147207) + f * (single(0.240226512) + f * (single(0.0555032721) + f * p))
+        return (single(1) + f * p) * power_of_2(shifted)
+
+    @strict
+    def softplus(z):
+        """Delta, Eq. 8; the series is that of _triton_softplus."""
+        e = exp2(abs(z) * -log2_e)
+        p = single(-0.107681731) + e * (single(0.0440896391) + e * single(-0.0085392092))
+        p = single(0.3327548) + e * (single(-0.244954639) + e * (single(0.177452434) + e * p))
+        return max(z, single(0)) + e * (single(0.999999806) + e * (single(-0.499974054) + e * p))
+
+    @strict
+    def place(unit, blocks):
+        return unit // (K * blocks), unit // blocks % K, unit % blocks * BLOCK    # image, direction, first channel
+
+    @strict
+    def pixel(t, k, H, W):
+        t = t if k < 2 else H * W - 1 - t
+        return t if k % 2 == 0 else t % H * W + t // H
+
+    @jit
+    def forward(first, last, x, delta, A, B, C, bias, states, y, H, W):
+        """Fills y (K, B, L, D), without the skip of Eq. 2, and the states."""
+        blocks, N, L = x.shape[2] // BLOCK, A.shape[1], H * W
+        pixels, A_n, h = stack(integer), stack(single), stack(single)
+        step, step_u, y_chunk = stack(single), stack(single), stack(single)
+        for unit in range(first, last):
+            b, k, d = place(unit, blocks)
+            for chunk in range(states.shape[2]):
+                steps = min(CHUNK, L - chunk * CHUNK)
+                for t in range(steps):
+                    pixels[t] = p = pixel(chunk * CHUNK + t, k, H, W)
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        step[j] = s = softplus(delta[b, p, k, d + i] + bias[k, d + i])
+                        step_u[j] = s * x[b, p, d + i]
+                        y_chunk[j] = 0
+                for n in range(N):
+                    for i in range(BLOCK):
+                        A_n[i], h[i] = A[k, n, d + i], states[b, k, chunk, n, d + i]
+                    for t in range(steps):
+                        B_t, C_t = B[b, pixels[t], k, n], C[b, pixels[t], k, n]
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            h[i] = now = exp2(step[j] * A_n[i]) * h[i] + B_t * step_u[j]          # Eq. 5, 3
+                            y_chunk[j] += C_t * now                                             # Eq. 4
+                    if chunk + 1 < states.shape[2]:
+                        for i in range(BLOCK):
+                            states[b, k, chunk + 1, n, d + i] = h[i]
+                for t in range(steps):
+                    for i in range(BLOCK):
+                        y[k, b, pixels[t], d + i] = y_chunk[t * BLOCK + i]
+
+    @jit
+    def backward(first, last, x, delta, A, B, C, bias, states, gy, g_next, gx, g_delta, gA, gB, gC, H, W):
+        """Fills gx (K, B, L, D), g_delta (B, L, K, D), gB, gC (blocks, B, L, K, N), without the skip, and adds to gA
+        (B, K, N, D). g_next, as large, holds the gradients of the states after a chunk, 0 at first."""
+        blocks, N = x.shape[2] // BLOCK, A.shape[1]
+        pixels, A_n, h, g, gA_n = stack(integer), stack(single), stack(single), stack(single), stack(single)
+        step, step_u, gy_chunk, A_bar = stack(single), stack(single), stack(single), stack(single)
+        before, g_step, g_step_u = stack(single), stack(single), stack(single)
+        for unit in range(first, last):
+            b, k, d = place(unit, blocks)
+            for chunk in range(states.shape[2] - 1, -1, -1):
+                steps = min(CHUNK, H * W - chunk * CHUNK)
+                for t in range(steps):
+                    pixels[t] = p = pixel(chunk * CHUNK + t, k, H, W)
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        step[j] = s = softplus(delta[b, p, k, d + i] + bias[k, d + i])
+                        step_u[j], gy_chunk[j] = s * x[b, p, d + i], gy[b, p, d + i]
+                        g_step[j] = g_step_u[j] = 0
+                for n in range(N):
+                    for i in range(BLOCK):
+                        A_n[i], h[i] = A[k, n, d + i], states[b, k, chunk, n, d + i]
+                        g[i], gA_n[i] = g_next[b, k, n, d + i], gA[b, k, n, d + i]
+                    for t in range(steps):
+                        B_t, gC_t = B[b, pixels[t], k, n], single(0)
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            A_bar[j] = decay = exp2(step[j] * A_n[i])
+                            before[j] = h[i]
+                            h[i] = now = decay * h[i] + B_t * step_u[j]
+                            gC_t += gy_chunk[j] * now
+                        gC[d // BLOCK, b, pixels[t], k, n] = gC_t
+                    for t in range(steps - 1, -1, -1):
+                        B_t, C_t, gB_t = B[b, pixels[t], k, n], C[b, pixels[t], k, n], single(0)
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            after = g[i] + C_t * gy_chunk[j]     # of the state after step t, Eq. 4 and 3
+                            gB_t += after * step_u[j]
+                            g_step_u[j] += after * B_t
+                            g[i] = now = after * A_bar[j]        # of the state before
+                            exponent = now * before[j]           # of Delta A in Eq. 5
+                            g_step[j] += exponent * A_n[i]
+                            gA_n[i] += exponent * step[j]
+                        gB[d // BLOCK, b, pixels[t], k, n] = gB_t
+                    for i in range(BLOCK):
+                        g_next[b, k, n, d + i], gA[b, k, n, d + i] = g[i], gA_n[i]
+                for t in range(steps):
+                    p = pixels[t]
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        z = delta[b, p, k, d + i] + bias[k, d + i]    # softplus has the derivative exp(z - Delta)
+                        total = g_step[j] * ln_2 + g_step_u[j] * x[b, p, d + i]
+                        g_delta[b, p, k, d + i] = total * exp2((z - step[j]) * log2_e)
+                        gx[k, b, p, d + i] = g_step_u[j] * step[j]
+
+    return forward, backward
 
 
-def _sum_states(weights: Tensor, states: Tensor, out: Tensor):
-    """sum_n weights (T, B, K, N) states (T, B, K, N, D), in out (T, B, K, D)."""
-    if states.shape[3] == 1:    # a tenth of the time of as many matrix products of a single number
-        torch.mul(weights, states.squeeze(3), out=out)
-    else:
-        torch.matmul(weights.unsqueeze(3), states, out=out.unsqueeze(3))
+def _numba_states(x: Tensor, n: int) -> Tensor:
+    """Zeros, for the states at the chunks' starts (B, K, ceil(L / CHUNK), N, D), D rounded up to whole blocks."""
+    batch, H, W, d = x.shape
+    return x.new_zeros(batch, K, (H * W + CHUNK - 1) // CHUNK, n, round_up(d, BLOCK), dtype=torch.float32)
 
 
-def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
-    """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
-    dtype = _compute_dtype(x)
-    # x last: work too small to be shared, between work that is, lets the other threads fall asleep.
-    delta, B, C, u = (_to_sequences(t.to(dtype)) for t in (delta, B, C, x.unsqueeze(3)))
-    low_rank = delta
-    if dt_weight is not None:
-        delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
-    pre_softplus = delta.add_(delta_bias.to(dtype))
-    A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return u, F.softplus(pre_softplus), A, B, C, pre_softplus, low_rank
+def _numba_forward(x, delta, A, B, C, D, delta_bias):
+    states = _numba_states(x, A.shape[-1])
+    y = x.new_empty(K, len(x), *x.shape[1:3], states.shape[-1])
+    _numba_run(0, x, *_numba_inputs(x, delta, A, B, C, delta_bias), states, y.flatten(2, 3))
+    return y.sum(0)[..., :x.shape[3]] + x * D.sum(0), states
 
 
-# PyTorch's softplus on a CPU with AVX-512 ends in loading a constant under a mask that is nearly always empty: log1p's
-# results for -1 and -0. As long as the page with that constant was never read, each of these loads is a fault that the
-# processor has to suppress, and softplus takes ten times as long. Computing both, often enough to fill whole vectors,
-# brings the page in.
-torch.log1p(torch.tensor([-1.0, -0.0], device="cpu").repeat(64))
+def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
+    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
+    _, L, _, d = inputs[1].shape
+    gy, = _numba_blocks(grad_y)
+    g_next, gA = states.new_zeros(2, len(x), K, A.shape[-1], d)
+    gx, g_delta = x.new_empty(K, len(x), L, d), torch.empty_like(inputs[1])
+    gB, gC = x.new_empty(2, d // BLOCK, *inputs[3].shape)
+    _numba_run(1, x, *inputs, states, gy.flatten(1, 2), g_next, gx, g_delta, gA, gB, gC)
+    g_delta = g_delta[..., :x.shape[3]].unflatten(1, x.shape[1:3])
+    gx = gx.sum(0)[..., :x.shape[3]].view(x.shape) + grad_y * D.sum(0)
+    gB, gC = (g.sum(0).view(B.shape) for g in (gB, gC))
+    gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
+    return gx, g_delta, gA.sum(0)[..., :x.shape[3]].transpose(1, 2), gB, gC, gD, g_delta.sum((0, 1, 2))
+
+
+def _numba_inputs(x, delta, A, B, C, delta_bias):
+    if not HAS_NUMBA or x.device.type != "cpu" or x.dtype != torch.float32:
+        raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16 where the "
+                           f"package numba is installed, found {x.dtype} on {x.device}, numba "
+                           f"{'' if HAS_NUMBA else 'not '}installed; use the backend torch")
+    x, delta, A, delta_bias = _numba_blocks(x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias)
+    return x.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2), C.flatten(1, 2), delta_bias
+
+
+def _numba_blocks(*tensors: Tensor) -> list[Tensor]:
+    """The last dimension filled up to whole blocks of channels, with zeros."""
+    return [F.pad(t, (0, round_up(t.shape[-1], BLOCK) - t.shape[-1])) for t in tensors]
+
+
+def _numba_run(which: int, x: Tensor, *tensors: Tensor):
+    """One of _numba_kernels on all units, in several parts per thread, so that a thread that is slow does fewer."""
+    kernel, (_, H, W, _) = _numba_kernels()[which], x.shape
+    arrays = [t.detach().contiguous().numpy() for t in tensors]
+    units = len(x) * K * (arrays[0].shape[2] // BLOCK)
+    threads = torch.get_num_threads()
+    parts = min(units, 4 * threads) if threads > 1 else 1
+    bounds = [units * i // parts for i in range(parts + 1)]
+    run = functools.partial(_pool(threads, os.getpid()).map if threads > 1 else map,
+                            lambda first, last: kernel(first, last, *arrays, H, W))
+    list(run(bounds, bounds[1:]))
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Of this process: a fork does not copy threads."""
+    return ThreadPoolExecutor(threads, "mtmamba")
 
 
 def has_mamba_ssm() -> bool:
@@ -1224,7 +1376,7 @@ def has_mamba_ssm() -> bool:
     return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
 
 
-def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+def _check_mamba_ssm(x: Tensor):
     if not has_mamba_ssm():
         raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
                            "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
@@ -1233,20 +1385,33 @@ def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
     if x.device.type != "cuda" or x.dtype == torch.float64:
         raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
                            f"{x.dtype} on {x.device}; use the backend torch")
-    return _run_mamba_ssm(x, delta, A, B, C, D, delta_bias)
 
 
-def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
+    """(what the kernel reads, y). It has channels first, (B, K D, L), and takes the directions for groups of them."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    with torch.autocast(x.device.type, enabled=False):
-        # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
-        u, delta, B, C = (_to_sequences(t.float()).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
-        y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
-                              B.contiguous(), C.contiguous(), D.float().flatten(),
-                              delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
-        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])             # (B, H, W, K, D)
-    return y.sum(3).to(x.dtype)
+    u, delta, B, C = (_to_sequences(t).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))    # (B, K, ., L)
+    read = [t.detach().contiguous().requires_grad_(grad) for t in (
+        u.flatten(1, 2), delta.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), delta_bias.flatten())]
+    with torch.set_grad_enabled(grad):
+        return read, selective_scan_fn(*read[:6], delta_bias=read[6], delta_softplus=True)
+
+
+def _mamba_ssm_forward(x, *operands):
+    _check_mamba_ssm(x)
+    _, y = _run_mamba_ssm(x, *operands, grad=False)
+    y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])                   # (B, H, W, K, D)
+    return y.sum(3), x.new_empty(0)
+
+
+def _mamba_ssm_backward(grad_y, states, x, *operands):
+    read, y = _run_mamba_ssm(x, *operands, grad=True)
+    grad_y = _to_sequences(grad_y.unsqueeze(3)).permute(1, 2, 3, 0).flatten(1, 2)
+    gu, g_delta, gA, gB, gC, gD, g_bias = torch.autograd.grad(y, read, grad_y)
+    maps = gu.unflatten(1, (K, -1)), g_delta.unflatten(1, (K, -1)), gB, gC
+    gu, g_delta, gB, gC = (_from_sequences(g.permute(3, 0, 1, 2), *x.shape[1:3]) for g in maps)
+    return gu.sum(3), g_delta, gA.unflatten(0, (K, -1)), gB, gC, gD.view(K, -1), g_bias.view(K, -1)
 
 
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
@@ -1575,7 +1740,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
     return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
 
 
-def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
+def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """(what the three kernels that walk begin with, their compile-time arguments)"""
     if triton is None:
         raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
@@ -1590,27 +1755,24 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    if dt_weight is not None:
-        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    BC = torch.cat([B.float(), C.float()], dim=-1)                                             # (B, H, W, K, 2N)
+    A = A.mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
+    BC = torch.cat([B, C], dim=-1)                                                             # (B, H, W, K, 2N)
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
         raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
-    bias = delta_bias.float().contiguous()
-    return ((x.contiguous(), delta, A, BC, bias, H, W, d, segments, *delta.stride()[:2], batch),
+    return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
 
-def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+def _triton_forward(x, delta, A, B, C, D, delta_bias):
     batch, _, _, d = x.shape
     n = A.shape[-1]
     states = _triton_states(x, n)
     segments = states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
     totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
@@ -1621,16 +1783,16 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
         _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, 0, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, 0, D.float().contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+            *walk, 0, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
-def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, H, W, d = x.shape
     n, segments = A.shape[-1], states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D, grad_y = D.float().contiguous(), grad_y.contiguous()
+    D, grad_y = D.contiguous(), grad_y.contiguous()
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
@@ -1651,8 +1813,13 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight
                 **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
     # (pair, B, 2, segments, ...) -> (K, ...)
     gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
-    g_weight = None
-    if dt_weight is not None:
-        g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
-        g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
-    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias, g_weight
+    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias
+
+
+# By backend: the states' size, forward and backward.
+_SCANS = {
+    "torch": (_torch_states, _torch_forward, _torch_backward),
+    "numba": (_numba_states, _numba_forward, _numba_backward),
+    "triton": (_triton_states, _triton_forward, _triton_backward),
+    "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
+}
