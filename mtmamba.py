@@ -44,7 +44,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -216,8 +215,8 @@ class MTMamba(nn.Module):
         outputs = {}
         for t in self.heads if tasks is None else tasks:
             if t not in self.heads or t not in self.tasks:
-                raise ValueError(f"the model has no task {t!r}; its tasks are {', '.join(self.tasks)}, its heads "
-                                 f"{', '.join(self.heads)}")
+                choices = ", ".join(name for name in self.heads if name in self.tasks)
+                raise ValueError(f"the model has no task {t!r}; choose from {choices}")
             y = self.heads[t](z[t])                                  # (B, n H'/4, n W'/4, C_t)
             b, h, w, _ = z[t].shape
             n = y.shape[1] // h if y.ndim == 4 else 1
@@ -1157,7 +1156,8 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where th
 
 @functools.cache
 def _numba_kernels():
-    """(forward, backward), compiled when they are first called, 1 or 2 seconds each. Both do the units first .. last.
+    """The functions forward and backward, by name. Each does the units first, .., last - 1. Each is compiled when it is
+    first called, which takes about a second.
 
     x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
     states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
@@ -1168,9 +1168,9 @@ def _numba_kernels():
     from numba.extending import intrinsic
 
     single, integer = numba.float32, numba.int64
-    log2_e, ln_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
-    shift = np.float32(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
-    # For sums of vectors, the order of additions must be free. exp2 needs the order that is written.
+    log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
+    shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
+    # For sums over vectors, the order of additions must be free. exp2 needs the order that is written.
     jit = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
     strict = numba.njit(nogil=True, fastmath={"contract"})
 
@@ -1307,7 +1307,7 @@ def _numba_kernels():
                         g_delta[b, p, k, d + i] = total * exp2((z - step[j]) * log2_e)
                         gx[k, b, p, d + i] = g_step_u[j] * step[j]
 
-    return forward, backward
+    return {"forward": forward, "backward": backward}
 
 
 def _numba_states(x: Tensor, n: int) -> Tensor:
@@ -1317,57 +1317,56 @@ def _numba_states(x: Tensor, n: int) -> Tensor:
 
 
 def _numba_forward(x, delta, A, B, C, D, delta_bias):
-    states = _numba_states(x, A.shape[-1])
-    y = x.new_empty(K, len(x), *x.shape[1:3], states.shape[-1])
-    _numba_run(0, x, *_numba_inputs(x, delta, A, B, C, delta_bias), states, y.flatten(2, 3))
-    return y.sum(0)[..., :x.shape[3]] + x * D.sum(0), states
+    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
+    batch, L, d = inputs[0].shape
+    states, y = _numba_states(x, A.shape[-1]), x.new_empty(K, batch, L, d)
+    _numba_run("forward", x, *inputs, states, y)
+    return y.sum(0)[..., :x.shape[3]].reshape(x.shape) + x * D.sum(0), states                   # Eq. 12
 
 
 def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
-    _, L, _, d = inputs[1].shape
-    gy, = _numba_blocks(grad_y)
-    g_next, gA = states.new_zeros(2, len(x), K, A.shape[-1], d)
-    gx, g_delta = x.new_empty(K, len(x), L, d), torch.empty_like(inputs[1])
-    gB, gC = x.new_empty(2, d // BLOCK, *inputs[3].shape)
-    _numba_run(1, x, *inputs, states, gy.flatten(1, 2), g_next, gx, g_delta, gA, gB, gC)
-    g_delta = g_delta[..., :x.shape[3]].unflatten(1, x.shape[1:3])
-    gx = gx.sum(0)[..., :x.shape[3]].view(x.shape) + grad_y * D.sum(0)
-    gB, gC = (g.sum(0).view(B.shape) for g in (gB, gC))
+    batch, L, d = inputs[0].shape
+    g_next, gA = x.new_zeros(2, batch, K, A.shape[-1], d)
+    gx, g_delta = x.new_empty(K, batch, L, d), x.new_empty(batch, L, K, d)
+    gB, gC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
+    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, gB, gC)
+    gx, gA, g_delta = (g[..., :x.shape[3]] for g in (gx.sum(0), gA.sum(0), g_delta))
     gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
-    return gx, g_delta, gA.sum(0)[..., :x.shape[3]].transpose(1, 2), gB, gC, gD, g_delta.sum((0, 1, 2))
+    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gA.transpose(1, 2),
+            gB.sum(0).view(B.shape), gC.sum(0).view(C.shape), gD, g_delta.sum((0, 1)))
 
 
-def _numba_inputs(x, delta, A, B, C, delta_bias):
+def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
     if not HAS_NUMBA or x.device.type != "cpu" or x.dtype != torch.float32:
         raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16 where the "
                            f"package numba is installed, found {x.dtype} on {x.device}, numba "
                            f"{'' if HAS_NUMBA else 'not '}installed; use the backend torch")
-    x, delta, A, delta_bias = _numba_blocks(x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias)
-    return x.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2), C.flatten(1, 2), delta_bias
+    x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
+    x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
+    return x, delta, A, B.contiguous(), C.contiguous(), delta_bias
 
 
-def _numba_blocks(*tensors: Tensor) -> list[Tensor]:
-    """The last dimension filled up to whole blocks of channels, with zeros."""
-    return [F.pad(t, (0, round_up(t.shape[-1], BLOCK) - t.shape[-1])) for t in tensors]
+def _numba_blocks(t: Tensor) -> Tensor:
+    """Its last dimension filled up to whole blocks of channels, with zeros."""
+    return F.pad(t, (0, -t.shape[-1] % BLOCK)).contiguous() if t.shape[-1] % BLOCK else t.contiguous()
 
 
-def _numba_run(which: int, x: Tensor, *tensors: Tensor):
-    """One of _numba_kernels on all units, in several parts per thread, so that a thread that is slow does fewer."""
-    kernel, (_, H, W, _) = _numba_kernels()[which], x.shape
-    arrays = [t.detach().contiguous().numpy() for t in tensors]
-    units = len(x) * K * (arrays[0].shape[2] // BLOCK)
-    threads = torch.get_num_threads()
+def _numba_run(name: str, x: Tensor, *tensors: Tensor):
+    """One of _numba_kernels on all units, in several parts per thread, so that a slow thread does fewer of them."""
+    kernel, arrays = _numba_kernels()[name], [t.detach().numpy() for t in tensors]
+    threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
     parts = min(units, 4 * threads) if threads > 1 else 1
-    bounds = [units * i // parts for i in range(parts + 1)]
-    run = functools.partial(_pool(threads, os.getpid()).map if threads > 1 else map,
-                            lambda first, last: kernel(first, last, *arrays, H, W))
-    list(run(bounds, bounds[1:]))
+
+    def run(part):
+        kernel(units * part // parts, units * (part + 1) // parts, *arrays, *x.shape[1:3])
+    share = _pool(threads, os.getpid()).map if threads > 1 else map
+    list(share(run, range(parts)))
 
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Of this process: a fork does not copy threads."""
+    """One per process, because a fork does not copy threads. They do not spin while they wait."""
     return ThreadPoolExecutor(threads, "mtmamba")
 
 

@@ -179,7 +179,7 @@ def test_a_head_that_does_not_fit_is_named(tiny_model):
         with pytest.raises(ValueError, match=f"the head of depth to make .B, n h, n w, 1.*found {re.escape(found)}"):
             model(image)
     model.heads["depth"], model.heads["extra"] = head, head
-    with pytest.raises(ValueError, match="has no task 'extra'; its tasks are semseg, depth"):
+    with pytest.raises(ValueError, match="has no task 'extra'; choose from semseg, depth"):
         model(image)
 
 

@@ -190,13 +190,13 @@ def test_bad_flags(arguments, message, tmp_path, capsys):
 
 def test_the_scan_runs_on_the_backend_asked_for(tmp_path, capsys):
     """The equations step by step give the losses of the default, nearly."""
-    for backend in ("reference", "torch"):
+    for backend in ("loop", "torch"):
         run(tmp_path / backend, "--variant", "stm1", "--iterations", 2, "--backend", backend)
         assert f"scan backend: {backend}" in capsys.readouterr().out
-    reference, ours = (log(tmp_path / backend, "losses")[-1]["losses"] for backend in ("reference", "torch"))
+    reference, ours = (log(tmp_path / backend, "losses")[-1]["losses"] for backend in ("loop", "torch"))
     assert ours == pytest.approx(reference, rel=1e-3) and ours != reference
-    scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "reference"])
-    assert "scan backend: reference" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
+    scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "loop"])
+    assert "scan backend: loop" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
 
 
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
