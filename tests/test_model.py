@@ -1,7 +1,9 @@
 """The model: equality with the published implementation, its variants, encoders, input sizes and errors."""
 
 import argparse
+import copy
 import dataclasses
+import pickle
 import re
 
 import pytest
@@ -101,6 +103,22 @@ def test_swin_pads_before_the_shift():
     assert (timm_way - block._attn(x)).abs().max() > 1e-3
 
 
+def test_copies_use_their_own_weights(tiny_model):
+    """Also where a block's method is replaced: by the padding of Swin's, and by checkpointing."""
+    model, image = tiny_model({"depth": 1}, variant="stm1").eval(), torch.randn(1, 3, 32, 64)
+    model.set_grad_checkpointing()
+    for duplicate_of in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        duplicate = duplicate_of(model)
+        expected = model(image)["depth"]
+        assert torch.equal(duplicate(image)["depth"], expected)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.5)
+        assert torch.equal(duplicate(image)["depth"], expected) and not torch.equal(model(image)["depth"], expected)
+        model(image)["depth"].sum().backward()
+        assert all(weight.grad is None for weight in duplicate.parameters())
+
+
 CONVNEXT = dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(12, 24, 48, 96), depths=(1, 1, 1, 1)))
 
 
@@ -135,15 +153,17 @@ def test_compiled_gradients_equal_eager(tiny_model):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant, encoder", [("mtmamba", {}), ("mtmamba++", CONVNEXT), ("swin-single-task", {}),
-                                              ("stm1", dict(encoder="resnet10t", encoder_kwargs=None))])
-def test_checkpointing_changes_no_gradient(tiny_model, variant, encoder):
+@pytest.mark.parametrize("variant, encoder, compiled", [
+    ("stm1", {}, True), ("mtmamba", {}, False), ("mtmamba++", CONVNEXT, False), ("swin-single-task", {}, False),
+    ("stm1", dict(encoder="resnet10t", encoder_kwargs=None), False)])
+def test_checkpointing_changes_no_gradient(tiny_model, variant, encoder, compiled):
     model = tiny_model({"semseg": 5, "depth": 1}, variant=variant, d_state=2, **encoder).train()
     image, kept, gradients = torch.randn(2, 3, 64, 64), [], []
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for enable in (False, True, False):
         model.set_grad_checkpointing(enable)
-        for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")) if enable else (model,):
+        runs = [model, torch.compile(model, fullgraph=True, backend="aot_eager")] if enable and compiled else [model]
+        for run in runs:
             model.load_state_dict(state)
             torch.manual_seed(1)
             stored = {}
