@@ -158,7 +158,7 @@ class MTMamba(nn.Module):
 
         def build_encoder():
             return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
-        self.encoder = build_encoder() if self.shared_encoder else nn.ModuleDict({t: build_encoder() for t in tasks})
+        self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
         c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
 
         blocks = config.depth + (config.ctm is not None)    # per stage
@@ -271,6 +271,10 @@ def round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple    # a form that torch.compile simplifies for a symbolic n
 
 
+def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
+    return nn.ModuleDict({t: build() for t in tasks})
+
+
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
@@ -285,9 +289,9 @@ class DecoderStage(nn.Module):
             if config.block == "swin":
                 return decoder_swin_block(dim, swin_heads, shifted=i % 2 == 1, drop_path=drop_path[i])
             return STM(dim, drop_path[i], config)
-        self.expand = nn.ModuleDict({t: PatchExpand(dim_in, dim, factor=2) for t in tasks})
-        self.fuse = nn.ModuleDict({t: nn.Linear(2 * dim, dim) for t in tasks})
-        self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(config.depth)]) for t in tasks})
+        self.expand = per_task(tasks, lambda: PatchExpand(dim_in, dim, factor=2))
+        self.fuse = per_task(tasks, lambda: nn.Linear(2 * dim, dim))
+        self.blocks = per_task(tasks, lambda: nn.Sequential(*map(build_block, range(config.depth))))
         self.ctm = None
         if config.ctm:
             self.ctm = (CTM if config.ctm == "feature" else SCTM)(tasks, dim, drop_path[-1], config)
@@ -315,19 +319,15 @@ class CTM(nn.Module):
     def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         self.fusion = fusion = config.fusion
-        d_inner = EXPANSION * dim
-
-        def per_task(build):
-            return nn.ModuleDict({t: build() for t in tasks})
         if fusion in ("adaptive", "specific"):
-            self.norm = per_task(lambda: nn.LayerNorm(dim))
-            self.mfe = per_task(lambda: MFE(dim, dim, config))
+            self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
+            self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
         if fusion in ("adaptive", "shared"):
             self.norm_shared = nn.LayerNorm(len(tasks) * dim)
             self.mfe_shared = MFE(len(tasks) * dim, dim, config)
         if fusion == "adaptive":
-            self.gate = per_task(lambda: build_gate(dim, config))
-        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+            self.gate = per_task(tasks, lambda: build_gate(dim, config))
+        self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -616,17 +616,14 @@ class SCTM(nn.Module):
     def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         d_inner = EXPANSION * dim
-
-        def per_task(build):
-            return nn.ModuleDict({t: build() for t in tasks})
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
-        self.norm = per_task(lambda: nn.LayerNorm(dim))
-        self.mfe = per_task(lambda: MFE(dim, dim, config))
-        self.cross = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
-        self.gate = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
-        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+        self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
+        self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
+        self.cross = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
+        self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
+        self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -770,10 +767,8 @@ class Encoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool):
         """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
         stages = [m for m in self.backbone.modules() if m is not self.backbone and hasattr(m, "grad_checkpointing")]
-        for stage in stages:
-            stage.grad_checkpointing = enable
-        if not stages:
-            self.backbone.set_grad_checkpointing(enable)
+        for module in stages or [self.backbone]:
+            module.grad_checkpointing = enable
 
 
 def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
@@ -1741,12 +1736,9 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """(what the three kernels that walk begin with, their compile-time arguments)"""
-    if triton is None:
-        raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
-                           "for CUDA on Linux. Use the backend torch")
     if not has_triton():
-        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, found "
-                           f"{triton.__version__}; use the backend torch, or update PyTorch, which Triton comes with")
+        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer (PyTorch for CUDA brings it), "
+                           f"found {triton.__version__ if triton else 'none'}; use the backend torch")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
