@@ -1737,7 +1737,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """(what the three kernels that walk begin with, their compile-time arguments)"""
     if not has_triton():
-        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer (PyTorch for CUDA brings it), "
+        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
                            f"found {triton.__version__ if triton else 'none'}; use the backend torch")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
