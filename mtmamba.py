@@ -2,10 +2,10 @@
 
     Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba: Enhancing Multi-Task Dense Scene Understanding by
     Mamba-Based Decoders. ECCV 2024. https://arxiv.org/abs/2407.02228
-    The same. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders.
-    IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
+    Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via
+    Mamba-Based Decoders. IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
 
-This file stands alone: copy it, have torch and timm.
+To use it elsewhere, copy this file; it needs torch and timm.
 
     model = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     outputs = model(torch.randn(1, 3, 448, 576))         # {"semseg": (1, 40, 448, 576), "depth": ...}
@@ -26,18 +26,22 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
     B, C     B, C           (B, H, W, K, N)        input and output matrices                      Eq. 6, 7
     D        D              (K, D)                 skip connection                                Eq. 2
 
-Equations, tables and figures are those of the ECCV paper. Reads top-down: MTMamba, decoder stage, CTM, STM, MFE,
+Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. Appendix: the scan, fast, in chunks and as GPU kernels.
+published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs.
 """
 
+import copy
 import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -48,9 +52,10 @@ from timm.layers import DropPath, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-try:    # comes with PyTorch for CUDA; there is none for macOS and Windows
+try:    # comes with PyTorch for CUDA; macOS and Windows have none
     import triton
     import triton.language as tl
     from triton.language import constexpr
@@ -71,13 +76,12 @@ ENCODERS = {
     "swin-large": "swin_large_patch4_window12_384",
 }
 
-# The blocks of each task per decoder stage and their number; the cross-task block, if any, and what the "feature" one
-# hands on per task; what MFE and the gates are made of; the head; and whether the tasks share one encoder.
+# The columns are those of DecoderConfig, which explains them.
 _MTMAMBA = dict(block="stm", depth=2, ctm="feature", fusion="adaptive", mfe="ss2d", gate="linear", head="dense",
                 shared_encoder=True)
 VARIANTS = {
     "mtmamba": _MTMAMBA,
-    # The successor, and one of its two changes without the other
+    # The successor, then each of its two changes alone
     "mtmamba++": dict(_MTMAMBA, ctm="semantic", fusion=None, head="lite"),
     "s-ctm-dense": dict(_MTMAMBA, ctm="semantic", fusion=None),
     "f-ctm-lite": dict(_MTMAMBA, head="lite"),
@@ -98,6 +102,25 @@ VARIANTS = {
 }
 
 
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What all parts of a decoder have in common: a row of VARIANTS, the state size and the scan's backend."""
+
+    block: str               # of each task in a stage: "stm" or "swin"
+    depth: int               # number of these blocks
+    ctm: str | None          # cross-task block at the end of a stage: "feature" (CTM), "semantic" (SCTM) or none
+    fusion: str | None       # what CTM hands on to a task: "adaptive", "specific" or "shared"
+    mfe: str | None          # what MFE is made of: "ss2d" or "wmsa"
+    gate: str | None         # what the gates are made of: "linear" or "wmsa"
+    head: str                # "dense" or "lite"
+    shared_encoder: bool     # one encoder for all tasks, or one per task
+    d_state: int = 16        # N
+    backend: str | None = None
+
+
+PAPER = DecoderConfig(**VARIANTS["mtmamba"])
+
+
 class MTMamba(nn.Module):
     """Figure 1: a shared encoder, three decoder stages, a head per task.
 
@@ -106,15 +129,15 @@ class MTMamba(nn.Module):
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: further arguments of timm.create_model, such as in_chans=4 for images of four channels.
+    encoder_kwargs: more arguments of timm.create_model, such as in_chans=4 for images of four channels.
     variant: a key of VARIANTS.
-    output_scale: size of the outputs over that of the image, a whole number: 1, but 2 in the recipe of Cityscapes,
-        whose images are halved and whose labels are not.
+    output_scale: size of the outputs divided by the image's, a whole number. It is 2 in the recipe of Cityscapes,
+        where images are halved and labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
-    An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t): predict resizes its output.
-    Raises ValueError on an unknown variant, encoder or backend, no tasks, names that a task cannot have, or channel
-    counts below 1 or another output_scale.
+    An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
+    predict checks its output and resizes it.
+    Raises ValueError on an unknown variant or encoder, no tasks, or a wrong number of channels or output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
@@ -126,40 +149,34 @@ class MTMamba(nn.Module):
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
         if not tasks or any(channels < 1 for channels in tasks.values()):
             raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
-        for task in tasks:    # they name submodules, which share their names with a module's attributes
-            if not task or "." in task or hasattr(nn.ModuleDict(), task):
-                raise ValueError(f"a task cannot be named {task!r}, which cannot name a module of PyTorch; rename it")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
-        if backend not in (None, *BACKENDS):
-            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}, or None")
-        structure = dict(VARIANTS[variant])
-        self.shared_encoder, head = structure.pop("shared_encoder"), structure.pop("head")
+        config = DecoderConfig(**VARIANTS[variant], d_state=d_state, backend=backend)
+        self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
         self.in_chans = (encoder_kwargs or {}).get("in_chans", 3)
 
         def build_encoder():
             return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
-        self.encoder = build_encoder() if self.shared_encoder else nn.ModuleDict({t: build_encoder() for t in tasks})
+        self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
         c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
 
-        blocks = structure["depth"] + (structure["ctm"] is not None)    # per stage
+        blocks = config.depth + (config.ctm is not None)    # per stage
         drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
         self.stages = nn.ModuleList(
-            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], swin_heads=heads,
-                         d_state=d_state, backend=backend, **structure)
+            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], heads, config)
             for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
-        build_head = DenseHead if head == "dense" else LiteHead
+        build_head = DenseHead if config.head == "dense" else LiteHead
         self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
 
     def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
         output_scale.
 
-        Any H, W from the encoder's stride up: padded inside (bottom and right, zeros), cropped back.
-        tasks: whose heads to run; None for all. (The decoder runs for all, as its tasks exchange features.)
-        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast any float
-        type but float64 will do).
+        H and W are 32 or more. The image is padded inside (bottom and right, zeros) and the outputs are cropped back.
+        tasks: run the heads of these tasks only. The decoder always runs for all, because tasks exchange features.
+        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast, any float
+        type but float64 is accepted).
         """
         return self.predict(self.decode(image), image.shape[2:], tasks)
 
@@ -197,18 +214,39 @@ class MTMamba(nn.Module):
         H, W = (self.output_scale * n for n in size)
         outputs = {}
         for t in self.heads if tasks is None else tasks:
-            if t not in self.heads:
-                raise ValueError(f"the model has no task {t!r}; choose from {', '.join(self.heads)}")
-            y = self.heads[t](z[t]).permute(0, 3, 1, 2)              # (B, C_t, H' / stride of the head, W' / stride)
+            if t not in self.heads or t not in self.tasks:
+                choices = ", ".join(name for name in self.heads if name in self.tasks)
+                raise ValueError(f"the model has no task {t!r}; choose from {choices}")
+            y = self.heads[t](z[t])                                  # (B, n H'/4, n W'/4, C_t)
+            b, h, w, _ = z[t].shape
+            n = y.shape[1] // h if y.ndim == 4 else 1
+            if y.shape != (b, n * h, n * w, self.tasks[t]):
+                raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C) = "
+                                 f"{tuple(z[t].shape)}, with a whole number n; found {tuple(y.shape)}")
+            y = y.permute(0, 3, 1, 2)
             padded = [4 * self.output_scale * n for n in z[t].shape[1:3]]
             if list(y.shape[2:]) != padded:
-                # In one step and in float32: its gradients are sums over many pixels, which CUDA adds up in y's type.
+                # In float32: the gradients are sums over many pixels, and CUDA would add them in y's type.
                 y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
-            outputs[t] = y[:, :, :H, :W]                             # without what decode padded
+            outputs[t] = y[:, :, :H, :W]                             # without decode's padding
         return outputs
 
+    def set_grad_checkpointing(self, enable: bool = True):
+        """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes it a second time in
+        the backward pass: less memory, more time, equal gradients.
+
+        Lite heads are skipped: recomputing them would update batch norm twice.
+        """
+        for encoder in [self.encoder] if self.shared_encoder else self.encoder.values():
+            encoder.set_grad_checkpointing(enable)
+        for block in (*self.stages.modules(), *self.heads.values()):
+            if isinstance(block, (SwinTransformerBlock, STM, CTM, SCTM, DenseHead)):
+                block.__dict__.pop("forward", None)    # of an earlier call
+                if enable:
+                    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
     def get_extra_state(self) -> Tensor:
-        """Of every state_dict: what the names and shapes of its tensors do not show, as the bytes of a JSON object."""
+        """Part of every state_dict: what its tensors' names and shapes do not show, as the bytes of a JSON object."""
         shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
@@ -216,13 +254,13 @@ class MTMamba(nn.Module):
         return torch.tensor(list(json.dumps(hidden).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor):
-        """Raises ValueError, before anything is loaded, where a state_dict is of a model that computes something else
-        with the same tensors: its tasks in another order, in which the cross-task blocks concatenate their features."""
+        """Raises ValueError, before anything is loaded, if the same tensors would compute something else here, for
+        example because the cross-task blocks concatenate the tasks in another order."""
         found, own = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
         different = [f"{key} {found[key]} (here {own[key]})" for key in own if found.get(key, own[key]) != own[key]]
         if different:
             raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded. "
-                             "Build the model as it was")
+                             "Build the model with the same arguments")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())    # files of earlier versions have none
@@ -230,32 +268,33 @@ class MTMamba(nn.Module):
 
 
 def round_up(n: int, multiple: int) -> int:
-    return (n + multiple - 1) // multiple * multiple    # a form that the compiler simplifies where n is symbolic
+    return (n + multiple - 1) // multiple * multiple    # a form that torch.compile simplifies for a symbolic n
+
+
+def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
+    return nn.ModuleDict({t: build() for t in tasks})
 
 
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
-    block, depth, ctm, fusion, mfe, gate: a row of VARIANTS. drop_path: stochastic depth of each block in order.
+    drop_path: stochastic depth of each block in order. swin_heads: of the blocks of Table 2's Swin rows.
     """
 
-    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], block: str, depth: int,
-                 ctm: str | None, fusion: str | None, mfe: str, gate: str, swin_heads: int, d_state: int,
-                 backend: str | None):
+    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], swin_heads: int,
+                 config: DecoderConfig):
         super().__init__()
 
         def build_block(i):
-            if block == "swin":
+            if config.block == "swin":
                 return decoder_swin_block(dim, swin_heads, shifted=i % 2 == 1, drop_path=drop_path[i])
-            return STM(dim, mfe, gate, drop_path[i], d_state, backend)
-        self.expand = nn.ModuleDict({t: PatchExpand(dim_in, dim, factor=2) for t in tasks})
-        self.fuse = nn.ModuleDict({t: nn.Linear(2 * dim, dim) for t in tasks})
-        self.blocks = nn.ModuleDict({t: nn.Sequential(*[build_block(i) for i in range(depth)]) for t in tasks})
+            return STM(dim, drop_path[i], config)
+        self.expand = per_task(tasks, lambda: PatchExpand(dim_in, dim, factor=2))
+        self.fuse = per_task(tasks, lambda: nn.Linear(2 * dim, dim))
+        self.blocks = per_task(tasks, lambda: nn.Sequential(*map(build_block, range(config.depth))))
         self.ctm = None
-        if ctm == "feature":
-            self.ctm = CTM(tasks, dim, mfe, gate, fusion, drop_path[-1], d_state, backend)
-        elif ctm == "semantic":
-            self.ctm = SCTM(tasks, dim, drop_path[-1], d_state, backend)
+        if config.ctm:
+            self.ctm = (CTM if config.ctm == "feature" else SCTM)(tasks, dim, drop_path[-1], config)
 
     def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
         """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
@@ -270,30 +309,25 @@ class DecoderStage(nn.Module):
 class CTM(nn.Module):
     """Cross-task Mamba block, Figure 2(b), Eq. 19-25.
 
-    fusion: "adaptive" is Eq. 24; "specific" and "shared" (Table 5) hand on the task's own feature or the shared one
-        alone, and build nothing that they do not use.
+    config.fusion: "adaptive" is Eq. 24. In Table 5, "specific" hands on the task's own feature alone, and "shared" the
+        shared one; they build only what they use.
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
     and the gate has no bias, the two are the same function with the gate's weight negated
     (load_published_checkpoint does that).
     """
 
-    def __init__(self, tasks: list[str], dim: int, mfe: str, gate: str, fusion: str, drop_path: float, d_state: int,
-                 backend: str | None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
-        self.fusion = fusion
-        d_inner = EXPANSION * dim
-
-        def per_task(build):
-            return nn.ModuleDict({t: build() for t in tasks})
+        self.fusion = fusion = config.fusion
         if fusion in ("adaptive", "specific"):
-            self.norm = per_task(lambda: nn.LayerNorm(dim))
-            self.mfe = per_task(lambda: MFE(dim, dim, mfe, d_state, backend))
+            self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
+            self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
         if fusion in ("adaptive", "shared"):
             self.norm_shared = nn.LayerNorm(len(tasks) * dim)
-            self.mfe_shared = MFE(len(tasks) * dim, dim, mfe, d_state, backend)
+            self.mfe_shared = MFE(len(tasks) * dim, dim, config)
         if fusion == "adaptive":
-            self.gate = per_task(lambda: build_gate(dim, gate))
-        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+            self.gate = per_task(tasks, lambda: build_gate(dim, config))
+        self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -318,11 +352,11 @@ class CTM(nn.Module):
 class STM(nn.Module):
     """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
 
-    def __init__(self, dim: int, mfe: str, gate: str, drop_path: float, d_state: int, backend: str | None):
+    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mfe = MFE(dim, dim, mfe, d_state, backend)
-        self.gate = build_gate(dim, gate)
+        self.mfe = MFE(dim, dim, config)
+        self.gate = build_gate(dim, config)
         self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
         self.drop_path = DropPath(drop_path)
 
@@ -334,27 +368,27 @@ class STM(nn.Module):
         return z + self.drop_path(self.out(z_mfe * g))          # Eq. 17, 18   (B, H, W, C)
 
 
-def build_gate(dim: int, kind: str) -> nn.Module:
+def build_gate(dim: int, config: DecoderConfig) -> nn.Module:
     """(B, H, W, C) -> (B, H, W, D): the linear map of Eq. 16 and 23, or Table 4's window attention before it."""
     linear = nn.Linear(dim, EXPANSION * dim, bias=False)
-    return linear if kind == "linear" else nn.Sequential(WindowMSA(dim), linear)
+    return linear if config.gate == "linear" else nn.Sequential(WindowMSA(dim), linear)
 
 
 class MFE(nn.Module):
     """Mamba-based feature extractor, Eq. 13: LN . SS2D . SiLU . Conv . Linear.
 
     dim_in: input channels. dim: C of the decoder stage, which sets D and R also where dim_in is T * C (Eq. 22).
-    kind: "ss2d", or "wmsa" (Table 3), where one window attention replaces all that follows the linear map.
+    In Table 3's row "wmsa", one window attention replaces all that follows the linear map.
     """
 
-    def __init__(self, dim_in: int, dim: int, kind: str, d_state: int, backend: str | None):
+    def __init__(self, dim_in: int, dim: int, config: DecoderConfig = PAPER):
         super().__init__()
         d_inner = EXPANSION * dim
         self.linear = nn.Linear(dim_in, d_inner, bias=False)
-        self.wmsa = WindowMSA(d_inner) if kind == "wmsa" else None
-        if kind == "ss2d":
+        self.wmsa = WindowMSA(d_inner) if config.mfe == "wmsa" else None
+        if config.mfe == "ss2d":
             self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
-            self.ss2d = SS2D(d_inner, d_state, dt_rank=math.ceil(dim / 16), backend=backend)
+            self.ss2d = SS2D(d_inner, config.d_state, dt_rank=math.ceil(dim / 16), backend=config.backend)
             self.norm = nn.LayerNorm(d_inner)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -367,8 +401,8 @@ class MFE(nn.Module):
 
 
 class SS2D(nn.Module):
-    """2D selective scan, Eq. 6-8 and 10-12: the map's own Delta, B and C per direction, then the scan. In MTMamba++'s
-    cross SS2D they are projected from a second map; all else is the same.
+    """2D selective scan, Eq. 6-8 and 10-12: projects the map to Delta, B and C per direction, then scans. In
+    MTMamba++'s cross SS2D they are projected from a second map; all else is equal.
 
     No outer projections and no LayerNorm. The projections act on each pixel alone, so they commute with the order of
     the scan: one linear map on the feature map in place serves all directions.
@@ -401,14 +435,14 @@ class SS2D(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x, and c if Delta, B and C are to come from it: (B, H, W, D) -> (B, H, W, D)"""
+        """x: (B, H, W, D). c: the map for Delta, B and C if it is not x. Returns (B, H, W, D)."""
         R, N = self.dt_rank, self.d_state
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
         A = -torch.exp(self.A_log.float())
-        # The scan expands delta to D itself, so that the expanded one, 4 times as large as x, need not be stored.
-        return _selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.dt_weight, self.backend)
+        # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
+        return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
 
 
 # ------------------------------------------------------------------------------------------------------- the scan
@@ -432,12 +466,12 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 
 def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
-    """The outputs of all steps, (L, ...): by a Python loop. While a model is compiled or exported, by PyTorch's scan
-    operator, one node for any L, which a file can hold without this project."""
+    """The outputs of all steps, (L, ...), by a Python loop. While a model is compiled or exported, by PyTorch's scan
+    operator: one node for any L, so that exported files run without this project."""
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
         return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
-    if torch.compiler.is_compiling():    # that, without a compilation of every step function
+    if torch.compiler.is_compiling():    # the same operator, without compiling each step function
         from torch._higher_order_ops.scan import scan_op
         return scan_op(step, [h], sequences, (A,))[1]
     y = []
@@ -458,27 +492,23 @@ def scan_orders(H: int, W: int, device: torch.device | None = None) -> Tensor:
 
 
 def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
-                      backend: str | None = None) -> Tensor:
+                      backend: str | None = None, dt_weight: Tensor | None = None) -> Tensor:
     """Eq. 10-12: S6 along four directions of the feature map, put back in place and summed.
 
     x: (B, H, W, D). delta: (B, H, W, K, D), before bias and softplus. A: (K, D, N). B, C: (B, H, W, K, N).
     D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
     autocast (float64 where x is), because the state sums over thousands of steps.
+    dt_weight: (K, D, R), where delta is still (B, H, W, K, R), to be expanded by it.
 
-    backend: "loop", also called "reference": s6 along explicit index lists; for reading, tests, exports and any kind of
-            derivative.
+    backend: "loop": s6 along explicit index lists; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
+        "numba": this file's loops for CPUs, compiled by the package numba; float32.
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
-    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where "triton" or
-    "mamba_ssm" cannot run.
+    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where a backend
+    cannot run.
     """
-    return _selective_scan_2d(x, delta, A, B, C, D, delta_bias, None, backend)
-
-
-def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    """selective_scan_2d; with a dt_weight (K, D, R), delta is (B, H, W, K, R) and still to be expanded by it."""
     batch, H, W, d = x.shape
     n = A.shape[-1]
     rank = d if dt_weight is None else dt_weight.shape[-1]
@@ -494,37 +524,24 @@ def _selective_scan_2d(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    tensors = [t for t in (x, delta, A, B, C, D, delta_bias, dt_weight) if t is not None]
-    if backend not in ("loop", "reference") and any(_is_transformed(t) for t in tensors):
+    if backend == "loop":
+        delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
+        return _scan_loop(x, delta, A, B, C, D, delta_bias)
+    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
                            "jvp or torch.func.grad; use the backend loop, which has them all")
-    if backend in ("torch", "triton"):
-        return _scan_op(x, delta, A, B, C, D, delta_bias, dt_weight, backend)[0]
-    delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
-    return (_scan_mamba_ssm if backend == "mamba_ssm" else _scan_loop)(x, delta, A, B, C, D, delta_bias)
+    return _scan_op(*inputs, backend)[0]
 
 
-def _is_transformed(t: Tensor) -> bool:
-    """By jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
-    if torch.compiler.is_dynamo_compiling():    # which cannot tell for a tensor
-        return forward_ad._current_level >= 0
-    return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
-
-
-BACKENDS = ("loop", "reference", "torch", "triton", "mamba_ssm")    # "reference" is "loop" by another name
+BACKENDS = ("loop", "torch", "numba", "triton", "mamba_ssm")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that selective_scan_2d picks: on CUDA "mamba_ssm" where its kernel is installed, else "triton" where
-    has_triton(); elsewhere, and in float64, "torch"."""
-    if device.type != "cuda" or dtype == torch.float64:
-        return "torch"
-    return "mamba_ssm" if has_mamba_ssm() else "triton" if has_triton() else "torch"
-
-
-def has_mamba_ssm() -> bool:
-    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
-    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+    """The backend that selective_scan_2d picks: "triton" on CUDA where has_triton(), "numba" on CPUs where Numba is
+    installed; elsewhere, and in float64, "torch"."""
+    available = {"cuda": "triton" if has_triton() else "torch", "cpu": "numba" if HAS_NUMBA else "torch"}
+    return "torch" if dtype == torch.float64 else available.get(device.type, "torch")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -532,7 +549,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias):
-    dtype = _compute_dtype(x)    # which autocast leaves as it is in everything that s6 does
+    dtype = _compute_dtype(x)    # autocast changes no type in s6
     orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
     u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
     directions = torch.arange(K, device=x.device)[:, None]
@@ -579,11 +596,10 @@ class DenseHead(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- MTMamba++
-# Two changes: in every decoder stage SCTM in place of CTM, and LiteHead in place of DenseHead. Read off the published
-# implementation.
+# Two changes, which follow the published implementation: SCTM in place of CTM, and LiteHead in place of DenseHead.
 
 class SCTM(nn.Module):
-    """S-CTM, the semantic cross-task Mamba block: the fused features of all tasks say how each task's own are filtered.
+    """S-CTM, the semantic cross-task Mamba block: the tasks' fused features control how each task's own are filtered.
 
         s     = Conv3x3(Linear(LN(concat_t z^t)))         once                                   TC -> C -> C
         u^t   = LN(z^t)                                   then per task
@@ -592,25 +608,22 @@ class SCTM(nn.Module):
         y^t   = LN(SS2D(x^t; c^t))                        Delta, B and C from c^t, the sequence and D's skip from x^t
         out^t = z^t + W_o^t (y^t * SiLU(W_g^t u^t))                                              D -> C
 
-    No activation or norm follows the linear map and the convolution of s; the depthwise convolution and these two have
-    a bias, the W have none. CTM (F-CTM in this paper) mixes features; here a task gets nothing of the others' but the
-    step sizes and matrices of its own scan.
+    In s, no activation or norm follows the linear map and the convolution. These two and the depthwise convolution have
+    a bias; the W have none. CTM (F-CTM in this paper) mixes features. Here the other tasks only influence the step
+    sizes and matrices of a task's own scan.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float, d_state: int, backend: str | None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
         d_inner = EXPANSION * dim
-
-        def per_task(build):
-            return nn.ModuleDict({t: build() for t in tasks})
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
-        self.norm = per_task(lambda: nn.LayerNorm(dim))
-        self.mfe = per_task(lambda: MFE(dim, dim, "ss2d", d_state, backend))
-        self.cross = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
-        self.gate = per_task(lambda: nn.Linear(dim, d_inner, bias=False))
-        self.out = per_task(lambda: nn.Linear(d_inner, dim, bias=False))
+        self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
+        self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
+        self.cross = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
+        self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
+        self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -629,8 +642,8 @@ class SCTM(nn.Module):
 class LiteHead(nn.Module):
     """3x3 convolution, batch norm, ReLU, linear map, (B, H, W, C) -> (B, H, W, channels); MTMamba.predict resizes.
 
-    The convolution has 96 channels, half of Swin-Large's C_1, whatever the encoder. Batch norm ties the images of a
-    batch together in training, and those of several processes where torch.nn.SyncBatchNorm takes its place.
+    The convolution has 96 channels, half of Swin-Large's C_1, with every encoder. In training, batch norm makes an
+    image's outputs depend on the others of its batch.
     """
 
     WIDTH = 96
@@ -681,25 +694,31 @@ def check_heads(dim: int, heads: int):
                          f"{dim}. Choose an encoder whose widths fit, such as Swin's")
 
 
-class SwinBlock(SwinTransformerBlock):
-    """timm's Swin block, padded to whole windows before the cyclic shift.
+def pad_before_shift(module: nn.Module) -> nn.Module:
+    """Makes timm's Swin blocks in a module pad the map to whole windows before the cyclic shift. Returns the module.
 
     Differs from timm, which shifts first and pads then: where the feature map is not a multiple of the window, that
-    puts the padding into the middle of the shifted map and computes something else than Swin for dense prediction,
-    on which all published MTMamba weights were trained.
+    puts the padding into the middle of the shifted map. Swin for dense prediction pads first, and so do all published
+    MTMamba weights.
     """
+    for block in module.modules():
+        if isinstance(block, SwinTransformerBlock):
+            block._attn = functools.partial(_padded_attention, block)
+    return module
 
-    def _attn(self, x: Tensor) -> Tensor:
-        return super()._attn(pad_to_windows(x, self.window_size))[:, :x.shape[1], :x.shape[2]]
+
+def _padded_attention(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    return type(block)._attn(block, pad_to_windows(x, block.window_size))[:, :x.shape[1], :x.shape[2]]
 
 
-def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> SwinBlock:
+def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> nn.Module:
     """A block of Table 2's Swin baselines: window 12, MLP ratio 4."""
     check_heads(dim, heads)
     # always_partition and dynamic_mask: the window stays 12 and the mask is made for each input's size, so the
     # resolution given here plays no part.
-    return SwinBlock(dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
-                     drop_path=drop_path, always_partition=True, dynamic_mask=True)
+    return pad_before_shift(SwinTransformerBlock(
+        dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
+        drop_path=drop_path, always_partition=True, dynamic_mask=True))
 
 
 class Encoder(nn.Module):
@@ -707,7 +726,7 @@ class Encoder(nn.Module):
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
     Arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to multiples
-    of 32; forward raises ValueError on another one.
+    of 32.
     """
 
     def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
@@ -716,8 +735,8 @@ class Encoder(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
                              "timm.list_models() returns")
-        is_swin = timm.models.model_entrypoint(name).__module__ == SwinTransformerBlock.__module__
-        self.name, self.built_for = name, None    # the size, where other sizes may be refused
+        is_swin = name.startswith("swin_")    # others of this family begin with swinv2_
+        self.name, self.built_for = name, None    # the size, where the weights depend on it
         if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
             padded = tuple(n + -n % ENCODER_STRIDES[-1] for n in img_size)
             kwargs = {"img_size": padded, **kwargs}
@@ -725,43 +744,31 @@ class Encoder(nn.Module):
         if is_swin:
             # Any input size, and windows that keep their size also on maps smaller than themselves.
             kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
-        try:
-            self.backbone, kwargs = create_backbone(name, kwargs)
-            info = self.backbone.feature_info
-            self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
-        except TypeError as error:
-            raise ValueError(f"cannot build the encoder {name!r} with the arguments {kwargs}: {error}") from error
-        except (RuntimeError, AttributeError, AssertionError, ValueError) as error:
-            raise ValueError(f"the encoder {name!r} does not give features at strides {ENCODER_STRIDES}"
-                             f"{_reason(error)}. Choose a hierarchical model") from error
+        self.backbone, kwargs = create_backbone(name, kwargs)
+        info = self.backbone.feature_info
+        if not set(ENCODER_STRIDES) <= set(info.reduction()):
+            raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, found {name!r} with "
+                             f"{tuple(info.reduction())}. Choose a hierarchical model")
+        self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
         if pretrained:
             load_pretrained_backbone(self.backbone, name, kwargs)
-        if is_swin:
-            for block in self.backbone.modules():
-                if type(block) is SwinTransformerBlock:
-                    block.__class__ = SwinBlock
+        pad_before_shift(self.backbone)
         self.channels = [info.channels()[i] for i in self.indices]
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = self.backbone(image) if self.built_for is None else self.try_backbone(image)
+        features = self.backbone(image)
         features = [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
         return [norm(f) for norm, f in zip(self.norms, features)]
 
-    def try_backbone(self, image: Tensor) -> list[Tensor]:
-        # timm does not tell which of these models take other sizes: some do, and some do multiples of their windows.
-        try:
-            return self.backbone(image)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError, IndexError) as error:
-            found = tuple(image.shape[2:])    # as padded by the model
-            raise ValueError(f"the encoder {self.name!r}, built for images of {self.built_for}, cannot take {found}"
-                             f"{_reason(error)}. Build the model with the images' img_size, or choose an encoder that "
-                             "takes any, such as Swin") from error
+    def set_grad_checkpointing(self, enable: bool):
+        """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
+        stages = [m for m in self.backbone.modules() if m is not self.backbone and hasattr(m, "grad_checkpointing")]
+        for module in stages or [self.backbone]:
+            module.grad_checkpointing = enable
 
 
 def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
@@ -773,15 +780,11 @@ def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
         return timm.create_model(name, features_only=True, **kwargs), kwargs
 
 
-def _reason(error: Exception) -> str:
-    return f": {str(error).splitlines()[0].rstrip('.')}" if str(error) else ""
-
-
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     """Loads timm's pretrained weights into a features_only model, all of them or none.
 
-    timm loads such a model with strict=False and says nothing of what is missing. The classifier that it was cut from
-    is loaded strictly, so its tensors are copied from there. Raises RuntimeError where they do not fit.
+    timm loads such a model with strict=False and does not report missing tensors. It loads the whole classifier
+    strictly, so the tensors are copied from there.
     """
     source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
@@ -802,7 +805,7 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
 
 PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
 
-# (published name, name here), applied in this order to each key behind its prefix "module."
+# (published name, name here), applied in this order to each key without its prefix "module."
 _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
     (r"^backbone\.", r"encoder.backbone."),
@@ -852,7 +855,7 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
 
 
 def published_variant(state: dict[str, Tensor]) -> str:
-    """The row of VARIANTS that a published state_dict is of: its keys tell the cross-task block and the head."""
+    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
     semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
     lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
     kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
@@ -863,8 +866,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file, for tasks in another order (that of its
-    keys), or naming every tensor that is missing, left over or of the wrong shape; then the model is unchanged.
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
+    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
     """
     source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
@@ -874,7 +877,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
     own = model.state_dict()
-    del own["_extra_state"]    # which published files have not
+    del own["_extra_state"]    # published files have none
     state = {}
     for key, value in checkpoint.items():
         if key.endswith("relative_position_index"):    # a constant, which timm computes
@@ -890,16 +893,16 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
                          f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
                          + "\n  ".join(problems))
     order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # which no shape shows
-        raise ValueError("the checkpoint's tasks stand in another order, in which the cross-task blocks concatenate "
-                         f"their features; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+    if order != list(model.tasks):    # all shapes fit then
+        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
+                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
     model.load_state_dict(state)
     return len(checkpoint)
 
 
 def read_tensors(path: str | Path):
-    """What torch.save wrote, as long as it is tensors and plain values. Raises FileNotFoundError, or ValueError where
-    it is something else."""
+    """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
+    files."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
     try:
@@ -918,13 +921,13 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
     for pattern, replacement in _PUBLISHED_NAMES:
         name = pattern.sub(replacement, name)
     if "downsample.norm" in name or "downsample.reduction" in name:
-        # Patch merging: the four pixels of a cell stand channel-major, (c, row, column), in the published weights and
+        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
         # (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
     if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
         linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
         return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
-    if ".ctm.gate." in name:                                         # CTM's g multiplies the other feature there
+    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
         return {name: -value}
     if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
         return {name: value.unflatten(0, (K, -1))}
@@ -942,8 +945,8 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
     9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
-    The paper's counter takes SS2D's two projections from a report that prints their operations (2 per multiply-add)
-    with four significant digits. Table 2's 435.47 would be 435.48 without that rounding, so it is done here, too.
+    The paper's counter reads SS2D's two projections from a report with four significant digits of their operations (2
+    per multiply-add). Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
     Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
     """
     rounding = 0
@@ -965,46 +968,37 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
-    weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    backends = {m: m.backend for m in model.modules() if isinstance(m, SS2D)}
-    hooks = [ss2d.register_forward_pre_hook(count_rounding) for ss2d in backends]
-    training = model.training
-    model.eval()
-    try:
-        for ss2d in backends:
-            ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
-        with counter, torch.no_grad():
-            image = torch.empty(1, model.in_chans, *img_size, device="meta", dtype=next(model.parameters()).dtype)
-            outputs = torch.func.functional_call(model, weights, image)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-        for ss2d, backend in backends.items():
-            ss2d.backend = backend
+    meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, meta).eval()    # with the weights that `meta` says, which hold no numbers
+    for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
+        ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
+        ss2d.register_forward_pre_hook(count_rounding)
+    with counter, torch.no_grad():
+        outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
+                                     dtype=next(model.parameters()).dtype))
     resize = 4 * sum(output.numel() for output in outputs.values())
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast
 #
-# The backends "torch" and "triton" are one operator with a backward pass of its own, which torch.compile takes as it
-# is. Saved for the backward pass are the inputs and some of the states, from which it computes the others again.
+# All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. Saved
+# for the backward pass are the inputs and some of the states, from which it computes the others again.
 
 @torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
 def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
              dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """Arguments as in _selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
-    forward = _triton_forward if backend == "triton" else _torch_forward
+    """Arguments as in selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+    _, forward, _ = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        y, states = forward(x, delta, A, B, C, D, delta_bias, dt_weight)
+        y, states = forward(*_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
     return y.to(x.dtype), states
 
 
 @_scan_op.register_fake
 def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    states = _triton_states if backend == "triton" else _torch_states
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states(x, A.shape[-1])
+    empty_states, _, _ = _SCANS[backend]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), empty_states(x, A.shape[-1])
 
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
@@ -1012,10 +1006,15 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
                       D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
     """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
     inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
-    backward = _triton_backward if backend == "triton" else _torch_backward
+    _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        grads = backward(grad_y, states, *inputs)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs) if t is not None]
+        operands = _operands(backend, *inputs)
+        grads = list(backward(grad_y.to(operands[0].dtype), states, *operands))
+        if dt_weight is not None:
+            g_delta = grads[1].flatten(0, 2)
+            grads.append(torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2)))
+            grads[1] = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype)).view(delta.shape)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
 
 
 @_scan_backward_op.register_fake
@@ -1038,186 +1037,340 @@ def _scan_autograd(ctx, grad_y, grad_states):
 
 
 def _scan_second_derivative(ctx, *grads):
-    raise RuntimeError("the scan backends torch and triton have no second derivatives; use the backend loop, which has")
+    raise RuntimeError("this scan backend has no second derivatives; use the backend loop, which has them")
 
 
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
 
 
+def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
+    """The operator's inputs in the type computed in, with delta (B, H, W, K, D)."""
+    dtype = _compute_dtype(x)
+    if backend != "triton":    # whose kernels read x and delta in any type
+        x, delta = x.to(dtype), delta.to(dtype)
+    if dt_weight is not None:
+        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
+    return x, delta, *(t.to(dtype) for t in (A, B, C, D, delta_bias))
+
+
+def _is_transformed(t: Tensor) -> bool:
+    """Whether by jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
+    if torch.compiler.is_dynamo_compiling():    # Dynamo knows it of the program, not of a tensor
+        return forward_ad._current_level >= 0
+    return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
+
+
 def _to_sequences(t: Tensor) -> Tensor:
     """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
-    batch, H, W, k, X = t.shape
-    to_shared, to_each, _ = _rows(batch, H, W, t.device)
-    rows = t.reshape(-1, X).index_select(0, to_each if k == K else to_shared)
-    return rows.view(H * W, batch, K, X)
+    orders = scan_orders(*t.shape[1:3], t.device)
+    rows = t.flatten(1, 2).transpose(0, 1).expand(-1, -1, K, -1)                               # (L, B, K, X)
+    return torch.stack([rows[order, :, k] for k, order in enumerate(orders)], dim=2)
 
 
 def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
     """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    batch, X = t.shape[1], t.shape[3]
-    return t.reshape(-1, X).index_select(0, _rows(batch, H, W, t.device)[2]).view(batch, H, W, K, X)
+    orders = scan_orders(H, W, t.device).argsort(dim=1)
+    rows = torch.stack([t[order, :, k] for k, order in enumerate(orders)], dim=2)
+    return rows.transpose(0, 1).unflatten(1, (H, W))
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(batch: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows (of X channels) of a map (B, L, X) and of a map (B, L, K, X) in the order (L, B, K), and the rows of
-    sequences (L, B, K, X) in the order (B, L, K). Picking rows is several times faster than indexing by direction."""
-    with torch.inference_mode(False):    # autograd refuses to save inference tensors, and a later call may train
-        order = scan_orders(H, W, device)                                                  # (K, L)
-        batches, directions = torch.arange(batch, device=device)[:, None], torch.arange(K, device=device)
-        shared = order.T[:, None] + H * W * batches                                        # (L, B, K)
-        back = (order.argsort(dim=1).T * batch + batches[:, None]) * K + directions        # (B, L, K)
-        return shared.flatten(), (shared * K + directions).flatten(), back.flatten()
-
-
-# The backend "torch". Sequences are cut into chunks. Inside a chunk everything but the recurrence itself is done for
-# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start
-# and nothing else of size N; the backward pass computes the states inside the chunk again. Memory held for training
-# is the inputs and L / chunk states. Layout inside: time first, (chunk, B, K, N, D), because each step then is a
-# contiguous block, and D innermost is wide enough to vectorise.
-CHUNK = 32                # steps, or as many more as make this number of states:
-CHUNK_STATES = 2 ** 17    # less is not worth sharing out to threads, more does not fit into a core's cache
-PAIRED_FROM, PAIRED_UP_TO = 24, 2 ** 12    # steps, and states in a step: where _recur joins steps, measured on a CPU
-
-
-def _chunk(batch: int, d: int, n: int) -> int:
-    """Steps in a chunk."""
-    return max(CHUNK, CHUNK_STATES // (batch * K * n * d))
+# The backend "torch". Sequences are cut into chunks. Inside a chunk, everything but the recurrence itself is done for
+# all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start.
+# The backward pass computes the states inside the chunk again. Shapes inside are (steps, B, K, N, D): then each step is
+# a contiguous block, and D is innermost, wide enough for vector instructions.
+CHUNK = 32    # steps; also of the backend "numba"
 
 
 def _torch_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the states at the chunks' starts (ceil(L / chunk), B, K, N, D)."""
+    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
     batch, H, W, d = x.shape
-    chunk = _chunk(batch, d, n)
-    return x.new_empty((H * W + chunk - 1) // chunk, batch, K, n, d, dtype=_compute_dtype(x))
+    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
 
 
-def _torch_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, _, _ = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
-    step_u = step * u
-    y = torch.empty_like(u)
-    states = _torch_states(x, n)
-    chunk = min(L, _chunk(batch, d, n))
-    A_bar, H = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1))
-    h = u.new_zeros(batch, K, n, d)
-    for i, start in enumerate(range(0, L, chunk)):
-        now = slice(start, min(start + chunk, L))
-        T = now.stop - start
+def _torch_forward(x, delta, A, B, C, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
+    step, y, states = F.softplus(z), D * u, _torch_states(x, A.shape[1])
+    h = torch.zeros_like(states[0])
+    for i, now in enumerate(chunks):
         states[i] = h
-        _run_chunk(h, step[now], step_u[now], A, B[now], A_bar[:T], H[:T + 1])
-        _sum_states(C[now], H[1:T + 1], y[now])                                                 # Eq. 4
-        h = H[T]
-    y.addcmul_(D.to(u.dtype), u)                                                                # the skip of Eq. 2
-    y = _from_sequences(y, *x.shape[1:3]).sum(3)                                                # Eq. 12
-    return y, states
+        _, H = _torch_chunk(h, step[now], u[now], A, B[now])
+        y[now] += (C[now].unsqueeze(3) @ H[1:]).squeeze(3)                                      # Eq. 4
+        h = H[-1]
+    return _from_sequences(y, *x.shape[1:3]).sum(3), states                                     # Eq. 12
 
 
-def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
-    u, step, A, B, C, pre_softplus, low_rank = _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight)
-    L, batch, _, d = u.shape
-    n = A.shape[1]
+def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
+    step, gy = F.softplus(z), _to_sequences(grad_y.unsqueeze(3))
     step_u = step * u
-    gy = _to_sequences(grad_y.to(u.dtype).unsqueeze(3))
-    g_step, g_step_u = torch.empty_like(u), torch.empty_like(u)
-    gB, gC = torch.empty_like(B), torch.empty_like(C)
-    gA = torch.zeros_like(A)
-    chunk = min(L, _chunk(batch, d, n))
-    A_bar_chunk, H_chunk, G_chunk = (u.new_empty(chunk + extra, batch, K, n, d) for extra in (0, 1, 0))
-    carry = u.new_zeros(batch, K, n, d)           # gradient of the state that the chunk hands on
-    for i in reversed(range(len(states))):
-        now = slice(i * chunk, min((i + 1) * chunk, L))
-        T = now.stop - now.start
-        A_bar, H, G = A_bar_chunk[:T], H_chunk[:T + 1], G_chunk[:T]
-        _run_chunk(states[i], step[now], step_u[now], A, B[now], A_bar, H)
-        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times G.
-        torch.mul(gy[now].unsqueeze(3), C[now].unsqueeze(4), out=G)
-        G[T - 1] += carry
-        _recur(A_bar[1:], G, back=True)
-        torch.mul(A_bar[0], G[0], out=carry)
-        torch.matmul(H[1:], gy[now].unsqueeze(4), out=gC[now].unsqueeze(4))
-        torch.matmul(G, step_u[now].unsqueeze(4), out=gB[now].unsqueeze(4))
-        _sum_states(B[now], G, g_step_u[now])
-        # Gradient of the exponent step * A in A_bar = exp(step * A).
-        g_exponent = G.mul_(A_bar).mul_(H[:T])
-        torch.sum(torch.mul(g_exponent, A, out=A_bar), dim=3, out=g_step[now])
-        gA += torch.mul(g_exponent, step[now].unsqueeze(3), out=A_bar).sum((0, 1))
-    gu = torch.mul(gy, D.to(u.dtype)).addcmul_(g_step_u, step)
-    g_delta = g_step.addcmul_(g_step_u, u).mul_(pre_softplus.sigmoid_())
-    g_bias, g_weight = g_delta.sum((0, 1)), None
-    if dt_weight is not None:    # steps and images in one dimension, so that einsum need not copy
-        g_weight = torch.einsum("mkd,mkr->kdr", g_delta.flatten(0, 1), low_rank.flatten(0, 1))
-        g_delta = torch.einsum("lbkd,kdr->lbkr", g_delta, dt_weight.to(u.dtype))
-    gD = (gy * u).sum((0, 1))
-    gx = _from_sequences(gu, *x.shape[1:3]).sum(3)
-    g_delta, gB, gC = (_from_sequences(g.contiguous(), *x.shape[1:3]) for g in (g_delta, gB, gC))
-    return gx, g_delta, gA.transpose(1, 2), gB, gC, gD, g_bias, g_weight
+    g_step, g_step_u, gB, gC = (torch.empty_like(t) for t in (u, u, B, C))
+    gA, g_next = torch.zeros_like(A), torch.zeros_like(states[0])
+    for i, now in reversed([*enumerate(chunks)]):
+        A_bar, H = _torch_chunk(states[i], step[now], u[now], A, B[now])
+        # G[t]: gradient of the state after step t. Eq. 4 gives gy C; Eq. 3 adds A_bar of the next step times its G.
+        G = gy[now].unsqueeze(3) * C[now].unsqueeze(4)
+        G[-1] += g_next
+        for t in reversed(range(len(G) - 1)):
+            G[t].addcmul_(A_bar[t + 1], G[t + 1])
+        g_next = A_bar[0] * G[0]
+        gC[now] = (H[1:] @ gy[now].unsqueeze(4)).squeeze(4)
+        gB[now] = (G @ step_u[now].unsqueeze(4)).squeeze(4)
+        g_step_u[now] = (B[now].unsqueeze(3) @ G).squeeze(3)
+        G.mul_(A_bar).mul_(H[:-1])    # now of the exponent Delta A in Eq. 5
+        g_step[now] = (G * A).sum(3)
+        gA += (G * step[now].unsqueeze(3)).sum((0, 1))
+    g_delta = (g_step + g_step_u * u) * z.sigmoid()
+    gx, g_delta, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in (g_step_u * step + gy * D, g_delta, gB, gC))
+    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))
 
 
-def _run_chunk(h, step, step_u, A, B, A_bar, H):
-    """From state h through the T steps of a chunk: fills A_bar (T, ...) with Eq. 5 and H (T + 1, ...) with the states,
-    H[t] before step t, by Eq. 3."""
-    torch.mul(step.unsqueeze(3), A, out=A_bar).exp_()
-    H[0] = h
-    torch.mul(step_u.unsqueeze(3), B.unsqueeze(4), out=H[1:])    # B_bar x
-    _recur(A_bar, H)
+def _torch_inputs(x, delta, A, B, C, delta_bias):
+    """u, Delta before softplus, A (K, N, D), B, C as sequences (L, B, K, .), and the chunks of steps."""
+    delta, B, C, u = (_to_sequences(t) for t in (delta + delta_bias, B, C, x.unsqueeze(3)))
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(u), CHUNK)]
+    return u, delta, A.transpose(1, 2).contiguous(), B, C, chunks
 
 
-def _recur(links: Tensor, h: Tensor, back: bool = False):
-    """h[t + 1] += links[t] h[t] for t = 0, 1, ..; back: h[t] += links[t] h[t + 1] for t = .., 1, 0. In place.
+def _torch_chunk(h, step, u, A, B):
+    """From state h on: A_bar of each step (T, B, K, N, D), Eq. 5, and the states (T + 1, ...), [t] before step t."""
+    A_bar = (step.unsqueeze(3) * A).exp_()
+    H = torch.cat([h[None], (step * u).unsqueeze(3) * B.unsqueeze(4)])                          # B_bar x
+    for a, before, after in zip(A_bar, H, H[1:]):
+        after.addcmul_(a, before)                                                               # Eq. 3
+    return A_bar, H
 
-    Where steps are so small that calling an operator costs more than what it computes, it goes in three: one step
-    within every pair of neighbours, at once; from pair to pair, which is the same recurrence, half as long; the rest.
+
+# The backend "numba", for CPUs. A unit of work is one image, one direction and BLOCK channels; PyTorch's number of
+# threads share the units. The maps stay in place: the pixel is computed from the step. A unit works on CHUNK steps at
+# a time, for one of the N states after the other, so that all it reads and writes inside fits into the first cache.
+# The units, and so all sums, are the same for any number of threads: equal inputs give equal bits.
+BLOCK = 64    # channels, whose loops become vector instructions
+HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where the first scan runs
+
+
+@functools.cache
+def _numba_kernels():
+    """The functions forward and backward, by name. Each does the units first, .., last - 1. Each is compiled when it is
+    first called, which takes about a second.
+
+    x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
+    states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
     """
-    if len(h) < PAIRED_FROM or h[0].numel() > PAIRED_UP_TO:
-        order = slice(None, None, -1 if back else 1)
-        links, h = links.unbind()[order], h.unbind()[order]
-        for link, before, after in zip(links, h, h[1:]):
-            after.addcmul_(link, before)
-        return
-    even, odd = h[::2], h[1::2]
-    within, between = len(odd), len(even) - 1
-    if back:
-        even[:within].addcmul_(links[::2], odd)
-        _recur(links[:-1:2] * links[1::2], even, back)
-        odd[:between].addcmul_(links[1::2], even[1:])
-    else:
-        odd.addcmul_(links[::2], even[:within])
-        _recur(links[1:-1:2] * links[2::2], odd)
-        even[1:].addcmul_(links[1::2], odd[:between])
+    import numba
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    single, integer = numba.float32, numba.int64
+    log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
+    shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
+    # For sums over vectors, the order of additions must be free. exp2 needs the order that is written.
+    jit = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    strict = numba.njit(nogil=True, fastmath={"contract"})
+
+    @intrinsic
+    def stack(typing_context, kind):
+        """Memory for CHUNK x BLOCK numbers on the stack. The compiler knows that no array shares it, and can use vector
+        instructions without checks."""
+        def generate(context, builder, signature, arguments):
+            pointer = cgutils.alloca_once(builder, context.get_value_type(kind.dtype), CHUNK * BLOCK)
+            pointer.align = 64
+            return pointer
+        return types.CPointer(kind.dtype)(kind), generate
+
+    @intrinsic
+    def power_of_2(typing_context, shifted):
+        """2 ** (z rounded) of z + shift: its lowest bits, moved to where a float32 has its exponent."""
+        def generate(context, builder, signature, arguments):
+            bits = builder.bitcast(arguments[0], context.get_value_type(types.int32))
+            return builder.bitcast(builder.shl(bits, bits.type(23)), arguments[0].type)
+        return types.float32(types.float32), generate
+
+    @strict
+    def exp2(z):
+        """2 ** z for z <= 127, error 1e-7; 0 below -127, NaN for NaN. The polynomial is for -0.5 <= f <= 0.5."""
+        z = single(-127) if z < single(-127) else z
+        shifted = z + shift
+        f = z - (shifted - shift)
+        p = single(0.00961802560) + f * (single(0.00134004322) + f * single(0.000154697320))
+        p = single(0.693147207) + f * (single(0.240226512) + f * (single(0.0555032721) + f * p))
+        return (single(1) + f * p) * power_of_2(shifted)
+
+    @strict
+    def softplus(z):
+        """Delta, Eq. 8; the series is that of _triton_softplus."""
+        e = exp2(abs(z) * -log2_e)
+        p = single(-0.107681731) + e * (single(0.0440896391) + e * single(-0.0085392092))
+        p = single(0.3327548) + e * (single(-0.244954639) + e * (single(0.177452434) + e * p))
+        return max(z, single(0)) + e * (single(0.999999806) + e * (single(-0.499974054) + e * p))
+
+    @strict
+    def place(unit, blocks):
+        return unit // (K * blocks), unit // blocks % K, unit % blocks * BLOCK    # image, direction, first channel
+
+    @strict
+    def pixel(t, k, H, W):
+        t = t if k < 2 else H * W - 1 - t
+        return t if k % 2 == 0 else t % H * W + t // H
+
+    @jit
+    def forward(first, last, x, delta, A, B, C, bias, states, y, H, W):
+        """Fills y (K, B, L, D), without the skip of Eq. 2, and the states."""
+        blocks, N, L = x.shape[2] // BLOCK, A.shape[1], H * W
+        pixels, A_n, h = stack(integer), stack(single), stack(single)
+        step, step_u, y_chunk = stack(single), stack(single), stack(single)
+        for unit in range(first, last):
+            b, k, d = place(unit, blocks)
+            for chunk in range(states.shape[2]):
+                steps = min(CHUNK, L - chunk * CHUNK)
+                for t in range(steps):
+                    pixels[t] = p = pixel(chunk * CHUNK + t, k, H, W)
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        step[j] = s = softplus(delta[b, p, k, d + i] + bias[k, d + i])
+                        step_u[j] = s * x[b, p, d + i]
+                        y_chunk[j] = 0
+                for n in range(N):
+                    for i in range(BLOCK):
+                        A_n[i], h[i] = A[k, n, d + i], states[b, k, chunk, n, d + i]
+                    for t in range(steps):
+                        B_t, C_t = B[b, pixels[t], k, n], C[b, pixels[t], k, n]
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            h[i] = now = exp2(step[j] * A_n[i]) * h[i] + B_t * step_u[j]          # Eq. 5, 3
+                            y_chunk[j] += C_t * now                                             # Eq. 4
+                    if chunk + 1 < states.shape[2]:
+                        for i in range(BLOCK):
+                            states[b, k, chunk + 1, n, d + i] = h[i]
+                for t in range(steps):
+                    for i in range(BLOCK):
+                        y[k, b, pixels[t], d + i] = y_chunk[t * BLOCK + i]
+
+    @jit
+    def backward(first, last, x, delta, A, B, C, bias, states, gy, g_next, gx, g_delta, gA, gB, gC, H, W):
+        """Fills gx (K, B, L, D), g_delta (B, L, K, D), gB, gC (blocks, B, L, K, N), without the skip, and adds to gA
+        (B, K, N, D). g_next, as large, holds the gradients of the states after a chunk, 0 at first."""
+        blocks, N = x.shape[2] // BLOCK, A.shape[1]
+        pixels, A_n, h, g, gA_n = stack(integer), stack(single), stack(single), stack(single), stack(single)
+        step, step_u, gy_chunk, A_bar = stack(single), stack(single), stack(single), stack(single)
+        before, g_step, g_step_u = stack(single), stack(single), stack(single)
+        for unit in range(first, last):
+            b, k, d = place(unit, blocks)
+            for chunk in range(states.shape[2] - 1, -1, -1):
+                steps = min(CHUNK, H * W - chunk * CHUNK)
+                for t in range(steps):
+                    pixels[t] = p = pixel(chunk * CHUNK + t, k, H, W)
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        step[j] = s = softplus(delta[b, p, k, d + i] + bias[k, d + i])
+                        step_u[j], gy_chunk[j] = s * x[b, p, d + i], gy[b, p, d + i]
+                        g_step[j] = g_step_u[j] = 0
+                for n in range(N):
+                    for i in range(BLOCK):
+                        A_n[i], h[i] = A[k, n, d + i], states[b, k, chunk, n, d + i]
+                        g[i], gA_n[i] = g_next[b, k, n, d + i], gA[b, k, n, d + i]
+                    for t in range(steps):
+                        B_t, gC_t = B[b, pixels[t], k, n], single(0)
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            A_bar[j] = decay = exp2(step[j] * A_n[i])
+                            before[j] = h[i]
+                            h[i] = now = decay * h[i] + B_t * step_u[j]
+                            gC_t += gy_chunk[j] * now
+                        gC[d // BLOCK, b, pixels[t], k, n] = gC_t
+                    for t in range(steps - 1, -1, -1):
+                        B_t, C_t, gB_t = B[b, pixels[t], k, n], C[b, pixels[t], k, n], single(0)
+                        for i in range(BLOCK):
+                            j = t * BLOCK + i
+                            after = g[i] + C_t * gy_chunk[j]     # of the state after step t, Eq. 4 and 3
+                            gB_t += after * step_u[j]
+                            g_step_u[j] += after * B_t
+                            g[i] = now = after * A_bar[j]        # of the state before
+                            exponent = now * before[j]           # of Delta A in Eq. 5
+                            g_step[j] += exponent * A_n[i]
+                            gA_n[i] += exponent * step[j]
+                        gB[d // BLOCK, b, pixels[t], k, n] = gB_t
+                    for i in range(BLOCK):
+                        g_next[b, k, n, d + i], gA[b, k, n, d + i] = g[i], gA_n[i]
+                for t in range(steps):
+                    p = pixels[t]
+                    for i in range(BLOCK):
+                        j = t * BLOCK + i
+                        z = delta[b, p, k, d + i] + bias[k, d + i]    # softplus has the derivative exp(z - Delta)
+                        total = g_step[j] * ln_2 + g_step_u[j] * x[b, p, d + i]
+                        g_delta[b, p, k, d + i] = total * exp2((z - step[j]) * log2_e)
+                        gx[k, b, p, d + i] = g_step_u[j] * step[j]
+
+    return {"forward": forward, "backward": backward}
 
 
-def _sum_states(weights: Tensor, states: Tensor, out: Tensor):
-    """sum_n weights (T, B, K, N) states (T, B, K, N, D), in out (T, B, K, D)."""
-    if states.shape[3] == 1:    # a tenth of the time of as many matrix products of a single number
-        torch.mul(weights, states.squeeze(3), out=out)
-    else:
-        torch.matmul(weights.unsqueeze(3), states, out=out.unsqueeze(3))
+def _numba_states(x: Tensor, n: int) -> Tensor:
+    """Zeros, for the states at the chunks' starts (B, K, ceil(L / CHUNK), N, D), D rounded up to whole blocks."""
+    batch, H, W, d = x.shape
+    return x.new_zeros(batch, K, (H * W + CHUNK - 1) // CHUNK, n, round_up(d, BLOCK), dtype=torch.float32)
 
 
-def _scan_inputs(x, delta, A, B, C, delta_bias, dt_weight):
-    """What forward and backward start from: sequences (L, B, K, .) in the type computed in."""
-    dtype = _compute_dtype(x)
-    # x last: work too small to be shared, between work that is, lets the other threads fall asleep.
-    delta, B, C, u = (_to_sequences(t.to(dtype)) for t in (delta, B, C, x.unsqueeze(3)))
-    low_rank = delta
-    if dt_weight is not None:
-        delta = torch.einsum("lbkr,kdr->lbkd", delta, dt_weight.to(dtype)).contiguous()
-    pre_softplus = delta.add_(delta_bias.to(dtype))
-    A = A.to(dtype).transpose(1, 2).contiguous()                    # (K, N, D)
-    return u, F.softplus(pre_softplus), A, B, C, pre_softplus, low_rank
+def _numba_forward(x, delta, A, B, C, D, delta_bias):
+    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
+    batch, L, d = inputs[0].shape
+    states, y = _numba_states(x, A.shape[-1]), x.new_empty(K, batch, L, d)
+    _numba_run("forward", x, *inputs, states, y)
+    return y.sum(0)[..., :x.shape[3]].reshape(x.shape) + x * D.sum(0), states                   # Eq. 12
 
 
-# PyTorch's softplus on a CPU with AVX-512 ends in loading a constant under a mask that is nearly always empty: log1p's
-# results for -1 and -0. As long as the page with that constant was never read, each of these loads is a fault that the
-# processor has to suppress, and softplus takes ten times as long. Computing both, often enough to fill whole vectors,
-# brings the page in.
-torch.log1p(torch.tensor([-1.0, -0.0], device="cpu").repeat(64))
+def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
+    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
+    batch, L, d = inputs[0].shape
+    g_next, gA = x.new_zeros(2, batch, K, A.shape[-1], d)
+    gx, g_delta = x.new_empty(K, batch, L, d), x.new_empty(batch, L, K, d)
+    gB, gC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
+    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, gB, gC)
+    gx, gA, g_delta = (g[..., :x.shape[3]] for g in (gx.sum(0), gA.sum(0), g_delta))
+    gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
+    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gA.transpose(1, 2),
+            gB.sum(0).view(B.shape), gC.sum(0).view(C.shape), gD, g_delta.sum((0, 1)))
 
 
-def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
+    if not HAS_NUMBA or x.device.type != "cpu" or x.dtype != torch.float32:
+        raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16 where the "
+                           f"package numba is installed, found {x.dtype} on {x.device}, numba "
+                           f"{'' if HAS_NUMBA else 'not '}installed; use the backend torch")
+    x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
+    x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
+    return x, delta, A, B.contiguous(), C.contiguous(), delta_bias
+
+
+def _numba_blocks(t: Tensor) -> Tensor:
+    """Its last dimension filled up to whole blocks of channels, with zeros."""
+    return F.pad(t, (0, -t.shape[-1] % BLOCK)).contiguous() if t.shape[-1] % BLOCK else t.contiguous()
+
+
+def _numba_run(name: str, x: Tensor, *tensors: Tensor):
+    """One of _numba_kernels on all units, in several parts per thread, so that a slow thread does fewer of them."""
+    kernel, arrays = _numba_kernels()[name], [t.detach().numpy() for t in tensors]
+    threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
+    parts = min(units, 4 * threads) if threads > 1 else 1
+
+    def run(part):
+        kernel(units * part // parts, units * (part + 1) // parts, *arrays, *x.shape[1:3])
+    share = _pool(threads, os.getpid()).map if threads > 1 else map
+    list(share(run, range(parts)))
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """One per process, because a fork does not copy threads. They do not spin while they wait."""
+    return ThreadPoolExecutor(threads, "mtmamba")
+
+
+def has_mamba_ssm() -> bool:
+    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
+    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+
+
+def _check_mamba_ssm(x: Tensor):
     if not has_mamba_ssm():
         raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
                            "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
@@ -1226,20 +1379,33 @@ def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias):
     if x.device.type != "cuda" or x.dtype == torch.float64:
         raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
                            f"{x.dtype} on {x.device}; use the backend torch")
-    return _run_mamba_ssm(x, delta, A, B, C, D, delta_bias)
 
 
-def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias):
+def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
+    """(what the kernel reads, y). It has channels first, (B, K D, L), and takes the directions for groups of them."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    with torch.autocast(x.device.type, enabled=False):
-        # Channels first, (B, K, D or N, L): what the kernel reads. The K directions are its "groups".
-        u, delta, B, C = (_to_sequences(t.float()).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))
-        y = selective_scan_fn(u.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), A.float().flatten(0, 1),
-                              B.contiguous(), C.contiguous(), D.float().flatten(),
-                              delta_bias=delta_bias.float().flatten(), delta_softplus=True)         # (B, K*D, L)
-        y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])             # (B, H, W, K, D)
-    return y.sum(3).to(x.dtype)
+    u, delta, B, C = (_to_sequences(t).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))    # (B, K, ., L)
+    read = [t.detach().contiguous().requires_grad_(grad) for t in (
+        u.flatten(1, 2), delta.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), delta_bias.flatten())]
+    with torch.set_grad_enabled(grad):
+        return read, selective_scan_fn(*read[:6], delta_bias=read[6], delta_softplus=True)
+
+
+def _mamba_ssm_forward(x, *operands):
+    _check_mamba_ssm(x)
+    _, y = _run_mamba_ssm(x, *operands, grad=False)
+    y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])                   # (B, H, W, K, D)
+    return y.sum(3), x.new_empty(0)
+
+
+def _mamba_ssm_backward(grad_y, states, x, *operands):
+    read, y = _run_mamba_ssm(x, *operands, grad=True)
+    grad_y = _to_sequences(grad_y.unsqueeze(3)).permute(1, 2, 3, 0).flatten(1, 2)
+    gu, g_delta, gA, gB, gC, gD, g_bias = torch.autograd.grad(y, read, grad_y)
+    maps = gu.unflatten(1, (K, -1)), g_delta.unflatten(1, (K, -1)), gB, gC
+    gu, g_delta, gB, gC = (_from_sequences(g.permute(3, 0, 1, 2), *x.shape[1:3]) for g in maps)
+    return gu.sum(3), g_delta, gA.unflatten(0, (K, -1)), gB, gC, gD.view(K, -1), g_bias.view(K, -1)
 
 
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
@@ -1568,14 +1734,11 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
     return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
 
 
-def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
+def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """(what the three kernels that walk begin with, their compile-time arguments)"""
-    if triton is None:
-        raise RuntimeError("the scan backend triton was asked for, but Triton is not installed; it comes with PyTorch "
-                           "for CUDA on Linux. Use the backend torch")
     if not has_triton():
-        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, found "
-                           f"{triton.__version__}; use the backend torch, or update PyTorch, which Triton comes with")
+        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
+                           f"found {triton.__version__ if triton else 'none'}; use the backend torch")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
@@ -1583,27 +1746,24 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    if dt_weight is not None:
-        delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    A = A.float().mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    BC = torch.cat([B.float(), C.float()], dim=-1)                                             # (B, H, W, K, 2N)
+    A = A.mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
+    BC = torch.cat([B, C], dim=-1)                                                             # (B, H, W, K, 2N)
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
         raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
-    bias = delta_bias.float().contiguous()
-    return ((x.contiguous(), delta, A, BC, bias, H, W, d, segments, *delta.stride()[:2], batch),
+    return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
 
-def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
+def _triton_forward(x, delta, A, B, C, D, delta_bias):
     batch, _, _, d = x.shape
     n = A.shape[-1]
     states = _triton_states(x, n)
     segments = states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
     totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
@@ -1614,16 +1774,16 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias, dt_weight):
         _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, 0, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, 0, D.float().contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+            *walk, 0, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
-def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight):
+def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, H, W, d = x.shape
     n, segments = A.shape[-1], states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, dt_weight, segments)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D, grad_y = D.float().contiguous(), grad_y.contiguous()
+    D, grad_y = D.contiguous(), grad_y.contiguous()
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
@@ -1644,8 +1804,13 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight
                 **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
     # (pair, B, 2, segments, ...) -> (K, ...)
     gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
-    g_weight = None
-    if dt_weight is not None:
-        g_weight = torch.einsum("bhwkd,bhwkr->kdr", g_delta, delta)
-        g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, dt_weight.to(g_delta.dtype))
-    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias, g_weight
+    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias
+
+
+# By backend: the states' size, forward and backward.
+_SCANS = {
+    "torch": (_torch_states, _torch_forward, _torch_backward),
+    "numba": (_numba_states, _numba_forward, _numba_backward),
+    "triton": (_triton_states, _triton_forward, _triton_backward),
+    "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
+}

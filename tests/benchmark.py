@@ -3,6 +3,7 @@
     python tests/benchmark.py scan         # one SS2D scan per backend against its floors, on the GPU where there is one
     python tests/benchmark.py scan --full  # on a CPU, too, the three decoder stages of Swin-Large
     python tests/benchmark.py model        # inference and training steps of the whole network; on a GPU also --compile
+    python tests/benchmark.py model --size 512 512    # on a CPU: of PASCAL-Context's size and tasks, minutes
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
@@ -10,6 +11,8 @@
 """
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import re
@@ -27,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from archives import export
 from datasets import PascalContext, Pool, Synthetic, prepare
 from metrics import boundary_counts
-from mtmamba import K, MTMamba, has_mamba_ssm, has_triton, selective_scan_2d, triton
-from train import checkpoint_activations
+from mtmamba import HAS_NUMBA, K, MTMamba, has_mamba_ssm, has_triton, selective_scan_2d, triton
 
 if triton:
     import triton.language as tl
@@ -45,34 +47,55 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGES = [(28, 36, 1536), (56, 72, 768), (112, 144, 384)]    # H, W, D of Swin-Large's decoder at 448x576
 
 
-def median_ms(run, repeats: int) -> float:
-    if repeats > 1:    # else it is slow enough to need no warm-up
+def time_ms(run) -> float:
+    if DEVICE == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
         run()
-    times = []
-    for _ in range(repeats):
-        if DEVICE == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
+def median_ms(run, repeats: int) -> float:
+    return medians_ms({None: run}, {None: repeats})[None]
+
+
+def medians_ms(runs: dict, repeats: dict) -> dict:
+    """Of each run its median, measured in turns: what else the machine does then slows all of them."""
+    for name, run in runs.items():
+        if repeats[name] > 1:    # else it is slow enough to need no warm-up
             run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    times = {name: [] for name in runs}
+    for turn in range(max(repeats.values())):
+        for name, run in runs.items():
+            if turn < repeats[name]:
+                times[name].append(time_ms(run))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak_mib(run) -> float | None:
-    """GPU memory that run() needs at its peak beyond what is held before."""
+    """Memory of the device that run() needs at its peak beyond what is held before. On CPUs, Linux alone tells."""
     if DEVICE == "cpu":
-        return None
+        if sys.platform != "linux":
+            return None
+        ctypes.CDLL("libc.so.6").malloc_trim(0)          # freed memory goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")    # the peak is now what is held
+        before = resident_mib("VmRSS")
+        run()
+        return resident_mib("VmHWM") - before
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+
+def resident_mib(field: str) -> float:
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 10
 
 
 def rates() -> tuple[float | None, float]:
@@ -125,7 +148,7 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     sizes = sizes or ([(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else
                       [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
     if DEVICE == "cpu":
-        backends = backends or {"torch": 7, "reference": 1}
+        backends = backends or dict.fromkeys(["numba"] * HAS_NUMBA + ["torch"], 11) | {"loop": 1}
     else:
         fast = ["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm()
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
@@ -145,21 +168,20 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
         y = steps * D // K * dtype.itemsize
         floor_exp = None if exponentials is None else steps * D * N / exponentials
         floor_bytes = [(read + y) / bandwidth, (3 * read + 2 * y) / bandwidth]    # forward; forward and backward
-        size_rows = []
-        for backend, repeats in backends.items():
-            def forward():
-                with torch.no_grad():
-                    selective_scan_2d(*inputs, backend=backend)
 
-            def both():
-                y = selective_scan_2d(*inputs, backend=backend)
-                torch.autograd.grad(y, inputs, torch.ones_like(y))
-            row = {"size": f"{batch}x{H}x{W}x{D}", "backend": backend, "exp ms": floor_exp}
-            for name, run, floor in (("fwd", forward, floor_bytes[0]), ("fwd+bwd", both, floor_bytes[1])):
-                ms = median_ms(run, repeats)
+        def forward(backend):
+            with torch.no_grad():
+                selective_scan_2d(*inputs, backend=backend)
+
+        def both(backend):
+            y = selective_scan_2d(*inputs, backend=backend)
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        size_rows = [{"size": f"{batch}x{H}x{W}x{D}", "backend": name, "exp ms": floor_exp} for name in backends]
+        for name, run, floor in (("fwd", forward, floor_bytes[0]), ("fwd+bwd", both, floor_bytes[1])):
+            medians = medians_ms({backend: functools.partial(run, backend) for backend in backends}, backends)
+            for row, (backend, ms) in zip(size_rows, medians.items()):
                 row |= {f"{name} bytes ms": floor, f"{name} ms": ms, f"{name} x floor": ms / max(floor, floor_exp or 0),
-                        f"{name} MiB": peak_mib(run)}
-            size_rows.append(row)
+                        f"{name} MiB": peak_mib(functools.partial(run, backend))}
         slowest = max(row["fwd+bwd ms"] for row in size_rows)
         rows += [row | {"x the slowest": slowest / row["fwd+bwd ms"]} for row in size_rows]
     report(rows, json_file)
@@ -171,24 +193,28 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
           repeats: int | None = None) -> list[dict]:
     """Inference and training steps (AdamW, mean square of the outputs as the loss) of mtmamba, NYUDv2's tasks.
 
-    On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32.
+    On CUDA Swin-Large, 448x576, batch 8, autocast to bfloat16; on a CPU Swin-Tiny, 128x160, batch 1, float32. With
+    another size (512x512 on a CPU takes a minute), PASCAL-Context's five tasks.
     checkpoint: keeps only the inputs of blocks for the backward pass. The scan's share is that of a training step.
     Compiled, two graphs are expected, one per mode; more are recompilations.
     """
     encoder, usual_size = ("swin-large", (448, 576)) if DEVICE == "cuda" else ("swin-tiny", (128, 160))
+    tasks = ({"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1} if size else
+             {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
     if backends is None:
-        backends = (["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else []) + ["torch"]
+        backends = (["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else
+                    ["numba"] * HAS_NUMBA) + ["torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
     for backend in backends:
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
-        network = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}, size, encoder, backend=backend)
+        network = MTMamba(tasks, size, encoder, backend=backend)
         network.to(DEVICE)
         if checkpoint:
-            checkpoint_activations(network)
+            network.set_grad_checkpointing()
         run_network = torch.compile(network) if compile else network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
         image = torch.randn(batch, 3, *size, device=DEVICE)
@@ -338,6 +364,7 @@ if __name__ == "__main__":
     options["scan"].add_argument("--full", action="store_true", help="on a CPU: the stages of Swin-Large, minutes")
     options["scan"].add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     options["model"].add_argument("--batch", type=int)
+    options["model"].add_argument("--size", type=int, nargs=2, metavar=("H", "W"))
     options["model"].add_argument("--compile", action="store_true")
     options["model"].add_argument("--checkpoint", action="store_true", help="activations")
     for name in ("scan", "model"):

@@ -56,7 +56,7 @@ def test_parameters_by_encoder(encoder, millions):
 
 
 def test_counting_changes_nothing(tiny_model):
-    model = tiny_model(backend="reference").train()
+    model = tiny_model(backend="loop").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     first = count_cost(model, (64, 96))
     assert first == count_cost(model.eval(), (64, 96)) and not model.training

@@ -139,7 +139,7 @@ def maps(H, W, C):
 
 
 @pytest.mark.paper("Eq. 6-8, 10-12", against=NUMPY)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_ss2d(model, check, backend):
     check(model(backend=backend).stages[2].ctm.mfe_shared.ss2d, ss2d, maps(4, 5, 24)["a"])
 

@@ -197,13 +197,13 @@ def test_a_head_of_ones_own(stride):
     class Head(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.convolution = torch.nn.ConvTranspose2d(8, 5, 4 // stride, 4 // stride)
+            self.convolution = torch.nn.ConvTranspose2d(8, 1, 4 // stride, 4 // stride)
 
         def forward(self, z):
             return self.convolution(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     model = build({"depth": 1})
     model.heads["depth"] = Head()
-    assert model(torch.randn(2, 3, 40, 72))["depth"].shape == (2, 5, 40, 72)
+    assert model(torch.randn(2, 3, 40, 72))["depth"].shape == (2, 1, 40, 72)
 
 
 def test_images_of_four_channels():
