@@ -287,21 +287,17 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
                              "encoder with --encoder") from error
         return
     state = checkpoint["model"]
-    expected, found = ({key: value.shape for key, value in tensors.items() if key != "_extra_state"}
-                       for tensors in (model.state_dict(), state))
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
-        raise ValueError(f"{path} holds weights of another architecture or other tasks: {len(wrong)} tensors are "
-                         f"missing, left over or of another shape, first {wrong[0]}")
     order = list(checkpoint["config"]["tasks"])
     if order != list(model.tasks):    # which no shape shows
         raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
                          f"features, the model in the order {list(model.tasks)}; use the former")
     try:
         model.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    print(f"loaded {len(found)}/{len(expected)} tensors of {path}")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} holds weights of another architecture or other tasks: "
+                         + " ".join(str(error).split())[:300]) from error
+    count = len(state) - ("_extra_state" in state)
+    print(f"loaded {count}/{count} tensors of {path}")
 
 
 def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
@@ -333,7 +329,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
         if {folder, *folder.parents} & {path.resolve() for path in dataset.folders}:
             raise ValueError(f"{args.save_predictions} lies in the data set's folder; give another one for the maps")
         claim(folder, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items() for image in dataset.names],
-              [], args.overwrite)
+              [], args.overwrite, device)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
@@ -672,10 +668,10 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     stems, rows = distinct_stems(paths), model.labels.rows
     drawn = [*rows, *(f"{task}_feature" for task in rows if args.features), "sheet"]
     inputs = {path if path.is_dir() else path.parent for path in args.image}
-    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite)
+    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
     if args.save_predictions:
         claim(args.save_predictions, [f"{task}/{stem}{row.suffix}" for task, row in rows.items() for stem in stems],
-              inputs, args.overwrite)
+              inputs, args.overwrite, device)
     skipped = 0
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
@@ -701,7 +697,7 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     return skipped
 
 
-def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool):
+def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool, device: torch.device):
     """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
     read, and where one of the files is there, unless they may be overwritten."""
     if folder.resolve() in {path.resolve() for path in read}:
@@ -711,6 +707,7 @@ def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool)
         raise ValueError(f"{folder / found[0]}{f' and {len(found) - 1} others' if found[1:] else ''} would be "
                          "overwritten; add --overwrite, or give another folder with --out (or --save-predictions)")
     check_writable(folder)
+    add_up(torch.zeros(1, device=device))    # no process writes before all have looked
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -76,6 +76,7 @@ class Task:
         return next(metric for metric in self.metrics if metric in scores)
 
 
+# The tasks of the paper and their metrics (Table 1).
 TASKS = {
     "semseg": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 1.0, ".png"),
     "parsing": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 2.0, ".png"),
