@@ -5,7 +5,7 @@
     Lin, Jiang, Chen, Zhang, Liu, Chen. MTMamba++: Enhancing Multi-Task Dense Scene Understanding via
     Mamba-Based Decoders. IEEE TPAMI 47, 2025. https://arxiv.org/abs/2408.15101
 
-To use it elsewhere, copy this file; it needs torch and timm.
+To use it elsewhere, copy this file. It needs torch and timm; numba makes it several times faster on CPUs.
 
     model = MTMamba({"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     outputs = model(torch.randn(1, 3, 448, 576))         # {"semseg": (1, 40, 448, 576), "depth": ...}
@@ -969,7 +969,7 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
     meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, meta).eval()    # with the weights that `meta` says, which hold no numbers
+    copied = copy.deepcopy(model, meta).eval()    # takes these weights, which hold no numbers, in place of the model's
     for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
         ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
         ss2d.register_forward_pre_hook(count_rounding)
@@ -1045,7 +1045,7 @@ _scan_backward_op.register_autograd(_scan_second_derivative)
 
 
 def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
-    """The operator's inputs in the type computed in, with delta (B, H, W, K, D)."""
+    """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
     if backend != "triton":    # whose kernels read x and delta in any type
         x, delta = x.to(dtype), delta.to(dtype)
@@ -1165,14 +1165,14 @@ def _numba_kernels():
     single, integer = numba.float32, numba.int64
     log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
     shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
-    # For sums over vectors, the order of additions must be free. exp2 needs the order that is written.
+    # Vector instructions add up sums in another order, which `reassoc` permits. exp2 needs the order as written.
     jit = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
     strict = numba.njit(nogil=True, fastmath={"contract"})
 
     @intrinsic
     def stack(typing_context, kind):
-        """Memory for CHUNK x BLOCK numbers on the stack. The compiler knows that no array shares it, and can use vector
-        instructions without checks."""
+        """Memory for CHUNK x BLOCK numbers on the stack. The compiler knows that no array overlaps it, so it can use
+        vector instructions without checks."""
         def generate(context, builder, signature, arguments):
             pointer = cgutils.alloca_once(builder, context.get_value_type(kind.dtype), CHUNK * BLOCK)
             pointer.align = 64
@@ -1249,8 +1249,8 @@ def _numba_kernels():
 
     @jit
     def backward(first, last, x, delta, A, B, C, bias, states, gy, g_next, gx, g_delta, gA, gB, gC, H, W):
-        """Fills gx (K, B, L, D), g_delta (B, L, K, D), gB, gC (blocks, B, L, K, N), without the skip, and adds to gA
-        (B, K, N, D). g_next, as large, holds the gradients of the states after a chunk, 0 at first."""
+        """Fills gx (K, B, L, D), without the skip, g_delta (B, L, K, D) and gB, gC (blocks, B, L, K, N). Adds to gA
+        (B, K, N, D). g_next, of the same shape, carries the gradients of the states from chunk to chunk; 0 at first."""
         blocks, N = x.shape[2] // BLOCK, A.shape[1]
         pixels, A_n, h, g, gA_n = stack(integer), stack(single), stack(single), stack(single), stack(single)
         step, step_u, gy_chunk, A_bar = stack(single), stack(single), stack(single), stack(single)
@@ -1382,7 +1382,7 @@ def _check_mamba_ssm(x: Tensor):
 
 
 def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
-    """(what the kernel reads, y). It has channels first, (B, K D, L), and takes the directions for groups of them."""
+    """The kernel's inputs and y. The kernel has channels first, (B, K D, L); the directions are its groups."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, B, C = (_to_sequences(t).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))    # (B, K, ., L)

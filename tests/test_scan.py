@@ -216,7 +216,6 @@ def test_a_diverged_input_gives_no_finite_output(backend, i, value):
         results.append((y, *torch.autograd.grad(y.sum(), inputs)))
     for ours, expected in zip(*results):
         assert not ours[~expected.isfinite()].isfinite().any()
-    assert value != value and i != 0 or results[0][0].isnan().sum() == results[1][0].isnan().sum()
 
 
 @needs_numba
