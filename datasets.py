@@ -129,6 +129,9 @@ class DenseDataset(torch.utils.data.Dataset):
                       chosen(cls.COLOURS, lambda colours: np.asarray(colours).tolist()),
                       chosen(cls.TITLES, str), chosen(cls.UNITS, str))
 
+    def __len__(self):
+        return len(self.names)
+
     def check_index(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
@@ -183,11 +186,9 @@ def kept(method):
     labels may need the same file, which is then read once. The result must not be changed in place."""
     @wraps(method)
     def keep(self, key):
-        last, result = self._kept.get(method.__name__, (None, None))
-        if last is None or last != key:
-            result = method(self, key)
-            self._kept[method.__name__] = key, result
-        return result
+        if method.__name__ not in self._kept or self._kept[method.__name__][0] != key:
+            self._kept[method.__name__] = key, method(self, key)
+        return self._kept[method.__name__][1]
     return keep
 
 
@@ -220,7 +221,7 @@ class Synthetic(DenseDataset):
         if count < 1:
             raise ValueError(f"expected count of at least 1, found {count}; ask for one image or more")
         super().__init__(size, tasks, seed, smallest=32)
-        self.count = count
+        self.names = [f"synthetic-{i:06d}" for i in range(count)]
 
     @classmethod
     def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
@@ -230,18 +231,11 @@ class Synthetic(DenseDataset):
         size = size or cls.SIZE
         return cls(count, size, 2 * seed, tasks) if split == "train" else cls(100, size, 1, tasks)
 
-    @property
-    def names(self) -> list[str]:
-        return [f"synthetic-{i:06d}" for i in range(self.count)]
-
-    def __len__(self):
-        return self.count
-
     def __getitem__(self, index):
         maps = self.render(index)
         sample = {"image": normalised(torch.from_numpy(maps["image"]))}
         sample |= {task: torch.tensor(maps[task]) for task in self.tasks}
-        return sample | {"name": f"synthetic-{index:06d}", "size": self.size}
+        return sample | {"name": self.names[index], "size": self.size}
 
     def boundary_truth(self, index, task="boundary"):
         """The boundaries that odsF scores against: bool (H, W), the label thinned."""
@@ -641,9 +635,6 @@ class LabelledDataset(DenseDataset, abc.ABC):
         file, where one is damaged.
         """
 
-    def __len__(self):
-        return len(self.names)
-
     def __getitem__(self, index):
         """The dictionary of the module's docstring. index: an int, or (epoch, index)."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
@@ -676,8 +667,9 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """A label, checked, in the form that as_label returns."""
         image, labels = self.load(index)
         label, size = labels.get(task), tuple(self.LABEL_SCALE * n for n in image.shape[:2])
+        label = label() if callable(label) else label
         with about(f"{self.names[index]}, {task}"):
-            return as_label(self.rows[task], label() if callable(label) else label, size, self.UNIT_NORMALS)
+            return as_label(self.rows[task], label, size, self.UNIT_NORMALS)
 
     def boundary_truth(self, index: int, task: str = "boundary") -> np.ndarray:
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
@@ -695,21 +687,17 @@ class LabelledDataset(DenseDataset, abc.ABC):
                     found[kind] = message
         return found
 
-    def check_split(self) -> list[str]:
-        """What is wrong with the split as a whole."""
-        return []
-
 
 def file_names(names: Iterable) -> list[str]:
     """The names as text. Raises Unfit where there are none, or one of them cannot be that of a file below a folder."""
     texts = [name.as_posix() if isinstance(name, PurePath) else str(name) for name in names]
     expect(len(texts) > 0, "names of images", "none")
-    paths = [PurePath(text) for text in texts]
-    for text, path in zip(texts, paths):
-        possible = path.parts and not path.anchor and ".." not in path.parts and not re.search(
-            "[\0-\x1f\x7f-\x9f\ud800-\udfff]", text) and max(len(part.encode()) for part in path.parts) <= 240
+    for text in texts:
+        parts = PurePath(text).parts
+        possible = parts and not PurePath(text).anchor and ".." not in parts and not re.search(
+            "[\0-\x1f\x7f-\x9f\ud800-\udfff]", text) and max(len(part.encode()) for part in parts) <= 240
         expect(possible, "names of images that can be names of files below a folder, of up to 240 bytes", repr(text))
-    path, count = Counter(paths).most_common(1)[0]
+    path, count = Counter(map(PurePath, texts)).most_common(1)[0]
     expect(count == 1, "a name of its own for each image", f"{str(path)!r} {count} times")
     return texts
 
@@ -766,20 +754,18 @@ class FileDataset(LabelledDataset):
     def read_label(self, name: str, folder: str, suffix: str, role: str, last: float | None = None) -> np.ndarray:
         """A label as it is in its file, of the image's size and with values in 0..last. role: see read_image; of a
         .mat file the variable."""
-        path = self.path(folder, name, suffix)
-        label = READERS[path.suffix](path, role)
-        self.check_label(name, path, label[0] if role == "normal" else label, last)
-        return label
-
-    def check_label(self, name: str, path: Path, label: np.ndarray, last: float | None = None):
-        size = self.picture(name).shape[:2]
-        with reading(path):
-            expect(label.shape == size, f"the image's size {size}", label.shape, "unpack the archive again")
+        path, size = self.path(folder, name, suffix), self.picture(name).shape[:2]
+        label = read_image(path, role) if path.suffix == ".png" else read_array(path, role)
+        with about(path):
+            found = label.shape[1:] if role == "normal" else label.shape
+            expect(found == size, f"the image's size {size}", found, "unpack the archive again")
             if last is not None:
                 right = (label >= 0) & (label <= last)    # nan is not
                 expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
+        return label
 
-    def check_split(self):
+    def check_split(self) -> list[str]:
+        """What is wrong with the split as a whole."""
         exported = all(name.startswith("synthetic_") for name in self.names)    # by tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
@@ -828,13 +814,15 @@ class PascalContext(FileDataset):
         if packed is not None:
             part = packed & 7
             return np.where(part == 7, np.uint8(IGNORE), part)
-        path = self.path("human_parts", name, ".mat")
-        label = np.zeros(self.picture(name).shape[:2], np.uint8)
-        for part, mask in person_parts(path):
-            self.check_label(name, path, mask)
-            with reading(path):
-                expect(part in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part))
-            label[mask > 0] = PART_NAMES[part]
+        path, label = self.path("human_parts", name, ".mat"), np.zeros(self.picture(name).shape[:2], np.uint8)
+        anno = read_array(path, "anno")
+        with about(path):
+            persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
+            for part in [part for person in persons for part in person["parts"].ravel()]:
+                part_name, mask = part["part_name"].item(), part["mask"]
+                expect(mask.shape == label.shape, f"the image's size {label.shape}", mask.shape)
+                expect(part_name in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part_name))
+                label[mask > 0] = PART_NAMES[part_name]
         return label if label.any() else np.full_like(label, IGNORE)
 
     def read_saliency(self, name):
@@ -877,22 +865,16 @@ class PascalContext(FileDataset):
 
     def pack(self, name: str) -> np.ndarray:
         """The labels that are slow to make, in the bits of one image, uint8 (h, w): 0-2 part of a person (7: ignored),
-        3 normal is valid, 4 boundary, 5 boundary to score against. Only with use_prepared False."""
+        3 normal is valid, 4 boundary, 5 boundary to score against."""
         label_map = self.label_map(name)
         masks = INDOOR[label_map], self.read_boundary(name), boundary_ground_truth(label_map)
         return self.read_parsing(name) & 7 | sum(np.uint8(mask) << bit for bit, mask in enumerate(masks, start=3))
 
+    @kept
     def packed(self, name: str) -> np.ndarray | None:
         """The prepared labels of an image, see pack; None where there are none of these originals."""
-        return self.read_prepared(name) if self.use_prepared and self.is_prepared(name) else None
-
-    @kept
-    def read_prepared(self, name: str) -> np.ndarray:
-        try:
-            return self.read_label(name, "prepared", ".png", "classes")
-        except ValueError as error:
-            raise ValueError(f"unusable file {self.prepared_path(name)}; delete it, then run `python datasets.py "
-                             "prepare` again") from error
+        use = self.use_prepared and self.is_prepared(name)
+        return self.read_label(name, "prepared", ".png", "classes") if use else None
 
     def check(self, index):
         """Of the originals, and whether the prepared labels are theirs."""
@@ -900,7 +882,8 @@ class PascalContext(FileDataset):
         found, path = super().check(index), self.prepared_path(name)
         if path.exists() and not found:
             with suppress(ValueError):    # damaged
-                if self.is_prepared(name) and (self.read_prepared(name) == self.pack(name)).all():
+                if self.is_prepared(name) and (
+                        self.read_label(name, "prepared", ".png", "classes") == self.pack(name)).all():
                     return found
             found["prepared"] = (f"unusable file {path}, damaged or of other originals; delete it, then run `python "
                                  "datasets.py prepare` again")
@@ -1003,8 +986,8 @@ class Cityscapes(FileDataset):
     def list_names(self):
         folder, suffix = self.list_path(), self.IMAGE[1]
         names = sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*/[!.]*{suffix}"))
-        if not names:
-            raise ValueError(f"expected images CITY/CITY_...{suffix}, found none in {folder}; unpack the archive again")
+        with about(folder):
+            expect(len(names) > 0, f"images CITY/CITY_...{suffix}", "none", "unpack the archive again")
         return names
 
     def path(self, folder, name, suffix):
@@ -1015,7 +998,8 @@ class Cityscapes(FileDataset):
         image, _ = self.load(index)
         image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
         sample = {"image": normalised(to_tensor(np.array(image)))}
-        sample |= {task: torch.tensor(self.label(index, task), dtype=row.dtype)[None] for task, row in self.rows.items()}
+        for task, row in self.rows.items():
+            sample[task] = torch.tensor(self.label(index, task), dtype=row.dtype)[None]
         if self.mask_invalid and "depth" in self.tasks:
             sample["depth"][sample["depth"] < 0] = IGNORE
         return sample | {"name": self.names[index], "size": self.size}
@@ -1053,8 +1037,8 @@ class Cityscapes(FileDataset):
             with suppress(OSError, ValueError):    # which are reported with the image
                 if self.label_ids(name).max() > 18:
                     return super().check_split()
-        return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in files of "
-                "train IDs; take the archive's files *_labelIds.png"]
+        return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in files "
+                "of train IDs; take the archive's files *_labelIds.png"]
 
 
 LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
@@ -1084,8 +1068,8 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or "." in path.stem:
-        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class, with no other dot in the "
-                         f"file's name, found {name!r}")
+        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class (no other dot in the "
+                         f"file's name), found {name!r}")
     found = getattr(import_file(path), class_name, None)
     if not (isinstance(found, type) and issubclass(found, LabelledDataset)) or inspect.isabstract(found):
         raise ValueError(f"expected a subclass {class_name!r} of datasets.LabelledDataset with list_names and read in "
@@ -1116,7 +1100,7 @@ def import_file(path: Path):
 # ---------------------------------------------------------------------------------------------------- reading files
 
 class Unfit(ValueError):
-    """What a file or an array holds is not what it should be. `about` and `reading` say which one."""
+    """What a file or an array holds is not what it should be. `about` says which one."""
 
 
 def expect(condition: bool, expected: str, found: object, advice: str = ""):
@@ -1128,31 +1112,21 @@ def expect(condition: bool, expected: str, found: object, advice: str = ""):
 
 @contextmanager
 def about(what: object) -> Iterator[None]:
-    """Begins the message of Unfit with what it is about."""
+    """Turns any error into FileNotFoundError or ValueError, with a message that names the file or the label."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {what}; restore it from its archive") from error
     except Unfit as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns any error of a reader into FileNotFoundError or ValueError that names the file."""
-    try:
-        with about(path):
-            yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
     except Exception as error:    # on damaged files the readers raise many kinds
-        if isinstance(error.__cause__, Unfit):
-            raise
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
+        raise ValueError(f"unreadable file {what} ({reason}); restore it from its archive") from error
 
 
 def read_names(path: Path) -> list[str]:
     """The image IDs in a list: UTF-8, one per line. Raises FileNotFoundError, or ValueError where there are none."""
-    with reading(path):
+    with about(path):
         names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
         expect(len(names) > 0, "image IDs, one per line", "none")
     return names
@@ -1172,7 +1146,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     knows which way up the labels beside it are.
     Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or holds something else.
     """
-    with reading(path), Image.open(path) as image:
+    with about(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
@@ -1222,33 +1196,15 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def read_mat(path: Path, name: str) -> np.ndarray:
-    """The variable of a MATLAB file, structures as nested object arrays."""
-    with reading(path), open(path, "rb") as file:
-        return scipy.io.loadmat(file, variable_names=[name])[name]
-
-
-def read_npy(path: Path, role: str) -> np.ndarray:
-    with reading(path):
-        return np.load(path)
-
-
-READERS = {".png": read_image, ".mat": read_mat, ".npy": read_npy}
-
-
-def person_parts(path: Path) -> list[tuple[str, np.ndarray]]:
-    """The parts of all persons in a file of human_parts, in its order: (name, mask (h, w))."""
-    anno = read_mat(path, "anno")
-    with reading(path):
-        persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
-        return [(part["part_name"].item(), part["mask"]) for person in persons for part in person["parts"].ravel()]
+def read_array(path: Path, variable: str) -> np.ndarray:
+    """What a .npy file holds, or the variable of a MATLAB file, structures as nested object arrays."""
+    with about(path), open(path, "rb") as file:
+        return np.load(file) if path.suffix == ".npy" else scipy.io.loadmat(file, variable_names=[variable])[variable]
 
 
 def label_edges(label_map: np.ndarray) -> np.ndarray:
-    """Where the 4-neighbour Laplacian of a label map, mirrored at the border, is not 0; thinned: bool (h, w).
-
-    label_map: signed integers (h, w).
-    """
+    """Where the 4-neighbour Laplacian of a label map, int32 (h, w), mirrored at the border, is not 0; thinned:
+    bool (h, w)."""
     padded = np.pad(label_map, 1, mode="reflect")
     neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
@@ -1281,13 +1237,9 @@ def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_no
         wrong = ~(label >= 0) | (label == np.inf)
         expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
         return np.where(label == IGNORE, 0, label).astype(np.float32)
-    if label.dtype.kind == "f" and row.dtype.is_floating_point:
-        wrong = ~np.isin(label, (0, 1, IGNORE))
-        expect(not wrong.any(), f"0, 1 or {IGNORE}", label[wrong])
-        return label.astype(np.uint8)
-    expect(label.dtype.kind in "uib", "integers", label.dtype)
+    expect(label.dtype.kind in "uib" or row.dtype.is_floating_point, "integers", label.dtype)
     last = max(row.channels, 2) - 1
-    wrong = (label < 0) | (label > last) & (label != IGNORE)
+    wrong = ~np.isin(label, [*range(last + 1), IGNORE])
     expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
     return label.astype(np.uint8)
 
@@ -1297,20 +1249,19 @@ MOST_OFF = 0.4    # of the vectors may be far from unit length; beyond that it i
 
 def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> np.ndarray:
     """See as_label."""
-    if label.dtype.kind == "f":
-        expect(label.shape == (3, *size), f"the shape {(3, *size)}, as the image", label.shape)
+    floats, found = label.dtype.kind == "f", f"{label.dtype} {label.shape}"
+    expect(label.shape == (3, *size) if floats else label.shape == (4, *size) and label.dtype == np.uint8,
+           f"floats {(3, *size)} or uint8 {(4, *size)}, as the image", found)
+    if floats:
         expect(np.isfinite(label).all(), "finite vectors", "nan or inf")
-        known = (label != IGNORE).any(0)
-        label = np.float32([*((label + 1) * 127.5), known])
-    expect(label.shape == (4, *size) and label.dtype in (np.uint8, np.float32), f"floats {(3, *size)} or uint8 "
-           f"{(4, *size)}, as the image", f"{label.dtype} {label.shape}")
+        label = np.float32([*((label + 1) * 127.5), (label != IGNORE).any(0)])
     length = np.linalg.norm(label[:3] / np.float32(127.5) - 1, axis=0)
     known = (label[3] > 0) & (length > 0)
     unit = known & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
     off = known & ~unit & (length > 0.1)    # what is shorter stands for nothing, in many files
     expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
            f"{np.mean(off):.0%} of other lengths")
-    grey = label.dtype == np.uint8 and unit.any() and (label[:3] == label[0]).all()
+    grey = not floats and unit.any() and (label[:3] == label[0]).all()
     expect(not grey, "x, y and z in red, green and blue", "a grey image")
     return np.concatenate([label[:3], (unit if unit_normals else known)[None].astype(label.dtype)])
 
@@ -1333,11 +1284,11 @@ def check_samples(dataset: DenseDataset, count: int = 16) -> list[str]:
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     messages = []
     for task, row in dataset.rows.items():
-        labels, kind = [sample[task] for sample in samples], "positive pixel" if row.binary else "pixel"
-        if not any(((label == 1) if row.binary else (label != IGNORE)).any() for label in labels):
-            values = torch.cat([label.unique() for label in labels]).unique().tolist()
+        kind = "positive pixel" if row.binary else "pixel"
+        labels = torch.cat([sample[task].flatten() for sample in samples])
+        if not ((labels == 1) if row.binary else (labels != IGNORE)).any():
             messages.append(f"{task}: no {kind} counts in the first {len(samples)} samples, {samples[0]['name']} to "
-                            f"{samples[-1]['name']}: their values are {values[:6]}")
+                            f"{samples[-1]['name']}: their values are {labels.unique().tolist()[:6]}")
     return messages
 
 
@@ -1358,9 +1309,7 @@ def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slic
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
-    """(C, h, w) -> (C, H, W), in the middle. Raises ValueError where it is larger."""
-    if array.ndim != 3 or array.shape[1] > size[0] or array.shape[2] > size[1]:
-        raise ValueError(f"expected (C, h, w) of at most {size[0]}x{size[1]}, found {array.shape}")
+    """(C, h, w) -> (C, H, W), in the middle."""
     padded = np.full((len(array), *size), value, array.dtype)
     rows, columns = centred(size, array.shape[1:])
     padded[:, rows, columns] = array
@@ -1455,11 +1404,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"nothing to prepare: {dataset.__name__}'s labels are read fast enough as they are")
             return 0
         with Pool(args.workers if args.workers > 1 else 0) as pool:
-            if args.command == "prepare":
-                problems = print_problems("not prepared", prepare(args.root, pool))
-            else:
-                problems = check(dataset, args.root, args.img_size, pool)
-        return int(problems > 0)
+            found = prepare(args.root, pool) if args.command == "prepare" else check(
+                dataset, args.root, args.img_size, pool)
+        return int(found > 0)
     except KeyboardInterrupt:
         parser.exit(130, "datasets.py: interrupted\n")
     except WriteError as error:
@@ -1470,19 +1417,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
 
-def prepare(root: Path | None, pool: "Pool") -> list[str]:
+def prepare(root: Path | None, pool: "Pool") -> int:
     """Writes the labels of PASCAL-Context that are slow to make, one image each, to the folder prepared below root.
 
     It may be interrupted and run again: it skips files that are newer than their originals, and no file is ever half
-    written. Returns messages about images that could not be prepared.
+    written. Prints and counts what could not be prepared.
     """
     messages = []
     for split in PascalContext.COUNTS:
         data = PascalContext(root, split, ["parsing", "boundary"])
-        data.use_prepared = False
         (data.root / "prepared").mkdir(exist_ok=True)
         messages += pool.map(partial(prepare_image, data), range(len(data)), f"preparing {split}")
-    return [message for message in messages if message]
+    return print_problems("not prepared", [message for message in messages if message])
 
 
 def prepare_image(data: PascalContext, index: int) -> str | None:
@@ -1512,11 +1458,11 @@ def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int]
         for messages in pool.map(partial(dataset.check, data), range(len(data)), f"checking {split}"):
             for kind, message in messages.items():
                 problems[kind].append(message)
-        problems["list"] += data.check_split()
         published = ""
         if isinstance(data, FileDataset):
             published = f"; published: {data.COUNTS[split]}"
-            problems["list"] += [f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
+            problems["list"] = data.check_split() + [
+                f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
             earlier |= set(data.names)
         print(f"{split}: {len(data)} images{published}")
         total += sum(print_problems(kind, messages) for kind, messages in problems.items())
@@ -1525,6 +1471,7 @@ def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int]
 
 
 def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:
+    """Prints the first few and returns their number."""
     if messages:
         print(f"  {kind}: {len(messages)} problems", *messages[:shown], sep="\n    ")
         if len(messages) > shown:
@@ -1578,7 +1525,7 @@ class Pool:
         results = map(function, items)
         if self.executor:
             with signals_waiting():    # the function is sent with each chunk, and a data set in it may be large
-                results = self.executor.map(function, items, chunksize=ceil(len(items) / (32 * self.workers)) or 1)
+                results = self.executor.map(function, items, chunksize=ceil(len(items) / (32 * self.workers)))
         return list(tqdm(results, description, len(items), unit="img"))
 
     def __enter__(self):
@@ -1673,8 +1620,9 @@ def check_writable(folder: Path):
     """Makes the folder and writes to it once, so that a run fails now and not after hours. Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2 ** 16))
+            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror
