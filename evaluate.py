@@ -9,7 +9,7 @@
     python evaluate.py --cost --variant all                                      # Tables 2-4: parameters and FLOPs
 
 X is a checkpoint of train.py or of the published implementation. Scores are printed. They are also written to
-results.json, with contact sheets beside it, in the checkpoint's folder or in --out.
+results.json, with contact sheets beside it, in the folder evaluation_X beside the checkpoint or in --out.
 """
 
 # Reads: main and its flags; models and checkpoints; scores and tables; pictures and sheets; export; cost; the processes
@@ -27,6 +27,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 import argparse
 import atexit
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -144,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of everything that is written (default: the checkpoint's; with --image, "
-        "predictions/ in it)")
+    add("--out", type=Path, help="folder of everything that is written (default: evaluation_NAME beside the checkpoint "
+        "NAME; with --image, predictions beside it)")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
     add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
@@ -322,7 +323,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     dataset = open_dataset(name, model.labels.tasks, config, args.data_root, args.img_size)
     scored = read_boundary_list(args.boundary_list, dataset)
     given = read_baseline(args.baseline, name, dataset)
-    out = args.out or args.checkpoint.parent
+    out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
     check_writable(out)
     if args.save_predictions:
         folder = args.save_predictions.resolve()
@@ -444,6 +445,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     exactly the same for any number of processes.
     """
     rank, world = rank_and_world()
+    digest_names(dataset, device)
     tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
     boundaries = [task for task, row in dataset.rows.items() if row.kind == "boundary" and tolerance is not None]
     samples = WithTruths(dataset, boundaries, scored)
@@ -1040,6 +1042,18 @@ def add_up(sums: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def digest_names(dataset: DenseDataset, device: torch.device) -> list:
+    """[number of images, digest of their names in their order]. Raises ValueError where the processes have different
+    ones: they would share the images wrongly."""
+    digest = int(hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:12], 16)
+    _, world = rank_and_world()
+    if int(add_up(torch.tensor(digest, device=device if device.type == "cuda" else "cpu"))) != world * digest:
+        raise ValueError(f"the processes list different images of {type(dataset).__name__}, or another order: "
+                         f"{len(dataset)} here, first {dataset.names[0]!r}. list_names must give the same list in each "
+                         "process, so sort it")
+    return [len(dataset), digest]
 
 
 def allow_open_files(workers: int):

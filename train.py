@@ -50,6 +50,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:    # on Windows there is no lock
+    fcntl = None
+
 from datasets import (
     DATASETS,
     IGNORE,
@@ -73,6 +78,7 @@ from evaluate import (
     choose_backend,
     compare,
     constant_baseline,
+    digest_names,
     evaluate,
     load_checkpoint,
     load_weights,
@@ -120,14 +126,14 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     """
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, held = parser.parse_args(argv), contextlib.ExitStack()
     try:
         try:
             device = start(args.device)
             # Only the first process prints: with None, print does nothing.
             first_prints = contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None)
             with first_prints:
-                run = Run(args, device)
+                run = Run(args, device, held)
         except (ValueError, OSError, RuntimeError, ImportError) as error:    # the last two: of timm, of TensorBoard
             parser.error(" ".join(str(error).split()))
         with first_prints:
@@ -139,6 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
             raise
         parser.exit(1, f"train.py: {message}\n")
     finally:
+        held.close()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -242,13 +249,16 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
 class Run:
     """A training run. __init__ builds everything and raises errors for bad input; execute trains and scores."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device, held: contextlib.ExitStack):
+        """held: keeps the lock of the folder until the run ends."""
         self.args, self.device = args, device
         self.rank, self.world = rank_and_world()
         self.interruption = Interruption()
         data_set = find_dataset_class(args.dataset)
         complete_flags(args, device, self.world)
         allow_open_files(args.workers)
+        if self.rank == 0:
+            held.enter_context(locked(args.out))
         checkpoint = find_checkpoint(args.out) if args.resume else None
         if not args.resume and any((args.out / name).exists() for name in CHECKPOINT_NAMES):
             raise ValueError(f"{args.out} holds a run; continue it with --resume, or give another folder with --out")
@@ -257,6 +267,7 @@ class Run:
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
                                      args.data_root)
         self.rows = self.train_set.rows
+        names = {"train": digest_names(self.train_set, device), "val": digest_names(self.val_set, device)}
 
         torch.manual_seed(args.seed)
         config = dict(tasks={task: row.channels for task, row in self.rows.items()}, img_size=args.img_size,
@@ -284,7 +295,7 @@ class Run:
         self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
                              commit=git_commit())
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
-                                versions=self.versions)    # of a checkpoint
+                                versions=self.versions, names=names)    # of a checkpoint
         self.iteration, self.evaluated = 0, 0    # how many iterations are done, and how many when it was last scored
         self.best = -math.inf                    # delta_m of best.pt
         if checkpoint:
@@ -293,7 +304,7 @@ class Run:
         self.tensorboard = None
         if args.tensorboard and self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(args.out)
+            self.tensorboard = SummaryWriter(args.out, purge_step=self.iteration + 1)
 
         self.network = self.model
         if args.compile:    # PyTorch cannot trace synchronised batch norm, which splits the graph
@@ -514,11 +525,38 @@ class Run:
         if different:
             raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
                              "another run with another --out")
+        for split, names in checkpoint.get("names", {}).items():    # earlier checkpoints do not have them
+            if names != self.description["names"][split]:
+                raise ValueError(f"the names of the split {split!r}, or their order, have changed since {path}: "
+                                 f"{names[0]} then, {self.description['names'][split][0]} now; restore them, or start "
+                                 "another run with --init-from and another --out")
         load_weights(self.model, checkpoint, path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
+        if self.rank == 0 and (log := self.args.out / "log.jsonl").exists():    # without what was done after that
+            with contextlib.suppress(ValueError):    # a line may be cut off
+                lines = []
+                for line in log.read_text().splitlines():
+                    if json.loads(line)["iteration"] <= self.iteration:
+                        lines.append(line + "\n")
+            with replacing(log) as file:
+                file.write("".join(lines).encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder. The system releases the lock when this process ends, however it ends. Raises
+    ValueError where another run is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            if fcntl:    # a lock of this process alone, which the processes that it forks do not hold
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another run writes to {folder}; wait until it ends, or give another --out") from error
+        yield
 
 
 def save_checkpoint(path: Path, content: dict):

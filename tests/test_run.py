@@ -341,6 +341,53 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
 
 
+def test_a_second_run_in_the_same_folder_is_refused(driver, tmp_path, capsys):
+    """Also with --resume, until the first one has ended, however it ended."""
+    first = driver([*FEW, "--out", tmp_path / "run", "--save-every", 1], SLOW="1")
+    while not (tmp_path / "run/last.pt").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    for more in ((), ("--resume",)):
+        assert f"another run writes to {tmp_path / 'run'}" in fails(capsys, 2, tmp_path / "run", *FEW, *more)
+    first.kill()
+    first.wait()
+    run(tmp_path / "run", *FEW, "--save-every", 1, "--resume")
+    assert [line["iteration"] for line in log(tmp_path / "run", "losses")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(signals, tmp_path):
+    """After a kill it may have lines of iterations that are done again, and half a line."""
+    signals(2, signal.SIGTERM)
+    run(tmp_path, *FEW)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(json.dumps(dict(iteration=4, losses={})) + '\n{"iteration": 5, "los')
+    run(tmp_path, *FEW, "--resume")
+    assert [line["iteration"] for line in log(tmp_path, "losses")] == [1, 2, 3, 4, 5, 6]
+    assert all(line["losses"] for line in log(tmp_path, "losses"))
+
+
+def test_other_images_than_before_cannot_be_resumed(flats, signals, tmp_path, capsys):
+    signals(1, signal.SIGTERM)
+    run(tmp_path / "run", "--dataset", flats, *OWN, "--iterations", 3)
+    path = Path(flats.rpartition(":")[0])
+    for old, new, message in (("range(6)", "range(7)", "6 then, 7 now"), ("range(6)", "reversed(range(6))", "order")):
+        path.write_text(FLATS.replace(old, new))
+        for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", "") == str(path)]:
+            del sys.modules[name]
+        assert message in fails(capsys, 2, tmp_path / "run", "--dataset", flats, *OWN, "--iterations", 3, "--resume")
+
+
+def test_processes_that_list_other_images_are_refused(monkeypatch):
+    scenes = Synthetic(3)
+    assert evaluate.digest_names(scenes, torch.device("cpu"))[0] == 3
+    monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own)
+    evaluate.digest_names(scenes, torch.device("cpu"))
+    monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own + 1)
+    with pytest.raises(ValueError, match="the processes list different images of Synthetic, or another order: 3 here"):
+        evaluate.digest_names(scenes, torch.device("cpu"))
+
+
 def test_a_damaged_last_checkpoint_is_replaced_by_the_best_one(tmp_path, capsys):
     arguments = [*FEW, "--eval-every", 3]
     run(tmp_path, *arguments)
