@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs.
+published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs, and the sums of batch norm.
 """
 
 import copy
@@ -639,11 +639,26 @@ class SCTM(nn.Module):
         return out
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """In training, over the batch of all processes. nn.SyncBatchNorm needs CUDA, and torch.compile cannot trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or _count_processes() == 1:
+            return super().forward(x)
+        mean, var, n = _batch_statistics(x)                                                  # (C,), (C,), ()
+        with torch.no_grad():    # detach() would not do: compiled, the second backward pass fails (PyTorch 2.14)
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        scale, shift = (t.to(self.weight.dtype)[:, None, None] for t in (scale, self.bias - mean * scale))
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
 class LiteHead(nn.Module):
     """3x3 convolution, batch norm, ReLU, linear map, (B, H, W, C) -> (B, H, W, channels); MTMamba.predict resizes.
 
-    The convolution has 96 channels, half of Swin-Large's C_1, with every encoder. In training, batch norm makes an
-    image's outputs depend on the others of its batch.
+    The convolution has 96 channels with every encoder. In training, an image's outputs depend on its whole batch.
     """
 
     WIDTH = 96
@@ -651,7 +666,7 @@ class LiteHead(nn.Module):
     def __init__(self, dim: int, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, self.WIDTH, kernel_size=3, padding=1)
-        self.norm = nn.BatchNorm2d(self.WIDTH)
+        self.norm = BatchNorm(self.WIDTH)
         self.project = nn.Linear(self.WIDTH, channels)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)    # as published; all else keeps PyTorch's default
 
@@ -1814,3 +1829,32 @@ _SCANS = {
     "triton": (_triton_states, _triton_forward, _triton_backward),
     "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
 }
+
+
+# ---------------------------------------------------------------------------------- appendix: batch norm over processes
+
+def _count_processes() -> int:
+    """Of torch.distributed; 1 where it does not run."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@torch.library.custom_op("mtmamba::sum_over_processes", mutates_args=())
+def _sum_over_processes(x: Tensor) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(x)
+    return x
+
+
+_sum_over_processes.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+_sum_over_processes.register_autograd(lambda _, gradient: _sum_over_processes(gradient))
+
+
+def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, C, H, W) of this process -> mean (C,), biased variance (C,) and number of pixels () of all processes. One sum
+    over the processes, in float64: the variance can be small beside the square of the mean."""
+    var, mean = (t.double() for t in torch.var_mean(x.to(_compute_dtype(x)), (0, 2, 3), correction=0))
+    sums = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]) * (x.numel() / len(mean))
+    n, total, squares = _sum_over_processes(sums)
+    mean = total / n
+    return mean, squares / n - mean ** 2, n[0]

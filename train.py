@@ -44,7 +44,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import DropPath, convert_sync_batchnorm
+from timm.layers import DropPath
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -89,7 +89,7 @@ from evaluate import (
     start,
 )
 from metrics import TASKS, Task, delta_m
-from mtmamba import BACKENDS, ENCODERS, VARIANTS, MTMamba
+from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What each data set is trained with. Flags of the same names override it.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
@@ -281,8 +281,6 @@ class Run:
             else:
                 load_all_weights(self.model, args.init_from)
         self.model.to(device)
-        if self.world > 1 and device.type == "cuda":    # PyTorch has synchronised batch norm for CUDA alone
-            convert_sync_batchnorm(self.model)
         self.backend = choose_backend(self.model, args.backend, device)
         self.part = draw_for_whole_batch(self.model, args.accumulate * self.world, device)
         if args.checkpoint_activations:
@@ -307,9 +305,8 @@ class Run:
             self.tensorboard = SummaryWriter(args.out, purge_step=self.iteration + 1)
 
         self.network = self.model
-        if args.compile:    # PyTorch cannot trace synchronised batch norm, which splits the graph
-            synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
-            self.network = torch.compile(self.model, fullgraph=not synchronised, dynamic=False)    # images of one size
+        if args.compile:
+            self.network = torch.compile(self.model, fullgraph=True, dynamic=False)    # images of one size
         if self.world > 1:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
             align_gradients(self.model)
@@ -328,6 +325,8 @@ class Run:
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
         references = {}
+        if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
+            print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
         if self.train_set.REFERENCES and self.iteration == 0:
             references["untrained"] = self.evaluate("evaluating, untrained", odsf=True)
         if self.train_set.REFERENCES or not self.train_set.SELECTION_BASELINE:
@@ -433,10 +432,6 @@ class Run:
 
         odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only.
         """
-        if self.world > 1:
-            for name, buffer in self.model.named_buffers():
-                if "running_" in name:    # where batch norm is not synchronised, all take the first process's figures
-                    dist.broadcast(buffer, 0)
         begun = time.perf_counter()
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
                            stop=lambda: self.interruption.noted)

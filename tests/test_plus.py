@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import published_shapes, published_state
-from timm.layers import convert_sync_batchnorm
 
+import mtmamba
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
 from evaluate import describe_published, load_checkpoint
-from mtmamba import SS2D, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
+from mtmamba import SS2D, BatchNorm, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
 
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
@@ -153,17 +153,36 @@ def test_the_heads_width_is_not_the_encoders():
     assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
 
 
-def test_synchronised_batch_norm_takes_its_place(tiny_model):
-    """As train.py has it with several processes on CUDA; where it runs as one process it is the plain one."""
-    model, plain = (tiny_model({"depth": 1}, variant="mtmamba++") for _ in range(2))
-    parameters = list(model.parameters())
-    assert convert_sync_batchnorm(model) is model
-    assert isinstance(model.heads["depth"].norm, torch.nn.SyncBatchNorm)
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    model.load_state_dict(plain.state_dict())
-    image = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(image)["depth"], plain.eval()(image)["depth"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batch_norm_in_one_process_is_pytorchs(autocast):
+    """Bit for bit. Over two processes: test_run.py."""
+    ends = []
+    for norm in (BatchNorm(6), torch.nn.BatchNorm2d(6)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 6, 5, 7, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = norm(x.bfloat16() if autocast else x)
+        y.float().square().sum().backward()
+        ends.append({"y": y, "gradient": x.grad, "in evaluation": norm.eval()(x), **norm.state_dict()})
+    assert list(ends[0]) == list(ends[1])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ends[0].values(), ends[1].values()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batch_norm_over_processes_keeps_types_and_precision(autocast, monkeypatch):
+    """Two processes that hold the same images, whose mean is far from 0."""
+    monkeypatch.setattr(mtmamba, "_count_processes", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+    x = torch.randn(2, 6, 5, 7) + 1000
+    x = x.bfloat16() if autocast else x
+    ours, expected = BatchNorm(6), torch.nn.BatchNorm2d(6).double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ours(x)
+    assert y.dtype == x.dtype
+    tolerance = dict(rtol=0, atol=0.05 if autocast else 1e-3)    # of 1000 in float32: 6e-5
+    torch.testing.assert_close(y.double(), expected(torch.cat([x, x]).double())[:2], **tolerance)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value.to(ours.state_dict()[key]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0, 1.5, -1])
