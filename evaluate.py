@@ -435,6 +435,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
              stop: Callable[[], bool] | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:

@@ -122,6 +122,17 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
     assert 0 < results["boundary"]["odsF"] < 100
 
 
+def test_scores_are_in_true_float32(checkpoint, nyud, tmp_path, monkeypatch):
+    forward, allowed = MTMamba.forward, []
+    monkeypatch.setattr(MTMamba, "forward", lambda *arguments: allowed.append(tf32()) or forward(*arguments))
+
+    def tf32():
+        return torch.backends.cudnn.allow_tf32
+    before = tf32()
+    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-images", "0"))
+    assert set(allowed) == {False} and tf32() == before
+
+
 def test_no_row_of_another_model_is_printed(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(SmallNYUDv2, "PAPER", datasets.NYUDv2.PAPER)    # which have none of this variant and encoder
     results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
