@@ -202,8 +202,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
-    group.add_argument("--amp", choices=AMP, help="precision (default: bf16 on CUDA, off elsewhere); the scan, norms, "
-                       "softmax and losses stay in float32")
+    group.add_argument("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability "
+                       "8.0; elsewhere off); the scan, norms, softmax and losses stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
     group = parser.add_argument_group("output, every so many iterations")
@@ -224,7 +224,9 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
             setattr(args, name, value)
     args.img_size = tuple(args.img_size)
     args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
-    args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
+    if args.amp is None and device.type == "cuda":    # GPUs before 8.0 only emulate bf16
+        args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
+    args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.pretrained = args.pretrained and args.init_from is None    # that file has the encoder's weights, too
     least = dict(iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0, workers=0, seed=0,
@@ -323,10 +325,10 @@ class Run:
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
               f"{self.world} x {self.device.type}, {args.batch_size // self.world} images per process and iteration")
         print("configuration:", json.dumps(self.flags))
-        self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
-        references = {}
         if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
             print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
+        self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
+        references = {}
         if self.train_set.REFERENCES and self.iteration == 0:
             references["untrained"] = self.evaluate("evaluating, untrained", odsf=True)
         if self.train_set.REFERENCES or not self.train_set.SELECTION_BASELINE:

@@ -537,6 +537,17 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "step", lambda self, *a: started.setdefault(
         self.iteration, {k: v.clone() for k, v in self.model.state_dict().items()}) and step(self, *a))
     run(tmp_path / "second", *FEW, "--init-from", tmp_path / "first/last.pt", "--seed", 5)
+@pytest.mark.parametrize("device, capability, expected", [
+    ("cpu", None, "off"), ("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("cuda", (12, 0), "bf16")])
+def test_default_precision(device, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args([])
+    train.complete_flags(args, torch.device(device), 1)
+    assert args.amp == expected
+
+
     assert_same_state(started[0], load(tmp_path / "first/last.pt")["model"])
 
 
