@@ -34,6 +34,7 @@ import json
 import multiprocessing
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -82,14 +83,12 @@ from mtmamba import (
     PUBLISHED_TASKS,
     SS2D,
     VARIANTS,
-    K,
     MTMamba,
     count_cost,
     default_backend,
     load_published_checkpoint,
     published_variant,
     read_tensors,
-    selective_scan_2d,
 )
 
 EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size; memory grows with both
@@ -303,16 +302,23 @@ def load_weights(model: MTMamba, checkpoint: dict, path: Path):
 
 def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
     """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
-    cannot run here."""
-    for module in model.modules():
-        if isinstance(module, SS2D):
-            module.backend = backend
-    pixel, each, matrix = (torch.zeros(shape, device=device) for shape in ((1, 1, 1, 1), (1, 1, 1, K, 1), (K, 1, 1)))
+    cannot scan one pixel here, in training mode forward and backward."""
+    scans, name = [m for m in model.modules() if isinstance(m, SS2D)], backend or default_backend(device)
+    for scan in scans:
+        scan.backend = backend
     try:
-        selective_scan_2d(pixel, each, matrix, each, each, matrix[:, 0], matrix[:, 0], backend)
-    except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return backend or default_backend(device)
+        for scan in scans[:1]:
+            pixel = torch.zeros(1, 1, 1, len(scan.D[0]), device=device, requires_grad=model.training)
+            y = scan(pixel)
+            if model.training:
+                torch.autograd.grad(y.sum(), pixel)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in text:    # of Triton
+            text = (f"the scan backend {name} cannot be compiled ({text}); install gcc and python3-dev, or give "
+                    "--backend torch")
+        raise ValueError(text) from error
+    return name
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -429,13 +435,13 @@ def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task])
     return delta_m(figures, {task: baseline[task] for task in figures}, rows)
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
              workers: int = 0, odsf: bool = True, scored: set[str] | None = None, predictions: Path | None = None,
              stop: Callable[[], bool] | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:

@@ -157,9 +157,10 @@ def one_line(error: Exception) -> str | None:
         return f"{text}; earlier checkpoints are unchanged. Make room, then continue with --resume"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    if isinstance(error, (torch._dynamo.exc.TorchDynamoException, subprocess.CalledProcessError)):
         reason = " ".join(text.splitlines()[:2])
-        return f"--compile failed ({reason}); install a C++ compiler, or train with --no-compile"
+        return (f"--compile failed ({reason}); train with --no-compile, or, where a compiler is missing, install gcc, "
+                "g++ and python3-dev")
     if "Too many open files" in text or "ancdata" in text:    # the second is how another process learns of it
         return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"
     if "closed by peer" in text:
@@ -324,9 +325,9 @@ class Run:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
               f"{self.world} x {self.device.type}, {args.batch_size // self.world} images per process and iteration")
-        print("configuration:", json.dumps(self.flags))
         if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
             print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
+        print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
         references = {}
         if self.train_set.REFERENCES and self.iteration == 0:

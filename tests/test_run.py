@@ -23,6 +23,7 @@ from test_train import few_scenes
 
 import datasets
 import evaluate
+import mtmamba
 import train
 from archives import export
 from conftest import TINY_SWIN
@@ -52,10 +53,10 @@ if __name__ == "__main__":
     if "SLOW" in os.environ:
         step = train.Run.step
         train.Run.step = lambda *arguments: time.sleep(0.4) or step(*arguments)
-    train.main(sys.argv[1:])
     if "SGD" in os.environ:    # AdamW makes whole steps of gradients that are rounding errors
         torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
         torch.compile = functools.partial(torch.compile, backend="aot_eager")    # less to compile
+    train.main(sys.argv[1:])
 """
 
 
@@ -140,7 +141,6 @@ def test_processes_and_parts_change_nothing(tmp_path):
     assert json.loads((tmp_path / "two processes/log.jsonl").read_text().splitlines()[0])["processes"] == 2
 
 
-class Numbered(torch.utils.data.Dataset):
 def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
     """MTMamba++'s weights and running statistics after 3 steps; compiled and with --checkpoint-activations, too."""
     arguments = [*SWIN, "--variant", "mtmamba++", "--tasks", "depth", "--iterations", 3, "--lr", 0.02]
@@ -158,6 +158,7 @@ def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
             torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name} {key}: {m}")
 
 
+class Numbered(torch.utils.data.Dataset):
     SHUFFLED = True
 
     def __len__(self):
@@ -208,6 +209,34 @@ def test_the_scan_runs_on_the_backend_asked_for(tmp_path, capsys):
     assert ours == pytest.approx(expected, rel=1e-3) and ours != expected
     scores = evaluate.main(["--checkpoint", str(tmp_path / "torch/last.pt"), "--backend", "loop"])
     assert "scan backend: loop" in capsys.readouterr().out and set(scores) == set(Synthetic.TASKS)
+
+
+@pytest.mark.parametrize("error, message", [
+    (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "gcc and python3-dev, or give --backend torch"),
+    (RuntimeError("Failed to find C compiler.\nSet CC"), "gcc and python3-dev, or give --backend torch"),
+    (RuntimeError("no kernel for\nthis device"), "train.py: no kernel for this device"),
+])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_backend_that_cannot_be_compiled(error, message, backward, tmp_path, monkeypatch, capsys):
+    """It is tried with the model's sizes, forward and backward, before the first iteration."""
+    def scan(x, delta, A, *rest):
+        assert A.shape == (4, x.shape[3], 16)
+        if not backward:
+            raise error
+        y = x.clone()
+        y.register_hook(fail)
+        return y
+
+    def fail(gradient):
+        raise error
+    monkeypatch.setattr(mtmamba, "selective_scan_2d", scan)
+    monkeypatch.setitem(train.PRESETS["synthetic"], "d_state", 16)
+    assert message in fails(capsys, 2, tmp_path, *FEW)
+
+
+def test_accumulation_with_batch_norm_is_told(tmp_path, capsys):
+    run(tmp_path, "--variant", "f-ctm-lite", "--tasks", "depth", "--iterations", 1, "--accumulate", 2)
+    assert "--accumulate: batch norm sees 2 images of a batch at a time" in capsys.readouterr().out
 
 
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
@@ -462,7 +491,8 @@ def test_what_stops_a_run_from_outside_is_told_in_one_line():
     for full in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
         assert "ulimit -n" in train.one_line(full)
     compiler = torch._dynamo.exc.TorchDynamoException("backend='inductor' raised:\nRuntimeError: no compiler\n\nSet X")
-    assert "raised: RuntimeError: no compiler); install" in train.one_line(compiler)
+    for error in (compiler, subprocess.CalledProcessError(1, ["gcc"])):
+        assert "); train with --no-compile, or, where a compiler is missing, install gcc" in train.one_line(error)
     assert train.one_line(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None    # a fault of the code
 
 
@@ -507,6 +537,17 @@ def test_activations_are_recomputed_and_change_nothing(tmp_path):
     assert_same_state(*(load(tmp_path / name / "last.pt")["model"] for name in ("recomputed", "kept")))
 
 
+@pytest.mark.parametrize("device, capability, expected", [
+    ("cpu", None, "off"), ("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("cuda", (12, 0), "bf16")])
+def test_default_precision(device, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args([])
+    train.complete_flags(args, torch.device(device), 1)
+    assert args.amp == expected
+
+
 def test_bf16_trains(tmp_path):
     run(tmp_path, *SWIN, *FEW, "--amp", "bf16")
     content = load(tmp_path / "last.pt")
@@ -537,17 +578,6 @@ def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "step", lambda self, *a: started.setdefault(
         self.iteration, {k: v.clone() for k, v in self.model.state_dict().items()}) and step(self, *a))
     run(tmp_path / "second", *FEW, "--init-from", tmp_path / "first/last.pt", "--seed", 5)
-@pytest.mark.parametrize("device, capability, expected", [
-    ("cpu", None, "off"), ("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("cuda", (12, 0), "bf16")])
-def test_default_precision(device, capability, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    args = parser.parse_args([])
-    train.complete_flags(args, torch.device(device), 1)
-    assert args.amp == expected
-
-
     assert_same_state(started[0], load(tmp_path / "first/last.pt")["model"])
 
 
