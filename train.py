@@ -72,6 +72,7 @@ from datasets import (
     write_json,
 )
 from evaluate import (
+    REFERENCE_IMAGES,
     Results,
     add_up,
     allow_open_files,
@@ -85,6 +86,7 @@ from evaluate import (
     print_table,
     rank_and_world,
     read_checkpoint,
+    reference_title,
     save_contact_sheet,
     start,
 )
@@ -116,7 +118,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CHECKPOINT_NAMES = ("last.pt", "best.pt")
 # Flags that may change when a run is resumed. All others decide what is computed, so they must stay as they were.
 CHANGEABLE_FLAGS = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
-                    "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard"}
+                    "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard", "no_references"}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Results]:
@@ -210,6 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--save-every", type=int)
     group.add_argument("--eval-every", type=int, help="0: only at the end")
     group.add_argument("--log-every", type=int)
+    group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model and the "
+                       f"best constant, of the first {REFERENCE_IMAGES} validation images")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 
 
@@ -328,11 +332,13 @@ class Run:
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
         references = {}
-        if self.train_set.REFERENCES and self.iteration == 0:
-            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True)
-        if self.train_set.REFERENCES or not self.train_set.SELECTION_BASELINE:
-            references["best constant"] = constant_baseline(self.val_set, odsf=True)
-        self.baseline = selection_baseline(self.val_set, references.get("best constant"))
+        wanted = self.train_set.REFERENCES and not args.no_references
+        if wanted and self.iteration == 0:
+            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=REFERENCE_IMAGES)
+        constant = None
+        if wanted or not self.train_set.SELECTION_BASELINE:
+            references["best constant"] = constant = constant_baseline(self.val_set, odsf=wanted)
+        self.baseline = selection_baseline(self.val_set, constant)
         print("best.pt will be the evaluation with the highest delta_m against", self.baseline)
 
         with self.interruption:
@@ -343,7 +349,8 @@ class Run:
                       "and --resume")
                 return {}
             results = {"trained": trained, **references}
-            self.finish(results)
+            self.finish({reference_title(name, self.val_set) if name in references else name: scores
+                         for name, scores in results.items()})
         return results
 
     def train(self):
@@ -428,10 +435,11 @@ class Run:
         dist.all_reduce(flag, group=self.between_cpus)
         return bool(flag)
 
-    def evaluate(self, description: str, odsf: bool = False) -> Results | None:
+    def evaluate(self, description: str, odsf: bool = False, limit: int | None = None) -> Results | None:
         """Scores the present weights on all validation images, in float32. None where it was interrupted.
 
-        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only.
+        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: as in
+        evaluate.evaluate.
         """
         if self.world > 1:
             for name, buffer in self.model.named_buffers():
@@ -439,7 +447,7 @@ class Run:
                     dist.broadcast(buffer, 0)
         begun = time.perf_counter()
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted)
+                           stop=lambda: self.interruption.noted, limit=limit)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -474,7 +482,8 @@ class Run:
         figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.baseline}
         score = delta_m(figures, {task: self.baseline[task] for task in figures}, self.rows) if figures else None
         self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, delta_m=score, seconds=self.evaluation_seconds),
+        self.log(dict(iteration=self.iteration, results=results, selection_delta_m=score,
+                      seconds=self.evaluation_seconds),
                  {f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()})
         if self.rank == 0:
             folder = self.args.out / "pictures"
@@ -498,7 +507,7 @@ class Run:
         """The final table, results.json and the last contact sheet."""
         data_set, out, trained = self.val_set, self.args.out, results["trained"]
         encoder = {timm_name: name for name, timm_name in ENCODERS.items()}.get(self.args.encoder, self.args.encoder)
-        print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)))
+        print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)), primary_only=True)
         improvement = compare(trained, data_set.SINGLE_TASK, self.rows)
         if improvement is not None:
             print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
