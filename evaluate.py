@@ -155,7 +155,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class as in "
                        "train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
-    group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
+    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, "
+                       "one or one per task (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
     group.add_argument("--no-references", action="store_true", help="without the best constant, which is scored on the "
                        f"first {REFERENCE_IMAGES} images where no figures of the paper are known")
@@ -359,7 +360,8 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     else:
         known = not given and paper.keys() == results.keys()
         published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.rows):+.2f} %)" if known else ""
-        print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %{published}")
+        against = ", ".join(map(str, args.baseline or ["the single-task row of Table 2"]))
+        print(f"delta_m against {against}: {improvement:+.2f} %{published}")
     write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                                           boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
@@ -404,24 +406,29 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
     return names
 
 
-def read_baseline(path: Path | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
-    """The primary metrics by task in a results.json. Raises FileNotFoundError, or ValueError for another kind of file,
-    another data set, and figures that delta_m cannot be taken against."""
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text())
-        found, results = content["dataset"], content["results"]
-        figures = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
-                   for task, row in dataset.rows.items()}
-        positive = all(value > 0 for value in figures.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of evaluate.py with the tasks {', '.join(dataset.rows)} "
-                         f"({type(error).__name__}: {error})") from error
-    if found != name or not positive:
-        raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
-                         f"{figures} on {found} in {path}")
-    return figures
+def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
+    """The primary metrics by task in one or several results.json, as of a network per task. Raises FileNotFoundError,
+    or ValueError for another kind of file or data set, a missing task, and figures of 0, by which delta_m divides."""
+    figures = {}
+    for path in paths or ():
+        try:
+            content = json.loads(path.read_text())
+            found, results = content["dataset"], content["results"]
+            new = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
+                   for task, row in dataset.rows.items() if task in results}
+            positive = all(value > 0 for value in new.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is not a results.json of evaluate.py or train.py ({reason})") from error
+        if found != name or not positive:
+            raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
+                             f"{new} on {found} in {path}")
+        figures |= new
+    missing = dataset.rows.keys() - figures.keys()
+    if paths and missing:
+        raise ValueError(f"expected a baseline of every task, found none of {', '.join(sorted(missing))} in "
+                         f"{', '.join(map(str, paths))}")
+    return figures or None
 
 
 def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task]) -> float | None:
