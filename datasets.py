@@ -97,10 +97,10 @@ class DenseDataset(torch.utils.data.Dataset):
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
     folders = ()                 # that are read, so that nothing is written there
     REFERENCES = True            # whether the best constant and the untrained model are scored beside a trained model
-    UNIT_NORMALS = True          # whether normals that are far from unit length are ignored
+    UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.UNIT_LENGTH
 
     def __init__(self, size, tasks, seed, smallest=1):
-        """size: (H, W) in pixels, each at least `smallest`. Raises ValueError for bad values and for bad attributes."""
+        """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
         self.tasks = choose_tasks(self.TASKS, tasks)
         if len(size) != 2 or min(size) < smallest:
             raise ValueError(f"expected size (H, W) of at least {smallest} pixels, found {size}; give a larger one")
@@ -171,8 +171,7 @@ class Labels:
 
 
 def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
-    """The chosen entries of a data set's TASKS, in the order asked for; None for all. Raises ValueError for other names
-    and for an impossible table."""
+    """The chosen entries of a data set's TASKS, in the order asked for; None for all."""
     rows = task_rows(table)
     tasks = list(table) if tasks is None else list(tasks)
     if not tasks or not set(tasks) <= set(table):
@@ -689,7 +688,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
 
 def file_names(names: Iterable) -> list[str]:
-    """The names as text. Raises Unfit where there are none, or one of them cannot be that of a file below a folder."""
+    """The names as text. Each must be a possible name of a file below a folder, and occur once."""
     texts = [name.as_posix() if isinstance(name, PurePath) else str(name) for name in names]
     expect(len(texts) > 0, "names of images", "none")
     for text in texts:
@@ -707,10 +706,10 @@ class FileDataset(LabelledDataset):
     label: read_semseg(name) and so on. Each file is checked when it is read.
     """
 
-    IMAGE = ()      # folder and suffix of the images
-    COUNTS = {}     # images by split, as published
-    LIST = ""       # the file with a split's image IDs, one per line
-    ROOT = ""       # folder, where none is given
+    IMAGE = ()              # folder and suffix of the images
+    COUNTS = {}             # images by split, as published
+    LIST = ""               # the file with a split's image IDs, one per line
+    ROOT = ""               # folder, where none is given
     REFERENCES = False      # the published figures are known, and either costs hours
     UNIT_NORMALS = False    # as in the published runs
 
@@ -785,7 +784,7 @@ class PascalContext(FileDataset):
     parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
                that is listed later stands.
     saliency   1 where the distilled map is above 127, or of a mask (0 and 1, or as the role "mask" of read_image).
-    normal     distilled; IGNORE outside those of LabelMap's 459 classes that also exist indoors (INDOOR).
+    normal     distilled, of any length; IGNORE outside LabelMap's classes that also exist indoors (INDOOR, of 459).
     boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
                scores against another map, boundary_truth.
     """
@@ -895,7 +894,7 @@ class NYUDv2(FileDataset):
 
     semseg     40 classes: 1..40 in the file are 0..39 here, 0 there is IGNORE here.
     depth      metres; 0 in the file is IGNORE here.
-    normal     as it is, whatever its length.
+    normal     as in the file, of any length.
     boundary   the edge image, as it is.
     """
 
@@ -1061,8 +1060,7 @@ DATASETS = {"synthetic": Synthetic, "pascal": PascalContext, "nyud": NYUDv2, "ci
 
 
 def find_dataset_class(name: str) -> type[DenseDataset]:
-    """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class". Raises
-    FileNotFoundError, or ValueError where there is none."""
+    """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class"."""
     if name in DATASETS:
         return DATASETS[name]
     file, _, class_name = name.rpartition(":")
@@ -1125,7 +1123,7 @@ def about(what: object) -> Iterator[None]:
 
 
 def read_names(path: Path) -> list[str]:
-    """The image IDs in a list: UTF-8, one per line. Raises FileNotFoundError, or ValueError where there are none."""
+    """The image IDs in a list: UTF-8, one per line."""
     with about(path):
         names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
         expect(len(names) > 0, "image IDs, one per line", "none")
@@ -1237,9 +1235,9 @@ def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_no
         wrong = ~(label >= 0) | (label == np.inf)
         expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
         return np.where(label == IGNORE, 0, label).astype(np.float32)
-    expect(label.dtype.kind in "uib" or row.dtype.is_floating_point, "integers", label.dtype)
-    last = max(row.channels, 2) - 1
-    wrong = ~np.isin(label, [*range(last + 1), IGNORE])
+    floats, last = label.dtype.kind == "f" and row.dtype.is_floating_point, max(row.channels, 2) - 1
+    expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
+    wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
     expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
     return label.astype(np.uint8)
 

@@ -93,6 +93,7 @@ from mtmamba import (
 
 EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size; memory grows with both
 EVALUATION_PIXELS = 2 ** 20
+REFERENCE_IMAGES = 100           # on which the best constant and an untrained model are scored
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}, the primary metric first
 
@@ -153,8 +154,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class as in "
                        "train.py (default: the one with the model's tasks)")
     group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
-    group.add_argument("--baseline", type=Path, help="results.json to take delta_m against (NYUDv2: the paper's)")
+    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, "
+                       "one or one per task (NYUDv2: the paper's)")
     group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
+    group.add_argument("--no-references", action="store_true", help="without the best constant, which is scored on the "
+                       f"first {REFERENCE_IMAGES} images where no figures of the paper are known")
     group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
     group = parser.add_argument_group("your own pictures")
@@ -185,7 +189,7 @@ FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_
          "image": "image checkpoint device backend out overwrite save_predictions max_side features encoder "
                   "encoder_kwargs",
          "": "checkpoint device backend out overwrite save_predictions workers dataset data_root baseline "
-             "boundary_list save_images img_size encoder encoder_kwargs"}
+             "boundary_list save_images img_size encoder encoder_kwargs no_references"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -351,8 +355,8 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
     paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
     columns = {"model": results}
-    if dataset.REFERENCES:
-        columns["best constant"] = constant_baseline(dataset)
+    if dataset.REFERENCES and not args.no_references:
+        columns[reference_title("best constant", dataset)] = constant_baseline(dataset)
     print_table(columns, model.labels, paper)
     if not (paper or dataset.REFERENCES):
         print("the paper's figure is not known here for this variant and encoder")
@@ -362,7 +366,8 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     else:
         known = not given and paper.keys() == results.keys()
         published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.rows):+.2f} %)" if known else ""
-        print(f"delta_m against {args.baseline or 'the single-task row of Table 2'}: {improvement:+.2f} %{published}")
+        against = ", ".join(map(str, args.baseline or ["the single-task row of Table 2"]))
+        print(f"delta_m against {against}: {improvement:+.2f} %{published}")
     write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                                           boundary_images=len(scored or dataset), results=results, delta_m=improvement))
     print("results:", out / "results.json")
@@ -407,24 +412,29 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
     return names
 
 
-def read_baseline(path: Path | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
-    """The primary metrics by task in a results.json. Raises FileNotFoundError, or ValueError for another kind of file,
-    another data set, and figures that delta_m cannot be taken against."""
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text())
-        found, results = content["dataset"], content["results"]
-        figures = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
-                   for task, row in dataset.rows.items()}
-        positive = all(value > 0 for value in figures.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of evaluate.py with the tasks {', '.join(dataset.rows)} "
-                         f"({type(error).__name__}: {error})") from error
-    if found != name or not positive:
-        raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
-                         f"{figures} on {found} in {path}")
-    return figures
+def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
+    """The primary metrics by task in one or several results.json, as of a network per task. Raises FileNotFoundError,
+    or ValueError for another kind of file or data set, a missing task, and figures of 0, by which delta_m divides."""
+    figures = {}
+    for path in paths or ():
+        try:
+            content = json.loads(path.read_text())
+            found, results = content["dataset"], content["results"]
+            new = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
+                   for task, row in dataset.rows.items() if task in results}
+            positive = all(value > 0 for value in new.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is not a results.json of evaluate.py or train.py ({reason})") from error
+        if found != name or not positive:
+            raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
+                             f"{new} on {found} in {path}")
+        figures |= new
+    missing = dataset.rows.keys() - figures.keys()
+    if paths and missing:
+        raise ValueError(f"expected a baseline of every task, found none of {', '.join(sorted(missing))} in "
+                         f"{', '.join(map(str, paths))}")
+    return figures or None
 
 
 def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task]) -> float | None:
@@ -439,14 +449,14 @@ def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task])
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
              workers: int = 0, odsf: bool = True, scored: set[str] | None = None, predictions: Path | None = None,
-             stop: Callable[[], bool] | None = None) -> Results | None:
+             stop: Callable[[], bool] | None = None, limit: int | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
     folder for the raw maps. stop: asked before every batch whether to give up; the result is None where it says so in
-    any process.
+    any process. limit: only so many images, the first ones.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -458,7 +468,8 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     samples = WithTruths(dataset, boundaries, scored)
     H, W = samples[0]["image"].shape[1:]
     size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
-    batches = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)[rank::world]]
+    images = min(len(dataset), limit or len(dataset))
+    batches = [range(i, min(i + size, images)) for i in range(0, images, size)[rank::world]]
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
                         worker_init_fn=follow_main)
     meters = meters_for(dataset)
@@ -567,23 +578,28 @@ def save_raw(folder: Path, name: str, maps: dict[str, Tensor], rows: dict[str, T
                 Image.fromarray(pixels).save(file, "PNG")
 
 
+def reference_title(name: str, dataset: DenseDataset) -> str:
+    return name if len(dataset) <= REFERENCE_IMAGES else f"{name} ({REFERENCE_IMAGES})"    # images
+
+
 def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
     """The scores of the best prediction that is the same at every pixel: what a model must beat to have learned
-    anything. Tasks without a label are left out.
+    anything. Of the first REFERENCE_IMAGES images; tasks without a label are left out.
 
-    The constants are fitted to the very labels that they are scored on. Reads the data set twice, as it may not fit
+    The constants are fitted to the very labels that they are scored on. Reads the images twice, as they may not fit
     into memory. odsf: as in evaluate.
     """
+    images = range(min(len(dataset), REFERENCE_IMAGES))
     meters, statistics = meters_for(dataset), {task: [] for task in dataset.tasks}
     tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
     ods = {task: OdsMeter(tolerance, Pool(0).submit, 0) for task, row in dataset.rows.items()
            if row.kind == "boundary" and tolerance is not None}
-    for i in tqdm(range(len(dataset)), "labels for the best constant", unit="img", leave=False):
+    for i in tqdm(images, "labels for the best constant", unit="img", leave=False):
         sample = dataset[i]
         for task, meter in meters.items():
             statistics[task].append(meter.statistics(sample[task]))
     constants = {task: meter.constant(statistics[task]) for task, meter in meters.items()}
-    for i in tqdm(range(len(dataset)), "scoring the best constant", unit="img", leave=False):
+    for i in tqdm(images, "scoring the best constant", unit="img", leave=False):
         sample = dataset[i]
         for task, meter in meters.items():
             label = sample[task][None]
@@ -594,22 +610,23 @@ def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
     return results_of(meters, ods)
 
 
-def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None):
+def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
+                primary_only: bool = False):
     """One line per metric, the primary one of a task first; one column per set of results. With the paper's figures,
     that figure and the difference stand beside the first column's."""
     paper = paper or {}
     titles = [*columns, *(["paper", "difference"] if paper else [])]
-    print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>15}" for title in titles))
+    print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))
     for task, metrics in next(iter(columns.values())).items():
         row = labels.rows[task]
-        for metric in metrics:
+        for metric in [row.primary(metrics)] if primary_only else metrics:
             primary = metric == row.primary(metrics)
             line = f"{labels.title(task) if primary else '':<12}{metric:<17}" + "".join(
-                f"{results[task][metric]:>15.{row.digits}f}" if metric in results.get(task, ()) else 15 * " "
+                f"{results[task][metric]:>20.{row.digits}f}" if metric in results.get(task, ()) else 20 * " "
                 for results in columns.values())
             # The paper's maxF is computed as maxF_published.
             if task in paper and (primary or metric == "maxF_published"):
-                line += f"{paper[task]:>15.{row.digits}f}{metrics[metric] - paper[task]:>+15.{row.digits}f}"
+                line += f"{paper[task]:>20.{row.digits}f}{metrics[metric] - paper[task]:>+20.{row.digits}f}"
             print(f"{line}   {'lower' if row.lower_is_better else 'higher'} is better" if primary else line)
     print()
 

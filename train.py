@@ -72,6 +72,7 @@ from datasets import (
     write_json,
 )
 from evaluate import (
+    REFERENCE_IMAGES,
     Results,
     add_up,
     allow_open_files,
@@ -84,7 +85,9 @@ from evaluate import (
     load_weights,
     print_table,
     rank_and_world,
+    read_baseline,
     read_checkpoint,
+    reference_title,
     save_contact_sheet,
     start,
 )
@@ -116,7 +119,8 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CHECKPOINT_NAMES = ("last.pt", "best.pt")
 # Flags that may change when a run is resumed. All others decide what is computed, so they must stay as they were.
 CHANGEABLE_FLAGS = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
-                    "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard"}
+                    "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard", "no_references",
+                    "baseline"}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Results]:
@@ -127,6 +131,13 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args, held = parser.parse_args(argv), contextlib.ExitStack()
+    if args.resume and args.out:    # the flags that the run was last started with, unless they are given anew
+        with contextlib.suppress(OSError, ValueError):
+            lines = map(json.loads, (args.out / "log.jsonl").read_text().splitlines())
+            flags = [line["config"] for line in lines if "config" in line][-1:]
+            parser.set_defaults(**{key: value for key, value in (flags or [{}])[0].items()
+                                   if key not in ("resume", "out", "device")})
+            args = parser.parse_args(argv)
     try:
         try:
             device = start(args.device)
@@ -211,6 +222,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--save-every", type=int)
     group.add_argument("--eval-every", type=int, help="0: only at the end")
     group.add_argument("--log-every", type=int)
+    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against "
+                       "at the end, one or one per task (NYUDv2: the paper's)")
+    group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model and the "
+                       f"best constant, of the first {REFERENCE_IMAGES} validation images")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 
 
@@ -270,6 +285,7 @@ class Run:
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
                                      args.data_root)
         self.rows = self.train_set.rows
+        self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
         names = {"train": digest_names(self.train_set, device), "val": digest_names(self.val_set, device)}
 
         torch.manual_seed(args.seed)
@@ -292,7 +308,7 @@ class Run:
                                            betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
 
-        self.flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
         self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
                              commit=git_commit())
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
@@ -330,11 +346,13 @@ class Run:
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
         references = {}
-        if self.train_set.REFERENCES and self.iteration == 0:
-            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True)
-        if self.train_set.REFERENCES or not self.train_set.SELECTION_BASELINE:
-            references["best constant"] = constant_baseline(self.val_set, odsf=True)
-        self.baseline = selection_baseline(self.val_set, references.get("best constant"))
+        wanted = self.train_set.REFERENCES and not args.no_references
+        if wanted and self.iteration == 0:
+            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=REFERENCE_IMAGES)
+        constant = None
+        if wanted or not self.train_set.SELECTION_BASELINE:
+            references["best constant"] = constant = constant_baseline(self.val_set, odsf=wanted)
+        self.baseline = selection_baseline(self.val_set, constant)
         print("best.pt will be the evaluation with the highest delta_m against", self.baseline)
 
         with self.interruption:
@@ -345,7 +363,8 @@ class Run:
                       "and --resume")
                 return {}
             results = {"trained": trained, **references}
-            self.finish(results)
+            self.finish({reference_title(name, self.val_set) if name in references else name: scores
+                         for name, scores in results.items()})
         return results
 
     def train(self):
@@ -430,14 +449,15 @@ class Run:
         dist.all_reduce(flag, group=self.between_cpus)
         return bool(flag)
 
-    def evaluate(self, description: str, odsf: bool = False) -> Results | None:
+    def evaluate(self, description: str, odsf: bool = False, limit: int | None = None) -> Results | None:
         """Scores the present weights on all validation images, in float32. None where it was interrupted.
 
-        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only.
+        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: as in
+        evaluate.evaluate.
         """
         begun = time.perf_counter()
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted)
+                           stop=lambda: self.interruption.noted, limit=limit)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -472,7 +492,8 @@ class Run:
         figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.baseline}
         score = delta_m(figures, {task: self.baseline[task] for task in figures}, self.rows) if figures else None
         self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, delta_m=score, seconds=self.evaluation_seconds),
+        self.log(dict(iteration=self.iteration, results=results, selection_delta_m=score,
+                      seconds=self.evaluation_seconds),
                  {f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()})
         if self.rank == 0:
             folder = self.args.out / "pictures"
@@ -496,10 +517,11 @@ class Run:
         """The final table, results.json and the last contact sheet."""
         data_set, out, trained = self.val_set, self.args.out, results["trained"]
         encoder = {timm_name: name for name, timm_name in ENCODERS.items()}.get(self.args.encoder, self.args.encoder)
-        print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)))
-        improvement = compare(trained, data_set.SINGLE_TASK, self.rows)
+        print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)), primary_only=True)
+        improvement = compare(trained, self.single_task or data_set.SINGLE_TASK, self.rows)
         if improvement is not None:
-            print(f"delta_m against the single-task row of Table 2: {improvement:+.2f} %")
+            print(f"delta_m against {'--baseline' if self.single_task else 'the single-task row of Table 2'}: "
+                  f"{improvement:+.2f} %")
         self.keep(trained)    # after the table, as writing may fail
         if self.rank == 0:
             write_json(out / "results.json", dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"),
@@ -521,8 +543,9 @@ class Run:
         different = [f"--{key.replace('_', '-')} {stored[key]} (now {value})" for key, value in self.flags.items()
                      if key not in CHANGEABLE_FLAGS and key in stored and stored[key] != value]
         if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; resume with the same flags, or start "
-                             "another run with another --out")
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
+                             "computes (--iterations the learning rate), so resume with the same ones, or start "
+                             "another run with --init-from and another --out")
         for split, names in checkpoint.get("names", {}).items():    # earlier checkpoints do not have them
             if names != self.description["names"][split]:
                 raise ValueError(f"the names of the split {split!r}, or their order, have changed since {path}: "

@@ -1,6 +1,7 @@
 """What several tests share: a model small enough to run in a fraction of a second."""
 
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"    # there is a process of the suite for each core
 
@@ -26,6 +27,16 @@ PASCAL_TASKS = {"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundar
 def fresh_compiler():
     """torch.compile gives up on code that it has compiled for many models, as the tests together do."""
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def imports(tmp_path, monkeypatch):
+    """A process loads one file of a name; here several tests do."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", None)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def test_training_and_evaluation(exported, tmp_path, capsys):
     """From the exported files to scores, pictures and maps."""
     results = run(exported, tmp_path, "--variant", "mtmamba++", "--checkpoint-activations")
     table = capsys.readouterr().out
-    assert "disparity RMSE" in table and "\ndepth" not in table
+    assert "\ndisparity   RMSE " in table and "\ndepth" not in table
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["config"]["output_scale"] == 2 and saved["training"]["weight_decay"] == 1e-6
     assert saved["model"]["heads.depth.norm.num_batches_tracked"] == 2    # one per iteration

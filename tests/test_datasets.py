@@ -230,6 +230,43 @@ def test_normals_count_only_in_classes_that_exist_indoors(tmp_path):
     assert {3, 158, 284, 440, 457} <= classes and not {1, 2, 189, 360, 458, 459} & classes    # no sky, ground, wood
 
 
+def short_normals():
+    """Pixels of random directions, but for one of length 0.007 and one of 0.5."""
+    pixels = unit_normals(np.random.default_rng(0), 6, 8)
+    pixels[0, :2] = (127, 128, 127), (127, 128, 191)
+    return pixels
+
+
+def test_normals_of_any_length_count_in_the_benchmarks(tmp_path):
+    """As published: only vectors that are exactly 0 are ignored, which 8 bits cannot store."""
+    pixels = short_normals()
+    vectors = pixels.transpose(2, 0, 1) / 127.5 - 1
+    for kind, path in (("nyud", "normals/a.png"), ("pascal", "normals_distill/a.png")):
+        files = {path: pixels, **({"segmentation/a.png": np.ones((6, 8), np.uint8)} if kind == "nyud" else {
+            "pascal-context/trainval/a.mat": {"LabelMap": np.full((6, 8), 3, np.uint8)}})}    # 3 exists indoors
+        np.testing.assert_allclose(inner(by_hand(tmp_path / kind, files)[0], "normal"), vectors, atol=1e-6)
+
+
+def test_normals_far_from_unit_length_are_ignored_in_your_own_data(monkeypatch):
+    pixels = short_normals()[:4, :6]
+    vectors = pixels.transpose(2, 0, 1) / 127.5 - 1
+    ignored = np.zeros((4, 6), bool)
+    ignored[0, :2] = True
+    for label in (np.concatenate([pixels.transpose(2, 0, 1), np.ones((1, 4, 6), np.uint8)]), vectors):
+        monkeypatch.setattr(Own, "content", {"normal": label})
+        monkeypatch.setattr(Own, "UNIT_NORMALS", True)
+        np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, IGNORE, vectors), atol=1e-6)
+        monkeypatch.setattr(Own, "UNIT_NORMALS", False)
+        np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], vectors, atol=1e-6)
+    monkeypatch.setattr(Own, "content", {"normal": np.where(ignored, 0, vectors)})
+    np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, IGNORE, vectors), atol=1e-6)
+
+
+def test_a_label_may_be_a_function_that_reads_it(monkeypatch):
+    monkeypatch.setattr(Own, "content", {"semseg": lambda: np.full((4, 6), 1)})
+    assert (Own("val", (4, 6))[0]["semseg"] == 1).all()
+
+
 def test_evaluation_pads_around_the_image_in_the_middle(tmp_path):
     data = by_hand(tmp_path, {"segmentation/a.png": np.ones((6, 8), np.uint8)})
     sample = data[0]
@@ -682,7 +719,8 @@ def test_faults_are_named_by_loader_and_check(kind, folder, suffix, fault, task,
 def test_check_counts_and_shows_the_first_few(pascal, tmp_path, capsys):
     command = ["check", "--dataset", "pascal", "--workers", "1", "--root"]
     assert main([*command, str(pascal)]) == 0
-    assert capsys.readouterr().out == ("train: 8 images; published: 4998\nval: 2 images; published: 5105\nno problems\n")
+    assert capsys.readouterr().out == (
+        "train: 8 images; published: 4998\nval: 2 images; published: 5105\nno problems\n")
     root = shutil.copytree(pascal, tmp_path / "copy")
     ids = root / "ImageSets/Context/train.txt"
     listed = ids.read_text()
@@ -1075,7 +1113,7 @@ def test_labels_that_teach_nothing_are_reported(monkeypatch):
 ROOT = Path(datasets.__file__).parent
 
 
-def test_the_readmes_data_set(tmp_path, imports, monkeypatch):
+def test_the_readmes_data_set(tmp_path, monkeypatch):
     """As it stands there, on three files, and four in training."""
     code = (ROOT / "README.md").read_text().split("**Your own data**")[1].split("```python\n")[1].split("```")[0]
     (tmp_path / "rooms.py").write_text(code)
@@ -1131,17 +1169,7 @@ class G(E):
 
 
 @pytest.fixture
-def imports(tmp_path, monkeypatch):
-    """A process loads one file of a name; here several tests do."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(tmp_path) in str(getattr(module, "__file__", None)):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def mine(tmp_path, imports):
+def mine(tmp_path):
     """A file with data sets whose name is no identifier, beside one that it imports."""
     (tmp_path / "my own-data.py").write_text(MINE)
     (tmp_path / "helper.py").write_text("SIZE = 4, 6")

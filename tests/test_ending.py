@@ -202,7 +202,7 @@ def test_signals_to_all_processes_of_a_final_evaluation(slowly, nyud, tmp_path):
                          tmp_path / "run", processes=2, marker="evaluating", SPAWN="")
     code, output, _ = end(run, others, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     assert code == 0 and "stopped after iteration 1 of 1; continue with" in output
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "log.jsonl", ".lock"}
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")

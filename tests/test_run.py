@@ -248,13 +248,14 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
     """With a stand-in for the package, which is optional."""
     calls = []
     writer = types.SimpleNamespace(add_scalar=lambda *call: calls.append(call), flush=lambda: None)
-    package = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    package = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: calls.append(purge_step) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
     run(tmp_path, "--variant", "stm1", "--tensorboard", "--tasks", "depth", "--log-every", 3)
     losses = log(tmp_path, "losses")
+    assert calls.pop(0) == 1    # the first iteration whose points are replaced
     assert [call for call in calls if call[0] == "loss/depth"] == [
         ("loss/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
-    assert ("depth/RMSE", log(tmp_path, "delta_m")[0]["results"]["depth"]["RMSE"], 6) in calls
+    assert ("depth/RMSE", log(tmp_path, "selection_delta_m")[0]["results"]["depth"]["RMSE"], 6) in calls
 
 
 # ------------------------------------------------------------------------------------------------------ interruption
@@ -363,7 +364,7 @@ def test_a_signal_during_an_evaluation(signals, tmp_path):
     assert load(tmp_path / "halves/last.pt")["iteration"] == 3 and not (tmp_path / "halves/best.pt").exists()
     run(tmp_path / "halves", *arguments, "--resume")
     assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
-    halves, straight = ([{**line, "seconds": None} for line in log(tmp_path / name, "delta_m")]
+    halves, straight = ([{**line, "seconds": None} for line in log(tmp_path / name, "selection_delta_m")]
                         for name in ("halves", "straight"))
     assert halves == straight
 
@@ -389,6 +390,20 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     for path in out.glob("*.pt"):
         path.write_bytes(b"")
     assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
+
+
+def test_references_are_of_the_first_images_and_can_be_left_out(tmp_path, monkeypatch, capsys):
+    """The trained model is scored on all three."""
+    for module in (evaluate, train):
+        monkeypatch.setattr(module, "REFERENCE_IMAGES", 2)
+    results = run(tmp_path / "two", *FEW)
+    assert "untrained (2)" in capsys.readouterr().out
+    first = Synthetic(2, (32, 64), 1, ["semseg", "depth"])
+    assert results["best constant"] == evaluate.constant_baseline(first)
+    assert results["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "two/last.pt"), "--no-references"])
+    assert "constant" not in capsys.readouterr().out
+    without = run(tmp_path / "without", *FEW, "--no-references")
+    assert without["trained"] == results["trained"] and "untrained" not in without
 
 
 def test_a_second_run_in_the_same_folder_is_refused(driver, tmp_path, capsys):
@@ -422,8 +437,7 @@ def test_other_images_than_before_cannot_be_resumed(flats, signals, tmp_path, ca
     path = Path(flats.rpartition(":")[0])
     for old, new, message in (("range(6)", "range(7)", "6 then, 7 now"), ("range(6)", "reversed(range(6))", "order")):
         path.write_text(FLATS.replace(old, new))
-        for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", "") == str(path)]:
-            del sys.modules[name]
+        sys.modules.pop("flats")
         assert message in fails(capsys, 2, tmp_path / "run", "--dataset", flats, *OWN, "--iterations", 3, "--resume")
 
 
@@ -565,9 +579,9 @@ def test_logs_and_pictures(tmp_path):
     losses = log(tmp_path, "losses")
     assert [line["iteration"] for line in losses] == [2, 4, 6] and list(losses[0]["losses"]) == ["depth", "semseg"]
     assert losses[0]["lr"] == pytest.approx(train.learning_rate(1e-2, 1, 6))
-    scores = log(tmp_path, "delta_m")
+    scores = log(tmp_path, "selection_delta_m")
     assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
-    assert load(tmp_path / "best.pt")["best"] == max(line["delta_m"] for line in scores)
+    assert load(tmp_path / "best.pt")["best"] == max(line["selection_delta_m"] for line in scores)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000003.png", "000006.png"}
 
 
