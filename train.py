@@ -70,6 +70,7 @@ from datasets import (
     follow_main,
     interrupt,
     replacing,
+    usable_cpus,
     write_json,
 )
 from evaluate import (
@@ -235,6 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
     preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
     args.d_state = preset.pop("d_state")
