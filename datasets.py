@@ -132,6 +132,12 @@ class DenseDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.names)
 
+    def refuse_folder(self, folder: Path):
+        """Raises ValueError where the folder, to be written to, is or lies in one that the data set reads."""
+        found = {folder.resolve(), *folder.resolve().parents} & {Path(path).resolve() for path in self.folders}
+        if found:
+            raise ValueError(f"{folder} lies in the data set's folder {found.pop()}; give another folder")
+
     def check_index(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")

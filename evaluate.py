@@ -27,12 +27,14 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 import argparse
 import atexit
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,14 +132,25 @@ def main(argv: list[str] | None = None) -> Results:
         parser.exit(130, "evaluate.py: interrupted\n")
     except WriteError as error:
         parser.exit(1, f"evaluate.py: {error}; make room, or name another folder with --out\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error).strip().splitlines()[-1])    # a worker's error has its traceback above that line
+    except (ValueError, OSError, RuntimeError) as error:
+        message = str(error).strip().splitlines()[-1]    # a worker's error has its traceback above that line
+        if "DataLoader worker" in message:
+            parser.exit(1, f"evaluate.py: {message.rstrip('. ')}; if memory is short, give fewer --workers\n")
+        if isinstance(error, RuntimeError):
+            raise
+        parser.error(message)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     if skipped:
         parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
     return {}
+
+
+def typed_path(text: str) -> Path:
+    if re.match(r"\w+://", text):
+        raise argparse.ArgumentTypeError(f"{text} is an address; download the picture and give its path")
+    return Path(text).expanduser()
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -162,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
     group = parser.add_argument_group("your own pictures")
-    group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    group.add_argument("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
     group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
                        "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
                        "%(default)s)")
@@ -334,13 +347,14 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     scored = read_boundary_list(args.boundary_list, dataset)
     given = read_baseline(args.baseline, name, dataset)
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
+    if (out / "log.jsonl").exists():
+        raise ValueError(f"{out} holds a run of train.py and its results.json; give another folder with --out")
+    for folder in filter(None, (out, args.save_predictions)):
+        dataset.refuse_folder(folder)
     check_writable(out)
     if args.save_predictions:
-        folder = args.save_predictions.resolve()
-        if {folder, *folder.parents} & {path.resolve() for path in dataset.folders}:
-            raise ValueError(f"{args.save_predictions} lies in the data set's folder; give another one for the maps")
-        claim(folder, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items() for image in dataset.names],
-              [], args.overwrite, device)
+        claim(args.save_predictions, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items()
+                                      for image in dataset.names], [], args.overwrite, device)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
@@ -466,8 +480,10 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
     boundaries = [task for task, row in dataset.rows.items() if row.kind == "boundary" and tolerance is not None]
     samples = WithTruths(dataset, boundaries, scored)
-    H, W = samples[0]["image"].shape[1:]
+    first = samples[0]
+    H, W = first["image"].shape[1:]
     size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
+    workers = fit_workers(workers, first, size)
     images = min(len(dataset), limit or len(dataset))
     batches = [range(i, min(i + size, images)) for i in range(0, images, size)[rank::world]]
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
@@ -706,8 +722,8 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            reason, *_ = (str(error) or type(error).__name__).splitlines()    # a MemoryError may say nothing
-            print("skipped", reason if str(path) in reason else f"{path}: {reason}", file=sys.stderr)
+            reason = str(error) or type(error).__name__    # a MemoryError may say nothing
+            print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
             skipped += 1
             continue
         if args.save_predictions:
@@ -715,11 +731,11 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         labels = {task: values.cpu().numpy() for task, values in maps.items()}
         pictures = {task: Image.fromarray(draw(label, label, task, model.labels)[0]) for task, label in labels.items()}
         overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
-        sheet = draw_sheet(path.name, [image], [labels], model.labels, extra=overlays.values())
+        sheet = draw_sheet(printable(path.name), [image], [labels], model.labels, extra=overlays.values())
         for name, picture in (pictures | overlays | {"sheet": sheet}).items():
             with replacing(out / f"{stem}_{name}.png") as file:
                 picture.save(file, "PNG")
-        print("pictures:", out / f"{stem}_sheet.png")
+        print("pictures:", printable(out / f"{stem}_sheet.png"))
     return skipped
 
 
@@ -743,8 +759,12 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
-    found = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES) if path.is_dir() else [path])]
+    found = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
+        else:    # a quoted pattern, too
+            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
                          f"{' '.join(PICTURE_FILES)}")
@@ -752,19 +772,27 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
-    """A name for the output of each file: its own without the ending, numbered where others have the same."""
+    """A name for the output of each file: its own without the ending, at most 200 bytes of it, as more is added to it;
+    numbered where others have the same."""
     stems, counts = {}, Counter()
     for path in paths:
-        stem = path.stem
+        own = stem = os.fsdecode(os.fsencode(path.stem)[:200])
         while stem in stems:
-            counts[path.stem] += 1
-            stem = f"{path.stem}_{counts[path.stem] + 1}"
+            counts[own] += 1
+            stem = f"{own}_{counts[own] + 1}"
         stems[stem] = None
     return list(stems)
 
 
+def printable(text: object) -> str:
+    """Names of files may hold line breaks, and bytes that are no text."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
 def read_picture(path: Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
+    if path.exists() and not path.is_file():    # a pipe, from which reading may never end
+        raise ValueError(f"{path} is no file")
     return Image.fromarray(read_image(path, turn=True))
 
 
@@ -1078,6 +1106,20 @@ def digest_names(dataset: DenseDataset, device: torch.device) -> list:
                          f"{len(dataset)} here, first {dataset.names[0]!r}. list_names must give the same list in each "
                          "process, so sort it")
     return [len(dataset), digest]
+
+
+def fit_workers(workers: int, sample: dict, batch: int) -> int:
+    """As many of the loading processes as shared memory has room for. They hand over batches in it, and wait forever or
+    are killed where it is full. Prints a line where that is fewer."""
+    if not workers or not Path("/dev/shm").is_dir():
+        return workers
+    free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = batch * sum(value.nbytes for value in sample.values() if isinstance(value, Tensor))
+    fitting = max(0, (free // needed - 2) // 2)    # two batches of each process are waiting, two are in use
+    if fitting < workers:
+        print(f"shared memory (/dev/shm) has room for {fitting} of {workers} --workers: {free / 2**20:.1f} MiB of "
+              f"{(2 * workers + 2) * needed / 2**20:.1f}. A container gets more with --shm-size")
+    return min(workers, fitting)
 
 
 def allow_open_files(workers: int):

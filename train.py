@@ -34,6 +34,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,7 @@ from datasets import (
     follow_main,
     interrupt,
     replacing,
+    usable_cpus,
     write_json,
 )
 from evaluate import (
@@ -81,6 +83,7 @@ from evaluate import (
     constant_baseline,
     digest_names,
     evaluate,
+    fit_workers,
     load_checkpoint,
     load_weights,
     print_table,
@@ -176,7 +179,9 @@ def one_line(error: Exception) -> str | None:
         return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"
     if "closed by peer" in text:
         return "another process of the run ended"
-    if isinstance(error, (ValueError, OSError, FloatingPointError)) or "DataLoader worker" in text:
+    if "DataLoader worker" in text:
+        return f"{text.splitlines()[-1].rstrip('. ')}; if memory is short, give fewer --workers"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text.splitlines()[-1]    # the lines above are the traceback of a DataLoader's process
     return None
 
@@ -232,6 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
     preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
     args.d_state = preset.pop("d_state")
@@ -286,6 +292,7 @@ class Run:
                                      args.data_root)
         self.rows = self.train_set.rows
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
+        self.train_set.refuse_folder(args.out)
         names = {"train": digest_names(self.train_set, device), "val": digest_names(self.val_set, device)}
 
         torch.manual_seed(args.seed)
@@ -370,9 +377,11 @@ class Run:
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
         args, self.losses, self.seconds = self.args, {}, 0.0    # of the iterations since the last line of the log
+        part = args.batch_size // args.accumulate // self.world
+        workers = fit_workers(args.workers, self.train_set[0], part)
         batches = iter(DataLoader(
             self.train_set, batch_sampler=batch_indices(self.train_set, args, self.iteration, self.rank, self.world),
-            num_workers=args.workers, pin_memory=self.device.type == "cuda", worker_init_fn=follow_main))
+            num_workers=workers, pin_memory=self.device.type == "cuda", worker_init_fn=follow_main))
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
         stopping = False
@@ -402,7 +411,7 @@ class Run:
                     self.save("last.pt")
         finally:
             bar.close()
-            if args.workers:    # they ignore signals, so nothing else would end them
+            if workers:    # they ignore signals, so nothing else would end them
                 batches._shutdown_workers()
 
     def step(self, batches: Iterator[dict]) -> Tensor:
@@ -577,7 +586,12 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another run writes to {folder}; wait until it ends, or give another --out") from error
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:    # the run has not started
+                os.remove(folder / ".lock")
+                os.rmdir(folder)
 
 
 def save_checkpoint(path: Path, content: dict):
@@ -818,8 +832,12 @@ class Interruption:
     noted = False
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS
-                         if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS
+                             if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
+        else:
+            print("not in the main thread: SIGTERM and Ctrl-C will not save this run")
         return self
 
     def note(self, number, frame):

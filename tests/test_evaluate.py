@@ -1,8 +1,11 @@
 """evaluate.py: tables, sharing over processes, boundary lists, raw maps, published checkpoints, own pictures, costs."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +271,7 @@ def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 4)
     alone, sums = evaluate.evaluate(model, dataset, torch.device("cpu")), []
     monkeypatch.setattr(evaluate, "add_up", lambda tensor: sums[-1].append(tensor.clone()) or tensor)
+    monkeypatch.setattr(evaluate, "digest_names", lambda dataset, device: None)
     monkeypatch.setattr(metrics.Meter, "compute", lambda self: {"pixelF": 0.0})
     for rank in range(3):
         sums.append([])
@@ -306,6 +310,30 @@ def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, t
         np.testing.assert_allclose(np.load(tmp_path / f"maps/depth/{name}.npy"), depth[0].clamp(min=0), atol=1e-4)
         normal = torch.nn.functional.normalize(normal, dim=0)
         np.testing.assert_allclose(np.load(tmp_path / f"maps/normal/{name}.npy"), normal, atol=1e-3)
+
+
+class Killed(SmallNYUDv2):
+    def read(self, name):
+        if name == "b" and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(name)
+
+
+def test_a_loading_process_that_the_system_kills_ends_the_evaluation(checkpoint, nyud, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "nyud", Killed)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*arguments(checkpoint, nyud, tmp_path), "--workers", "1"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 1 and "DataLoader worker" in error and "fewer --workers" in error
+
+
+@pytest.mark.parametrize("free, fitting", [(10 ** 9, 3), (8 * 2 * 4 * 100, 3), (8 * 2 * 4 * 100 - 1, 2), (100, 0)])
+def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, capsys):
+    """Two batches of each process wait, and two more are in use: 8 batches of 2 images for 3 processes."""
+    monkeypatch.setattr(evaluate.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    sample = {"image": torch.zeros(100), "name": "a"}
+    assert evaluate.fit_workers(3, sample, 2) == fitting and evaluate.fit_workers(0, sample, 2) == 0
+    assert ("--shm-size" in capsys.readouterr().out) == (fitting < 3)
 
 
 def test_contact_sheets(checkpoint, nyud, tmp_path):
@@ -536,6 +564,11 @@ def test_raw_maps_never_replace_labels(checkpoint, nyud, tmp_path, capsys):
         for more in ((), ("--overwrite",)):
             assert "lies in the data set's folder" in fails(capsys, *arguments(
                 checkpoint, root, tmp_path / "out", "--save-predictions", folder, *more))
+    assert "lies in the data set's folder" in fails(capsys, *arguments(checkpoint, root, root / "out"))
+    assert not (root / "out").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").touch()
+    assert "holds a run of train.py" in fails(capsys, *arguments(checkpoint, root, tmp_path / "run"))
     maps = tmp_path / "maps"
     evaluate.main(arguments(checkpoint, root, tmp_path / "out", "--save-predictions", maps))
     again = arguments(checkpoint, root, tmp_path / "out", "--save-predictions", maps)
@@ -615,6 +648,24 @@ def test_a_broken_picture_does_not_stop_the_other_process(script, checkpoint, pi
     _, error = run.communicate()
     assert run.returncode == 1 and "1 of the pictures skipped" in error
     assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
+
+
+def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    """Names with a line break, of 250 bytes and that are no text; equal stems; ~, a quoted pattern, a pipe."""
+    folder = tmp_path / "home" / "photos"
+    folder.mkdir(parents=True)
+    names = ["a\nb.png", "x" * 246 + ".png", os.fsdecode(b"caf\xe9.png"), "same.png", "same.bmp"]
+    for name in names:
+        picture.save(folder / name)
+    os.mkfifo(folder / "pipe.png")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    files, code = draw(checkpoint, tmp_path / "out", "~/photos")
+    assert code == 0 and len(files) == 5 * 5 and {"same_sheet.png", "same_2_sheet.png", "a\nb_sheet.png"} <= set(files)
+    assert capsys.readouterr().out.count("pictures:") == 5
+    files, code = draw(checkpoint, tmp_path / "more", folder / "same.*", folder / "pipe.png")
+    assert code == 1 and len(files) == 2 * 5 and "pipe.png is no file" in capsys.readouterr().err
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image"]
+    assert "download the picture" in fails(capsys, *arguments, "https://example.org/a.png")
 
 
 def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):

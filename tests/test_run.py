@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -239,6 +240,15 @@ def test_accumulation_with_batch_norm_is_told(tmp_path, capsys):
     assert "--accumulate: batch norm sees 2 images of a batch at a time" in capsys.readouterr().out
 
 
+def test_a_run_in_a_thread(tmp_path, capsys):
+    """As in a server or a notebook: signals cannot be handled there, which is said once."""
+    thread = threading.Thread(target=run, args=(tmp_path, *FEW, "--no-references"))
+    thread.start()
+    thread.join()
+    assert load(tmp_path / "last.pt")["iteration"] == 6
+    assert capsys.readouterr().out.count("not in the main thread") == 1
+
+
 def test_tensorboard_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "tensorboard" in fails(capsys, 2, tmp_path / "run", "--tensorboard")
@@ -404,6 +414,13 @@ def test_references_are_of_the_first_images_and_can_be_left_out(tmp_path, monkey
     assert "constant" not in capsys.readouterr().out
     without = run(tmp_path / "without", *FEW, "--no-references")
     assert without["trained"] == results["trained"] and "untrained" not in without
+
+
+def test_a_run_inside_its_data_is_refused(tmp_path, capsys):
+    export("nyud", tmp_path, 2, size=(40, 48))
+    assert "lies in the data set's folder" in fails(
+        capsys, 2, tmp_path / "depth/run", "--dataset", "nyud", "--data-root", tmp_path, *OWN)
+    assert not (tmp_path / "depth/run").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(driver, tmp_path, capsys):

@@ -140,7 +140,7 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     for task, metrics in results["trained"].items():
         row = next(line for line in table.splitlines() if line.startswith(task))
         assert f"{metrics[ROWS[task].primary(metrics)]:.{ROWS[task].digits}f}" in row
-    picture = evaluate.Image.open(tmp_path / "contact_sheet.png")
+    picture = evaluate.Image.open(tmp_path / "evaluation_last/contact_sheet.png")
     assert picture.size[0] > 7 * 64 and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
     assert not list(tmp_path.glob("*.tmp"))
 
