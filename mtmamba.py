@@ -640,13 +640,13 @@ class SCTM(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """In training, over the batch of all processes. nn.SyncBatchNorm needs CUDA, and torch.compile cannot trace it."""
+    """In training, over all processes' images together. nn.SyncBatchNorm needs CUDA, and torch.compile splits at it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or _count_processes() == 1:
             return super().forward(x)
         mean, var, n = _batch_statistics(x)                                                  # (C,), (C,), ()
-        with torch.no_grad():    # detach() would not do: compiled, the second backward pass fails (PyTorch 2.14)
+        with torch.no_grad():    # with detach() instead, the second compiled step fails (PyTorch 2.14)
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
