@@ -15,12 +15,19 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import torch
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import datasets
+import mtmamba
 
 TESTS = Path(__file__).parent
+
+if mtmamba.HAS_NUMBA:    # the scan is compiled once, and not by each process that is forked from this one
+    pixel, each, matrix = (torch.zeros(shape) for shape in ((1, 1, 1, 1), (1, 1, 1, 4, 1), (4, 1, 1)))
+    inputs = pixel, each, matrix, each, each, matrix[:, 0], matrix[:, 0], None, "numba"
+    mtmamba._scan_backward_op(*mtmamba._scan_op(*inputs), *inputs)
 
 
 def descendants(pid: int) -> list[int]:
