@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import warnings
 import zlib
 from functools import partial
@@ -1219,29 +1218,29 @@ def describe(data):
     return [sample["name"] for sample in data], type(data).__module__, type(data.pair).__name__
 
 
-def test_your_own_data_set_is_checked(mine):
+def test_your_own_data_set_is_checked(mine, monkeypatch, capsys):
     """By the script, whose LabelledDataset is that of the file."""
-    for name, code in (("A", 0), ("B", 1)):
-        command = [sys.executable, datasets.__file__, "check", "--dataset", f"{mine.name}:{name}", "--workers", "1"]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=mine.parent)
-        assert run.returncode == code, run.stderr
-        assert run.stdout.splitlines() == (
-            ["train: 2 images", "val: 2 images", "no problems"] if name == "A" else
-            [line for split in ("train", "val") for line in (
-                f"{split}: 2 images", "  image: 1 problems", "    damaged y")] + ["2 problems"])
+    command = [sys.executable, datasets.__file__, "check", "--dataset", f"{mine.name}:B", "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=mine.parent)
+    assert run.returncode == 1, run.stderr
+    assert run.stdout.splitlines() == [line for split in ("train", "val") for line in (
+        f"{split}: 2 images", "  image: 1 problems", "    damaged y")] + ["2 problems"]
+    monkeypatch.chdir(mine.parent)
+    assert main(["check", "--dataset", f"{mine.name}:A", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images", "val: 2 images", "no problems"]
 
 
 def killed(data, index):
     os.kill(os.getpid(), signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_ends_the_script_in_one_line(mine):
+def test_a_process_that_is_killed_ends_the_script_in_one_line(mine, forked_pools):
     message = "killed one of the processes.*fewer --workers"
     with pytest.raises(ChildProcessError, match=message), datasets.Pool(1) as pool:
         pool.map(partial(killed, Own("val")), range(1), "testing")
 
 
-def test_a_pool_without_processes_and_errors_in_one(monkeypatch):
+def test_a_pool_without_processes_and_errors_in_one(monkeypatch, forked_pools):
     with datasets.Pool(0) as pool:
         assert pool.submit(divmod, 7, 3).result() == (2, 1)
     with datasets.Pool(1) as pool, pytest.raises(ZeroDivisionError):
@@ -1259,14 +1258,13 @@ class Large(Own):
         return range(40_000)
 
 
-def test_a_large_data_set_takes_no_quadratic_time(monkeypatch):
+def test_a_large_data_set_is_sent_to_processes_few_times(monkeypatch, forked_pools):
     pickled = []
     monkeypatch.setattr(Large, "__reduce_ex__", lambda self, protocol: pickled.append(1) or object.__reduce_ex__(
         self, protocol))
-    start = time.time()
     with datasets.Pool(1) as pool:
         found = pool.map(partial(index_of, Large("val")), range(40_000), "testing")
-    assert found == list(range(40_000)) and len(pickled) <= 32 and time.time() - start < 60
+    assert found == list(range(40_000)) and len(pickled) <= 32
 
 
 def index_of(data, index):

@@ -154,7 +154,7 @@ def test_compiled_gradients_equal_eager(tiny_model):
 
 
 @pytest.mark.parametrize("variant, encoder, compiled", [
-    ("stm1", {}, True), ("mtmamba", {}, False), ("mtmamba++", CONVNEXT, False), ("swin-single-task", {}, False),
+    ("stm1", CONVNEXT, True), ("mtmamba", {}, False), ("mtmamba++", CONVNEXT, False), ("swin-single-task", {}, False),
     ("stm1", dict(encoder="resnet10t", encoder_kwargs=None), False)])
 def test_checkpointing_changes_no_gradient(tiny_model, variant, encoder, compiled):
     model = tiny_model({"semseg": 5, "depth": 1}, variant=variant, d_state=2, **encoder).train()

@@ -32,7 +32,8 @@ from datasets import SIGNALS, Synthetic
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu"]
+SMALL = ["--img-size", "32", "64", "--batch-size", "4", "--iterations", "6", "--log-every", "1", "--device", "cpu",
+         "--no-references"]
 FEW = ["--variant", "stm1", "--tasks", "semseg", "depth"]    # blocks and tasks, where it is not about them
 # A Swin, so that stochastic depth acts in the encoder, too.
 SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.dumps(TINY_SWIN), "--no-pretrained"]
@@ -407,7 +408,7 @@ def test_references_are_of_the_first_images_and_can_be_left_out(tmp_path, monkey
     """The trained model is scored on all three."""
     for module in (evaluate, train):
         monkeypatch.setattr(module, "REFERENCE_IMAGES", 2)
-    results = run(tmp_path / "two", *FEW)
+    results = train.main([*SMALL[:-1], *FEW, "--out", str(tmp_path / "two")])
     assert "untrained (2)" in capsys.readouterr().out
     first = Synthetic(2, (32, 64), 1, ["semseg", "depth"])
     assert results["best constant"] == evaluate.constant_baseline(first)
