@@ -349,6 +349,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
     if (out / "log.jsonl").exists():
         raise ValueError(f"{out} holds a run of train.py and its results.json; give another folder with --out")
+    keep_inputs(out / "results.json", args.baseline or ())
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
@@ -739,6 +740,13 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     return skipped
 
 
+def keep_inputs(written: Path, read: Iterable[Path]):
+    """Raises ValueError where a file that is read would be replaced."""
+    for path in read:
+        if path.resolve() == written.resolve():
+            raise ValueError(f"{path} is read here and would be replaced; write to another place")
+
+
 def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool, device: torch.device):
     """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
     read, and where one of the files is there, unless they may be overwritten."""
@@ -946,6 +954,7 @@ def legend(lines: list[tuple]) -> Image.Image:
 def export(args: argparse.Namespace):
     """Writes the model for one image of one size as a file that runs without this project, once its outputs for a
     random image are those of the model. Raises ValueError where they are not, or what it needs is not installed."""
+    keep_inputs(args.export, [args.checkpoint])
     model, config = load_checkpoint(args.checkpoint, torch.device("cpu"), args.encoder, args.encoder_kwargs)
     choose_backend(model, "loop", torch.device("cpu"))
     size = args.img_size or config.get("img_size")

@@ -84,6 +84,7 @@ from evaluate import (
     digest_names,
     evaluate,
     fit_workers,
+    keep_inputs,
     load_checkpoint,
     load_weights,
     print_table,
@@ -293,6 +294,7 @@ class Run:
         self.rows = self.train_set.rows
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
         self.train_set.refuse_folder(args.out)
+        keep_inputs(args.out / "results.json", args.baseline or ())
         names = {"train": digest_names(self.train_set, device), "val": digest_names(self.val_set, device)}
 
         torch.manual_seed(args.seed)

@@ -573,6 +573,9 @@ def test_raw_maps_never_replace_labels(checkpoint, nyud, tmp_path, capsys):
     evaluate.main(arguments(checkpoint, root, tmp_path / "out", "--save-predictions", maps))
     again = arguments(checkpoint, root, tmp_path / "out", "--save-predictions", maps)
     assert "add --overwrite" in fails(capsys, *again)
+    assert "is read here and would be replaced" in fails(capsys, *arguments(
+        checkpoint, root, tmp_path / "out", "--baseline", tmp_path / "out/results.json"))
+    assert "is read here" in fails(capsys, "--checkpoint", root / "a.pt2", "--export", root / "images/../a.pt2")
     evaluate.main([*again, "--overwrite"])
 
 
