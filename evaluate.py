@@ -19,8 +19,8 @@ import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
 # thread takes the core from the very thread that it waits for. We limit the spinning, before torch is imported, unless
-# the user decides otherwise: under 10 % slower on an idle machine, and beside one busy process per core at most four
-# times as slow as alone (tests/benchmark.py busy).
+# the user decides otherwise. With the scan in the backend "torch" that was under 10 % slower on an idle machine, and
+# beside one busy process per core at most four times as slow as alone (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 

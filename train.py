@@ -246,6 +246,7 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.img_size = tuple(args.img_size)
+    args.baseline = [Path(path) for path in args.baseline or ()]    # as text where the log of a resumed run has them
     args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
     if args.amp is None and device.type == "cuda":    # GPUs before 8.0 only emulate bf16
         args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"

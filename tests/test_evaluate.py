@@ -152,7 +152,13 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     path.write_text(json.dumps({"dataset": "nyud", "results": half}))
     evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", path))
     assert f"delta_m against {path}: +0.00 %" in capsys.readouterr().out    # two gains and two losses of 100 %
+    parts = [tmp_path / f"{task}.json" for task in half]    # of a network per task
+    for task, part in zip(half, parts):
+        part.write_text(json.dumps({"dataset": "nyud", "results": {task: half[task]}}))
+    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", *parts))
+    assert f"{parts[-1]}: +0.00 %" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "evaluate", None)    # what is wrong shows before hours are spent
+    assert "none of boundary" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", *parts[:-1]))
     zero = half | {"semseg": {"mIoU": 0}}
     for content, message in (({"dataset": "pascal", "results": half}, "on pascal"),
                              ({"dataset": "nyud", "results": zero}, "above 0"),

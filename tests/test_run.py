@@ -450,6 +450,20 @@ def test_the_log_is_cut_back_to_the_checkpoint(signals, tmp_path):
     assert all(line["losses"] for line in log(tmp_path, "losses"))
 
 
+def test_resuming_needs_no_other_flags(signals, tmp_path, capsys):
+    """Not even those that differ from the recipe, or name files."""
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps(dict(dataset="synthetic", results={"semseg": {"mIoU": 1}, "depth": {"RMSE": 9}})))
+    for name in ("straight", "halves"):
+        if name == "halves":
+            signals(2, signal.SIGTERM)
+        run(tmp_path / name, *FEW, "--lr", 0.003, "--seed", 5, "--baseline", baseline)
+    capsys.readouterr()
+    train.main(["--resume", "--out", str(tmp_path / "halves"), "--device", "cpu"])
+    assert "delta_m against --baseline" in capsys.readouterr().out
+    assert_same_training(load(tmp_path / "halves/last.pt"), load(tmp_path / "straight/last.pt"))
+
+
 def test_other_images_than_before_cannot_be_resumed(flats, signals, tmp_path, capsys):
     signals(1, signal.SIGTERM)
     run(tmp_path / "run", "--dataset", flats, *OWN, "--iterations", 3)
