@@ -136,11 +136,10 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     add_arguments(parser)
     args, held = parser.parse_args(argv), contextlib.ExitStack()
     if args.resume and args.out:    # the flags that the run was last started with, unless they are given anew
-        with contextlib.suppress(OSError, ValueError):
-            lines = map(json.loads, (args.out / "log.jsonl").read_text().splitlines())
-            flags = [line["config"] for line in lines if "config" in line][-1:]
-            parser.set_defaults(**{key: value for key, value in (flags or [{}])[0].items()
-                                   if key not in ("resume", "out", "device")})
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            lines = (args.out / "log.jsonl").read_text().splitlines()    # after a kill the last one may be cut off
+            flags = json.loads([line for line in lines if line.startswith('{"config"')][-1])["config"]
+            parser.set_defaults(**{key: flags[key] for key in flags.keys() - {"resume", "out", "device"}})
             args = parser.parse_args(argv)
     try:
         try:
