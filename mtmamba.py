@@ -1165,9 +1165,11 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where th
 
 
 @functools.cache
-def _numba_kernels():
+def _numba_kernels(stored: bool):
     """The functions forward and backward, by name. Each does the units first, .., last - 1. Each is compiled when it is
-    first called, which takes about a second.
+    first called, which takes one to two seconds.
+
+    stored: Numba keeps the compiled code for later processes, in __pycache__ or the user's cache.
 
     x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
     states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
@@ -1177,6 +1179,8 @@ def _numba_kernels():
     from numba.core import cgutils
     from numba.extending import intrinsic
 
+    # Numba does not find stored code again if it is of closures. So what the kernels use is global.
+    global single, integer, log2_e, ln_2, shift, stack, power_of_2, exp2, softplus, place, pixel
     single, integer = numba.float32, numba.int64
     log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
     shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
@@ -1317,6 +1321,11 @@ def _numba_kernels():
                         g_delta[b, p, k, d + i] = total * exp2((z - step[j]) * log2_e)
                         gx[k, b, p, d + i] = g_step_u[j] * step[j]
 
+    for kernel in (forward, backward) if stored else ():
+        try:
+            kernel.enable_caching()
+        except RuntimeError:    # no folder to write to
+            pass
     return {"forward": forward, "backward": backward}
 
 
@@ -1364,12 +1373,17 @@ def _numba_blocks(t: Tensor) -> Tensor:
 
 def _numba_run(name: str, x: Tensor, *tensors: Tensor):
     """One of _numba_kernels on all units, in several parts per thread, so that a slow thread does fewer of them."""
-    kernel, arrays = _numba_kernels()[name], [t.detach().numpy() for t in tensors]
+    kernels, arrays = _numba_kernels(stored=True), [t.detach().numpy() for t in tensors]
     threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
     parts = min(units, 4 * threads) if threads > 1 else 1
 
     def run(part):
-        kernel(units * part // parts, units * (part + 1) // parts, *arrays, *x.shape[1:3])
+        arguments = units * part // parts, units * (part + 1) // parts, *arrays, *x.shape[1:3]
+        try:
+            kernels[name](*arguments)
+        except Exception:    # before it ran: stored code is damaged, or the disk is full
+            kernels[name] = _numba_kernels(stored=False)[name]
+            kernels[name](*arguments)
     share = _pool(threads, os.getpid()).map if threads > 1 else map
     list(share(run, range(parts)))
 

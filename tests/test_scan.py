@@ -1,5 +1,6 @@
 """The scan: s6 against the closed form of the recurrence, every backend against s6 along explicit index lists."""
 
+import errno
 import functools
 import importlib.machinery
 import multiprocessing
@@ -197,6 +198,23 @@ def test_numba_survives_a_fork():
     for ours, theirs in zip(queue.get(timeout=60), expected):
         np.testing.assert_array_equal(ours, theirs)
     child.join()
+
+
+@needs_numba
+@pytest.mark.parametrize("method, error", [("load", EOFError()), ("save", OSError(errno.ENOSPC, "full"))])
+def test_numba_runs_where_its_stored_code_is_damaged_or_the_disk_is_full(method, error, monkeypatch):
+    from numba.core.caching import IndexDataCacheFile
+
+    def fail(*_):
+        raise error
+    inputs = [t.detach() for t in random_inputs(1, 2, 3, 3, 2, torch.float32)]
+    expected = selective_scan_2d(*inputs, backend="numba")
+    monkeypatch.setattr(IndexDataCacheFile, "load", lambda *_: None)
+    monkeypatch.setattr(IndexDataCacheFile, method, fail)
+    mtmamba._numba_kernels.cache_clear()
+    assert torch.equal(selective_scan_2d(*inputs, backend="numba"), expected)
+    assert mtmamba._numba_kernels(stored=True)["forward"] is mtmamba._numba_kernels(stored=False)["forward"]
+    mtmamba._numba_kernels.cache_clear()
 
 
 @needs_numba
