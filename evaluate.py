@@ -49,7 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -183,6 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("export")
     group.add_argument("--export", type=Path, metavar="FILE", help="write the model, for images normalised with "
                        "ImageNet's mean and deviation, as .onnx or .pt2 (torch.export), and check it")
+    group.add_argument("--with-preprocessing", action="store_true", help="for images as they are stored, uint8 RGB (1, "
+                       "H, W, 3); gives classes, probabilities, metres and unit normals")
     group = parser.add_argument_group("cost")
     group.add_argument("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of "
                        "an untrained model by --variant, --encoder and --dataset (default: nyud)")
@@ -198,7 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 # The flags that have an effect, by what is asked for. The others are refused.
 FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_size encoder encoder_kwargs",
-         "export": "export checkpoint img_size encoder encoder_kwargs",
+         "export": "export with_preprocessing checkpoint img_size encoder encoder_kwargs",
          "image": "image checkpoint device backend out overwrite save_predictions max_side features encoder "
                   "encoder_kwargs",
          "": "checkpoint device backend out overwrite save_predictions workers dataset data_root baseline "
@@ -960,32 +962,77 @@ def export(args: argparse.Namespace):
     size = args.img_size or config.get("img_size")
     if size is None:
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
-    image = torch.randn(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
     write, run = EXPORTS[args.export.suffix]
     args.export.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=args.export.parent) as folder:
-        path = Path(folder) / args.export.name
-        expected = model(image)
+        path, generator = Path(folder) / args.export.name, torch.Generator().manual_seed(0)
+        if args.with_preprocessing:
+            network, image = Prepared(model), torch.randint(256, (1, *size, 3), dtype=torch.uint8, generator=generator)
+            expected = predict_maps(model, model(normalised(to_tensor(image[0].numpy()))[None]))
+        else:
+            network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
+            expected = model(image)
         try:
             with writing(args.export):
-                write(model, image, path)
+                write(network, image, path, describe_export(model, size, args.with_preprocessing))
             outputs = run(path, image)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
         for task, output in expected.items():
-            difference = ((outputs[task] - output).abs().max() / output.abs().max()).item()
-            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of its largest value")
+            if output.is_floating_point():
+                of, largest = "its largest value", output.abs().max().clamp(min=1e-9)
+                difference = ((outputs[task] - output).abs().max() / largest).item()
+            else:
+                of, difference = "its pixels", (outputs[task] != output).double().mean().item()
+            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of {of}")
             if not difference < EXPORT_TOLERANCE:
-                raise ValueError(f"the exported model is off by {difference:.1e} of {task}'s largest value; nothing "
-                                 "was written")
+                raise ValueError(f"the exported model's {task} is off by {difference:.1e} of {of}; nothing was written")
+        written = []
         for file in sorted(Path(folder).iterdir(), reverse=True):    # beside a large .onnx lie its weights
-            os.replace(file, args.export.parent / file.name)
-    print("exported:", args.export)
+            written.append(args.export.parent / file.name)
+            os.replace(file, written[-1])
+    print("exported:", " and ".join(map(str, reversed(written))) + ("; keep them together" if written[1:] else ""))
 
 
-def write_pt2(model: MTMamba, image: Tensor, path: Path):
+class Prepared(nn.Module):
+    """A model behind its preprocessing: an image as it is stored, uint8 RGB (1, H, W, 3) -> its maps as of
+    predict_picture, {task: (1, 1 or 3, s H, s W)}; s is output_scale."""
+
+    def __init__(self, model: MTMamba):
+        super().__init__()
+        self.model, self.meters = model, make_meters(labels_of(model).tasks)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        outputs = self.model((image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        return {task: self.meters[task].predict(output) for task, output in outputs.items()}
+
+
+# What a file's outputs hold, by kind of task: of the model alone, and of Prepared.
+EXPORTED = {
+    "classes": ("a logit per class", "class"),
+    "saliency": ("two logits, no and yes", "probability"),
+    "boundary": ("logit", "probability"),
+    "normal": ("vector of any length; x right, y up, z to the viewer", "unit vector; x right, y up, z to the viewer"),
+    "depth": ("distance", "distance")}
+
+
+def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
+    """What a program that runs the file has to know of its input and outputs. The file holds it as metadata."""
+    labels = labels_of(model)
+    steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
+    tasks = {task: {"output": EXPORTED[row.kind][prepared]} for task, row in labels.rows.items()}
+    for task, row in labels.rows.items():
+        tasks[task] |= {"classes": labels.class_names(task)} if row.kind == "classes" else {}
+        tasks[task] |= {"unit": labels.unit(task).strip()} if row.label == "distance" else {}
+    return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
+
+
+def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
     buffer = io.BytesIO()    # PyTorch's writer of these files aborts the process where a disk is full
-    torch.export.save(torch.export.export(model, (image,)), buffer)
+    files = {f"{name}.json": json.dumps(content) for name, content in metadata.items()}
+    torch.export.save(torch.export.export(network, (image,)), buffer, extra_files=files)
     path.write_bytes(buffer.getbuffer())
 
 
@@ -993,10 +1040,12 @@ def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:
     return torch.export.load(path).module()(image)
 
 
-def write_onnx(model: MTMamba, image: Tensor, path: Path):
-    large = sum(p.numel() * p.element_size() for p in model.parameters()) > 1.9e9    # more than the format holds
-    torch.onnx.export(model, (image,), path, input_names=["image"], output_names=list(model.tasks), dynamo=True,
-                      external_data=large, verbose=False)
+def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
+    program = torch.onnx.export(network, (image,), input_names=["image"], output_names=list(metadata["tasks"]),
+                                dynamo=True, verbose=False)
+    program.model.metadata_props.update({name: json.dumps(content) for name, content in metadata.items()})
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    program.save(path, external_data=weights > ONNX_LIMIT)
 
 
 def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
@@ -1008,6 +1057,7 @@ def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
 
 EXPORTS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
 EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
+ONNX_LIMIT = 1.9e9         # bytes of weights that a .onnx holds; those of larger models lie in a file beside it
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
