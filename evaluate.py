@@ -42,6 +42,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--no-references", action="store_true", help="without the best constant, which is scored on the "
                        f"first {REFERENCE_IMAGES} images where no figures of the paper are known")
     group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
-    group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
     group = parser.add_argument_group("your own pictures")
     group.add_argument("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
     group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
@@ -191,6 +191,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
     group.add_argument("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
     group = parser.add_argument_group("of several of these")
+    group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps of --image or a data set, at "
+                       "the images' own sizes")
+    group.add_argument("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
+    group.add_argument("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
     group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images (default: as the model "
                        "was trained, or as the data set is scored)")
     group.add_argument("--encoder", help="of a published checkpoint or --cost, which do not name it: "
@@ -201,10 +205,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 # The flags that have an effect, by what is asked for. The others are refused.
 FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_size encoder encoder_kwargs",
          "export": "export with_preprocessing checkpoint img_size encoder encoder_kwargs",
-         "image": "image checkpoint device backend out overwrite save_predictions max_side features encoder "
-                  "encoder_kwargs",
-         "": "checkpoint device backend out overwrite save_predictions workers dataset data_root baseline "
-             "boundary_list save_images img_size encoder encoder_kwargs no_references"}
+         "image": "image checkpoint device backend out overwrite save_predictions probabilities label_ids max_side "
+                  "features encoder encoder_kwargs",
+         "": "checkpoint device backend out overwrite save_predictions probabilities label_ids workers dataset "
+             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs no_references"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -218,6 +222,8 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
             raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
     if args.variant and args.checkpoint:
         raise ValueError("expected --checkpoint, which knows its variant, or --variant, found both")
+    if (args.probabilities or args.label_ids) and not args.save_predictions:
+        raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
     if args.max_side < 32:
         raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
     if min(args.workers or 0, args.save_images, (args.batch_size or 1) - 1) < 0:
@@ -230,7 +236,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 # ------------------------------------------------------------------------------------------- models and checkpoints
 
-def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
+def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
     """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it. `model.labels` is what its data
     set says of the tasks (Labels).
@@ -254,10 +260,10 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     return model.to(device).eval(), config
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
     "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
                                 "published checkpoint")
     checkpoint = read_tensors(path)
@@ -269,11 +275,9 @@ def read_checkpoint(path: Path) -> dict:
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
                          f"{found}; nor a published one, which has final_project.")
-    if "labels" in checkpoint:
-        labels = Labels(**checkpoint["labels"])
-    else:    # of an earlier version: there were no tasks of other names, and it names its data set
-        data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
-        labels = data_set.describe(checkpoint["config"]["tasks"])
+    # Earlier versions kept less of the labels, or nothing. They name their data set.
+    data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
+    labels = replace(data_set.describe(checkpoint["config"]["tasks"]), **checkpoint.get("labels", {}))
     return dict(checkpoint, labels=labels)
 
 
@@ -294,7 +298,7 @@ def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
     return config, data_set.describe(tasks)
 
 
-def load_weights(model: MTMamba, checkpoint: dict, path: Path):
+def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     """The weights of a read_checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
     if "published" in checkpoint:
         state = checkpoint["published"]
@@ -355,15 +359,14 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
-    if args.save_predictions:
-        claim(args.save_predictions, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items()
-                                      for image in dataset.names], [], args.overwrite, device)
+    claim_raw(args, dataset.labels, dataset.names, [], device)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions)
+    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
+                       probabilities=args.probabilities, label_ids=args.label_ids)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
@@ -465,15 +468,16 @@ def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task])
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
-             workers: int = 0, odsf: bool = True, scored: set[str] | None = None, predictions: Path | None = None,
+             workers: int = 0, odsf: bool = True, scored: set[str] | None = None,
+             predictions: str | Path | None = None, probabilities: bool = False, label_ids: bool = False,
              stop: Callable[[], bool] | None = None, limit: int | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
-    folder for the raw maps. stop: asked before every batch whether to give up; the result is None where it says so in
-    any process. limit: only so many images, the first ones.
+    folder for the raw maps; probabilities, label_ids: of these, see save_raw. stop: asked before every batch whether to
+    give up; the result is None where it says so in any process. limit: only so many images, the first ones.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -503,12 +507,14 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
             outputs = model(batch["image"].to(device))
             for task, meter in meters.items():
                 meter.update(outputs[task], batch[task].to(device))
+            shares = class_probabilities(outputs, dataset.rows) if predictions and probabilities else {}
             for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
                 area = own_area(batch["image"], batch["size"][i], model.output_scale)
                 wanted = meters if predictions else truths
                 maps = {task: meters[task].predict(outputs[task][i:i + 1].float())[0][area] for task in wanted}
                 if predictions:
-                    save_raw(predictions, name, maps, dataset.rows)
+                    maps |= {task: values[i][area] for task, values in shares.items()}
+                    save_raw(predictions, name, maps, dataset.labels, probabilities, label_ids)
                 for task, truth in truths.items():
                     ods[task].update(to_bytes(maps[task][0]), truth)
             bar.update(len(batch["image"]))
@@ -583,18 +589,39 @@ def to_bytes(probability: Tensor) -> np.ndarray:
     return (255 * probability).to(torch.uint8).cpu().numpy()
 
 
-def save_raw(folder: Path, name: str, maps: dict[str, Tensor], rows: dict[str, Task]):
+def save_raw(folder: str | Path, name: str, maps: dict[str, Tensor], labels: Labels, probabilities: bool = False,
+             label_ids: bool = False):
     """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
-    (h, w), unit vectors (3, h, w)). maps: of Meter.predict, (1 or 3, h, w). Raises WriteError."""
+    (h, w), unit vectors (3, h, w)). maps: as of predict_picture, (C, h, w). Raises WriteError.
+
+    probabilities: writes TASK/NAME.npz, too, whose float16 array "probability" is (C, h, w) of classes and (1, h, w) of
+    saliency and boundaries. label_ids: whether the classes are written as Labels.label_ids has them.
+    """
     for task, values in maps.items():
-        path = folder / task / f"{name}{rows[task].suffix}"
+        row, path = labels.rows[task], Path(folder, task, f"{name}{labels.rows[task].suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if probabilities and row.label == "class":
+            with replacing(path.with_suffix(".npz")) as file:
+                np.savez_compressed(file, probability=values.half().cpu().numpy())
+        if row.kind == "classes":
+            values = classes_of(values)
+            values = np.array(labels.label_ids[task])[values] if label_ids and task in labels.label_ids else values
         with replacing(path) as file:
-            if rows[task].suffix == ".npy":
-                np.save(file, values.squeeze(0).cpu().numpy())
+            if row.kind == "classes":
+                Image.fromarray(values[0].astype(np.uint8)).save(file, "PNG")
+            elif row.binary:
+                Image.fromarray(to_bytes(values[0])).save(file, "PNG")
             else:
-                pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
-                Image.fromarray(pixels).save(file, "PNG")
+                np.save(file, values.squeeze(0).cpu().numpy())
+
+
+def class_probabilities(outputs: dict[str, Tensor], rows: dict[str, Task]) -> dict[str, Tensor]:
+    return {task: output.float().softmax(1) for task, output in outputs.items() if rows[task].kind == "classes"}
+
+
+def classes_of(values: Tensor) -> np.ndarray:
+    """Classes (1, h, w), or their probabilities (C, h, w) -> classes (1, h, w)."""
+    return (values.argmax(0, keepdim=True) if values.is_floating_point() else values).cpu().numpy()
 
 
 def reference_title(name: str, dataset: DenseDataset) -> str:
@@ -714,14 +741,12 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     drawn = [*rows, *(f"{task}_feature" for task in rows if args.features), "sheet"]
     inputs = {path if path.is_dir() else path.parent for path in args.image}
     claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
-    if args.save_predictions:
-        claim(args.save_predictions, [f"{task}/{stem}{row.suffix}" for task, row in rows.items() for stem in stems],
-              inputs, args.overwrite, device)
+    claim_raw(args, model.labels, stems, inputs, device)
     skipped = 0
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat = predict_picture(model, image, device, args.max_side)
+            maps, heat = predict_picture(model, image, device, args.max_side, args.probabilities)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
@@ -730,8 +755,9 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             skipped += 1
             continue
         if args.save_predictions:
-            save_raw(args.save_predictions, stem, maps, rows)
-        labels = {task: values.cpu().numpy() for task, values in maps.items()}
+            save_raw(args.save_predictions, stem, maps, model.labels, args.probabilities, args.label_ids)
+        labels = {task: classes_of(values) if rows[task].kind == "classes" else values.cpu().numpy()
+                  for task, values in maps.items()}
         pictures = {task: Image.fromarray(draw(label, label, task, model.labels)[0]) for task, label in labels.items()}
         overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
         sheet = draw_sheet(printable(path.name), [image], [labels], model.labels, extra=overlays.values())
@@ -760,6 +786,16 @@ def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool,
                          "overwritten; add --overwrite, or give another folder with --out (or --save-predictions)")
     check_writable(folder)
     add_up(torch.zeros(1, device=device))    # no process writes before all have looked
+
+
+def claim_raw(args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path], device: torch.device):
+    """claim for --save-predictions. Raises ValueError, too, where the data set has no label IDs."""
+    if args.label_ids and not labels.label_ids:
+        raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
+    if args.save_predictions:
+        files = [f"{task}/{name}{suffix}" for task, row in labels.rows.items() for name in names
+                 for suffix in (row.suffix, ".npz") if suffix != ".npz" or args.probabilities and row.label == "class"]
+        claim(args.save_predictions, files, read, args.overwrite, device)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -799,21 +835,21 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
-    if path.exists() and not path.is_file():    # a pipe, from which reading may never end
+    if Path(path).exists() and not Path(path).is_file():    # a pipe, from which reading may never end
         raise ValueError(f"{path} is no file")
     return Image.fromarray(read_image(path, turn=True))
 
 
 @torch.inference_mode()
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
-                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], ...]:
+                    max_side: int = MAX_SIDE, probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
     """({task: map as of Meter.predict, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
 
-    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the
-    image's size again. Where the model's outputs are larger than its images, it sees the picture smaller by as much, as
-    in training.
+    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. Where
+    the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    probabilities: gives the probability of each class, (C, h, w), in place of the most likely class.
     """
     size, scale = (image.height, image.width), model.output_scale
     shrink = min(1, scale * max_side / max(size))
@@ -829,9 +865,10 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
         norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
         heat[task] = enlarge(norm[0, :, :image.height, :image.width], size)[0]
-    rows = labels_of(model).rows
+    rows, maps = labels_of(model).rows, predict_maps(model, outputs)
+    maps |= class_probabilities(outputs, rows) if probabilities else {}
     return {task: enlarge(values[0, :, :image.height, :image.width], size, unit=rows[task].label == "vector")
-            for task, values in predict_maps(model, outputs).items()}, heat
+            for task, values in maps.items()}, heat
 
 
 def enlarge(values: Tensor, size: tuple[int, int], unit: bool = False) -> Tensor:
@@ -967,7 +1004,8 @@ def export(args: argparse.Namespace):
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=args.export.parent) as folder:
         path, generator = Path(folder) / args.export.name, torch.Generator().manual_seed(0)
         if args.with_preprocessing:
-            network, image = Prepared(model), torch.randint(256, (1, *size, 3), dtype=torch.uint8, generator=generator)
+            network = Prepared(model).eval()
+            image = torch.randint(256, (1, *size, 3), generator=generator, dtype=torch.uint8)
             expected = predict_maps(model, model(normalised(to_tensor(image[0].numpy()))[None]))
         else:
             network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
