@@ -18,16 +18,14 @@ results.json, with contact sheets beside it, in the folder evaluation_X beside t
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
-# thread takes the core from the very thread that it waits for. We limit the spinning, before torch is imported, unless
-# the user decides otherwise. With the scan in the backend "torch" that was under 10 % slower on an idle machine, and
-# beside one busy process per core at most four times as slow as alone (tests/benchmark.py busy).
+# thread takes the core from the very thread that it waits for. We limit that before torch is imported, unless the user
+# has decided. It costs an idle machine under 10 % of the time (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import atexit
 import contextlib
-import glob
 import hashlib
 import io
 import itertools
@@ -127,7 +125,7 @@ def main(argv: list[str] | None = None) -> Results:
             print("scan backend:", choose_backend(model, args.backend, device))
             if not args.image:
                 return score(args, model, config, device)
-            # The sum is a barrier, too: torchrun ends the others when a process fails.
+            # add_up also waits for all processes: torchrun ends the others when one has failed.
             skipped = int(add_up(torch.tensor(draw_pictures(args, model, device), device=device)))
     except KeyboardInterrupt:
         parser.exit(130, "evaluate.py: interrupted\n")
@@ -148,58 +146,50 @@ def main(argv: list[str] | None = None) -> Results:
     return {}
 
 
-def typed_path(text: str) -> Path:
-    if re.match(r"\w+://", text):
-        raise argparse.ArgumentTypeError(f"{text} is an address; download the picture and give its path")
-    return Path(text).expanduser()
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of everything that is written (default: evaluation_NAME beside the checkpoint "
-        "NAME; with --image, predictions beside it)")
+    add("--out", type=Path, help="folder of all files (default: evaluation_NAME beside the checkpoint NAME; with "
+        "--image, predictions)")
+    add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
+    add("--save-predictions", type=Path, metavar="DIR", help="raw maps of the data set or of --image, at the images' "
+        "own sizes")
+    add("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
+    add("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
+    add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images, except with --image (default: as the "
+        "model was trained, or as the data set is scored)")
+    add("--encoder", help="of a published checkpoint or --cost, which do not name it: "
+        f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
+    add("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    add = parser.add_argument_group("scores").add_argument
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: the one with the "
+        "model's tasks)")
+    add("--data-root", type=Path, help="where the data set is unpacked")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
-    add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
-    group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class as in "
-                       "train.py (default: the one with the model's tasks)")
-    group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
-    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, "
-                       "one or one per task (NYUDv2: the paper's)")
-    group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
-    group.add_argument("--no-references", action="store_true", help="without the best constant, which is scored on the "
-                       f"first {REFERENCE_IMAGES} images where no figures of the paper are known")
-    group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
-    group = parser.add_argument_group("your own pictures")
-    group.add_argument("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
-    group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
-                       "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
-                       "%(default)s)")
-    group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
-    group = parser.add_argument_group("export")
-    group.add_argument("--export", type=Path, metavar="FILE", help="write the model, for images normalised with "
-                       "ImageNet's mean and deviation, as .onnx or .pt2 (torch.export), and check it")
-    group.add_argument("--with-preprocessing", action="store_true", help="for images as they are stored, uint8 RGB (1, "
-                       "H, W, 3); gives classes, probabilities, metres and unit normals")
-    group = parser.add_argument_group("cost")
-    group.add_argument("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of "
-                       "an untrained model by --variant, --encoder and --dataset (default: nyud)")
-    group.add_argument("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
-    group.add_argument("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
-    group = parser.add_argument_group("of several of these")
-    group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps of --image or a data set, at "
-                       "the images' own sizes")
-    group.add_argument("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
-    group.add_argument("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
-    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images (default: as the model "
-                       "was trained, or as the data set is scored)")
-    group.add_argument("--encoder", help="of a published checkpoint or --cost, which do not name it: "
-                       f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
-    group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, one or one per "
+        "task (NYUDv2: the paper's)")
+    add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
+    add("--no-references", action="store_true", help="without the best constant, which is scored on the first "
+        f"{REFERENCE_IMAGES} images where no figures of the paper are known")
+    add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
+    add = parser.add_argument_group("your own pictures").add_argument
+    add("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="the model sees pictures that are larger reduced "
+        "to N pixels, and their maps are enlarged again (default: %(default)s)")
+    add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
+    add = parser.add_argument_group("export").add_argument
+    add("--export", type=Path, metavar="FILE", help="write the model, for images normalised with ImageNet's mean and "
+        "deviation, as .onnx or .pt2 (torch.export), and check it")
+    add("--with-preprocessing", action="store_true", help="for stored images, uint8 RGB (1, H, W, 3); gives classes, "
+        "probabilities, metres and unit normals")
+    add = parser.add_argument_group("cost").add_argument
+    add("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of an untrained "
+        "model by --variant, --encoder and --dataset (default: nyud)")
+    add("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
+    add("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
 
 
 # The flags that have an effect, by what is asked for. The others are refused.
@@ -263,9 +253,6 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
     "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
-                                "published checkpoint")
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
@@ -273,8 +260,8 @@ def read_checkpoint(path: str | Path) -> dict:
         return dict(published=state, config=config, labels=labels)
     if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
-                         f"{found}; nor a published one, which has final_project.")
+        raise ValueError("expected the entries model and config of a checkpoint of train.py, or final_project of a "
+                         f"published one, in {path}, found {found}")
     # Earlier versions kept less of the labels, or nothing. They name their data set.
     data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
     labels = replace(data_set.describe(checkpoint["config"]["tasks"]), **checkpoint.get("labels", {}))
@@ -292,40 +279,31 @@ def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
         raise ValueError(f"expected heads of the tasks {', '.join(TASKS)}, found {', '.join(tasks)}")
     fitting = [data_set for data_set in DATASETS.values() if tasks.items() <= data_set.TASKS.items()]
     data_set = fitting[0] if len(fitting) == 1 else DenseDataset
-    if len(fitting) == 1:
-        tasks = {task: channels for task, channels in data_set.TASKS.items() if task in tasks}
+    tasks = {task: tasks[task] for task in data_set.TASKS or tasks if task in tasks}
     config = dict(tasks=tasks, variant=published_variant(state), output_scale=data_set.LABEL_SCALE)
     return config, data_set.describe(tasks)
 
 
 def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     """The weights of a read_checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
-    if "published" in checkpoint:
-        state = checkpoint["published"]
-        try:
-            print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors of {path}")
-        except ValueError as error:
-            summary, first, *_ = str(error).splitlines()
-            raise ValueError(f"{path}: {summary} {first.strip()}, ...; the model has the tasks {model.tasks}; give its "
-                             "encoder with --encoder") from error
-        return
-    state = checkpoint["model"]
-    order = list(checkpoint["config"]["tasks"])
-    if order != list(model.tasks):    # which no shape shows
+    published, order = "published" in checkpoint, list(checkpoint["config"]["tasks"])
+    state = checkpoint["published" if published else "model"]
+    if not published and order != list(model.tasks):    # which no shape shows
         raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
                          f"features, the model in the order {list(model.tasks)}; use the former")
     try:
-        model.load_state_dict(state)
+        load_published_checkpoint(model, state) if published else model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds weights of another architecture or other tasks: "
-                         + " ".join(str(error).split())[:300]) from error
+        advice = "; give its encoder with --encoder" if published else ""
+        raise ValueError(f"{path} holds weights of another architecture or of other tasks than {model.tasks}: "
+                         f"{' '.join(str(error).split())[:300]}{advice}") from error
     count = len(state) - ("_extra_state" in state)
     print(f"loaded {count}/{count} tensors of {path}")
 
 
 def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
-    """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
-    cannot scan one pixel here, in training mode forward and backward."""
+    """Sets the backend of the model's scans (None: by the device) and returns its name. Tries it on one pixel, in
+    training mode also backward; raises ValueError where that fails."""
     scans, name = [m for m in model.modules() if isinstance(m, SS2D)], backend or default_backend(device)
     for scan in scans:
         scan.backend = backend
@@ -809,8 +787,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
-        else:    # a quoted pattern, too
-            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
+        else:
+            found.append(path)
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
                          f"{' '.join(PICTURE_FILES)}")
@@ -818,8 +796,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
-    """A name for the output of each file: its own without the ending, at most 200 bytes of it, as more is added to it;
-    numbered where others have the same."""
+    """The files' names without their endings, cut to 200 bytes, as more is added to them. Equal ones are numbered."""
     stems, counts = {}, Counter()
     for path in paths:
         own = stem = os.fsdecode(os.fsencode(path.stem)[:200])
@@ -837,8 +814,6 @@ def printable(text: object) -> str:
 
 def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
-    if Path(path).exists() and not Path(path).is_file():    # a pipe, from which reading may never end
-        raise ValueError(f"{path} is no file")
     return Image.fromarray(read_image(path, turn=True))
 
 
@@ -1033,37 +1008,26 @@ def export(args: argparse.Namespace):
 
 
 class Prepared(nn.Module):
-    """A model behind its preprocessing: an image as it is stored, uint8 RGB (1, H, W, 3) -> its maps as of
-    predict_picture, {task: (1, 1 or 3, s H, s W)}; s is output_scale."""
+    """A model behind its preprocessing: a stored image, uint8 RGB (1, H, W, 3) -> its maps as of predict_picture,
+    {task: (1, 1 or 3, s H, s W)}; s is output_scale."""
 
     def __init__(self, model: MTMamba):
         super().__init__()
         self.model, self.meters = model, make_meters(labels_of(model).tasks)
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        outputs = self.model((image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        outputs = self.model(normalised(image.permute(0, 3, 1, 2).float() / 255))
         return {task: self.meters[task].predict(output) for task, output in outputs.items()}
 
 
-# What a file's outputs hold, by kind of task: of the model alone, and of Prepared.
-EXPORTED = {
-    "classes": ("a logit per class", "class"),
-    "saliency": ("two logits, no and yes", "probability"),
-    "boundary": ("logit", "probability"),
-    "normal": ("vector of any length; x right, y up, z to the viewer", "unit vector; x right, y up, z to the viewer"),
-    "depth": ("distance", "distance")}
-
-
 def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
-    """What a program that runs the file has to know of its input and outputs. The file holds it as metadata."""
-    labels = labels_of(model)
-    steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
-    tasks = {task: {"output": EXPORTED[row.kind][prepared]} for task, row in labels.rows.items()}
+    """The file's metadata: what a program that runs it has to know of its input and outputs."""
+    labels, tasks = labels_of(model), {}
     for task, row in labels.rows.items():
+        tasks[task] = {"kind": row.kind}
         tasks[task] |= {"classes": labels.class_names(task)} if row.kind == "classes" else {}
         tasks[task] |= {"unit": labels.unit(task).strip()} if row.label == "distance" else {}
+    steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
     return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
 
 
@@ -1103,27 +1067,27 @@ ONNX_LIMIT = 1.9e9         # bytes of weights that a .onnx holds; those of large
 @torch.inference_mode()
 def print_cost(args: argparse.Namespace, device: torch.device):
     """Parameters and FLOPs of the paper's variants; or of one model, with its time and memory on this device."""
-    data_set = find_dataset_class(args.dataset or "nyud")
-    tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
-    given = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE, encoder=args.encoder or "swin-large",
-                 encoder_kwargs=args.encoder_kwargs, output_scale=data_set.LABEL_SCALE)
+    data_set, everything = find_dataset_class(args.dataset or "nyud"), args.variant == "all"
     print("parameters in millions, FLOPs in 1e9 (the paper's are of NYUDv2 and Swin-Large, cut after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
-    for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
+    for variant in VARIANTS if everything else [args.variant or "mtmamba"]:
         if args.checkpoint:
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
         else:
-            config = dict(given, variant=variant)
-            with torch.device("meta" if args.variant == "all" else device):
+            tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
+            config = dict(tasks=tasks, variant=variant, img_size=args.img_size or data_set.SIZE,
+                          encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
+                          output_scale=data_set.LABEL_SCALE)
+            with torch.device("meta" if everything else device):
                 model = MTMamba(**config).eval()
-        size, variant = tuple(args.img_size or config["img_size"]), config.get("variant", "mtmamba")
+        size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
+        variant = config.get("variant", "mtmamba")
         parameters, flops = count_cost(model, size)
-        encoder = ENCODERS.get(config["encoder"], config["encoder"])
-        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and encoder == ENCODERS["swin-large"]
-                       and not config.get("encoder_kwargs") and variant in PAPER_COST)
+        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and not config.get("encoder_kwargs")
+                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"]) and variant in PAPER_COST)
         first, second = (f"{value:.2f}" for value in PAPER_COST[variant]) if as_in_paper else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
-    if args.variant == "all":
+    if everything:
         return
     backend, batch = choose_backend(model, args.backend, device), args.batch_size or (8 if device.type == "cuda" else 1)
     encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
