@@ -206,12 +206,13 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
     mode = next((mode for mode in FLAGS if mode and getattr(args, mode)), "")
+    useful = set(FLAGS[mode].split()) - ({"device", "backend", "batch_size"} if args.variant == "all" else set())
+    if args.cost and args.checkpoint:    # which knows them
+        useful -= {"variant", "dataset"}
     for name, value in vars(args).items():
-        if name not in FLAGS[mode].split() and value != parser.get_default(name):
+        if name not in useful and value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
-    if args.variant and args.checkpoint:
-        raise ValueError("expected --checkpoint, which knows its variant, or --variant, found both")
     if (args.probabilities or args.label_ids) and not args.save_predictions:
         raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
     if args.max_side < 32:

@@ -715,6 +715,12 @@ def test_cost_of_a_checkpoint(more, size, checkpoint, capsys):
                      measured)
 
 
+def test_flags_that_cost_does_not_use(checkpoint, capsys):
+    for flag in ("--variant=stm1", "--dataset=nyud", "--workers=1"):
+        assert f"{flag.split('=')[0]} has no effect" in fails(capsys, "--cost", "--checkpoint", checkpoint, flag)
+    assert "--batch-size has no effect" in fails(capsys, "--cost", "--variant", "all", "--batch-size", "2")
+
+
 def test_cost_of_a_data_sets_tasks_and_size(capsys):
     evaluate.main(["--cost", "--dataset", "cityscapes", "--variant", "stm1", "--encoder", "swin-tiny", "--img-size",
                    "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu"])
