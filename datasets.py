@@ -55,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
 from math import ceil, cos, pi, sin
 from multiprocessing import get_context, parent_process
@@ -83,6 +83,7 @@ class DenseDataset(torch.utils.data.Dataset):
 
     TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
+    LABEL_IDS = {}               # official numbers of the classes by task, where files have others than 0, 1, 2, ...
     COLOURS = {}                 # (r, g, b) of the classes by task; PASCAL VOC's colours where there are none
     TITLES = {}                  # what pictures and tables call a task, where that is not its name
     UNITS = {}                   # unit of a task, where that is not its row's
@@ -127,7 +128,7 @@ class DenseDataset(torch.utils.data.Dataset):
             return {task: plain(table[task]) for task in tasks if task in table}
         return Labels(dict(tasks), chosen(cls.CLASSES, lambda names: list(map(str, names))),
                       chosen(cls.COLOURS, lambda colours: np.asarray(colours).tolist()),
-                      chosen(cls.TITLES, str), chosen(cls.UNITS, str))
+                      chosen(cls.TITLES, str), chosen(cls.UNITS, str), chosen(cls.LABEL_IDS, list))
 
     def __len__(self):
         return len(self.names)
@@ -152,6 +153,7 @@ class Labels:
     colours: dict
     titles: dict
     units: dict
+    label_ids: dict = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> dict[str, Task]:
@@ -910,6 +912,7 @@ class NYUDv2(FileDataset):
         "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, "
         "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
         "other structure, other furniture, other prop".split(", "))}
+    LABEL_IDS = {"semseg": range(1, 41)}
     BOUNDARY_TOLERANCE = 0.011
     PAPER = paper_rows(TASKS, {
         ("mtmamba", "swin-large"): (55.82, 0.5066, 18.63, 78.70),             # Tables 1 to 6
@@ -968,6 +971,7 @@ class Cityscapes(FileDataset):
     """
 
     TASKS = {"semseg": 19, "depth": 1}
+    LABEL_IDS = {"semseg": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)}
     COLOURS = {"semseg": (
         (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
         (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
@@ -1022,7 +1026,7 @@ class Cityscapes(FileDataset):
         return image
 
     def read_semseg(self, name):
-        return LABEL_IDS[self.label_ids(name)]
+        return CLASS_BY_ID[self.label_ids(name)]
 
     def read_depth(self, name):
         stored = self.read_label(name, "disparity", "_disparity.png", "classes")
@@ -1046,8 +1050,8 @@ class Cityscapes(FileDataset):
                 "of train IDs; take the archive's files *_labelIds.png"]
 
 
-LABEL_IDS = np.full(34, IGNORE, np.uint8)    # class by label ID of Cityscapes
-LABEL_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = range(19)
+CLASS_BY_ID = np.full(34, IGNORE, np.uint8)    # of Cityscapes
+CLASS_BY_ID[list(Cityscapes.LABEL_IDS["semseg"])] = range(19)
 
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
 PART_NAMES = {name: part for part, names in enumerate((

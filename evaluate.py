@@ -18,16 +18,14 @@ results.json, with contact sheets beside it, in the folder evaluation_X beside t
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
-# thread takes the core from the very thread that it waits for. We limit the spinning, before torch is imported, unless
-# the user decides otherwise. With the scan in the backend "torch" that was under 10 % slower on an idle machine, and
-# beside one busy process per core at most four times as slow as alone (tests/benchmark.py busy).
+# thread takes the core from the very thread that it waits for. We limit that before torch is imported, unless the user
+# has decided. It costs an idle machine under 10 % of the time (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import atexit
 import contextlib
-import glob
 import hashlib
 import io
 import itertools
@@ -42,6 +40,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> Results:
             print("scan backend:", choose_backend(model, args.backend, device))
             if not args.image:
                 return score(args, model, config, device)
-            # The sum is a barrier, too: torchrun ends the others when a process fails.
+            # add_up also waits for all processes: torchrun ends the others when one has failed.
             skipped = int(add_up(torch.tensor(draw_pictures(args, model, device), device=device)))
     except KeyboardInterrupt:
         parser.exit(130, "evaluate.py: interrupted\n")
@@ -147,62 +146,59 @@ def main(argv: list[str] | None = None) -> Results:
     return {}
 
 
-def typed_path(text: str) -> Path:
-    if re.match(r"\w+://", text):
-        raise argparse.ArgumentTypeError(f"{text} is an address; download the picture and give its path")
-    return Path(text).expanduser()
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of everything that is written (default: evaluation_NAME beside the checkpoint "
-        "NAME; with --image, predictions beside it)")
+    add("--out", type=Path, help="folder of all files (default: evaluation_NAME beside the checkpoint NAME; with "
+        "--image, predictions)")
+    add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
+    add("--save-predictions", type=Path, metavar="DIR", help="raw maps of the data set or of --image, at the images' "
+        "own sizes")
+    add("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
+    add("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
+    add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images, except with --image (default: as the "
+        "model was trained, or as the data set is scored)")
+    add("--encoder", help="of a published checkpoint or --cost, which do not name it: "
+        f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
+    add("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    add = parser.add_argument_group("scores").add_argument
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: the one with the "
+        "model's tasks)")
+    add("--data-root", type=Path, help="where the data set is unpacked")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
-    add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
-    group = parser.add_argument_group("scores")
-    group.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class as in "
-                       "train.py (default: the one with the model's tasks)")
-    group.add_argument("--data-root", type=Path, help="where the data set is unpacked")
-    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, "
-                       "one or one per task (NYUDv2: the paper's)")
-    group.add_argument("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
-    group.add_argument("--no-references", action="store_true", help="without the best constant, which is scored on the "
-                       f"first {REFERENCE_IMAGES} images where no figures of the paper are known")
-    group.add_argument("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
-    group.add_argument("--save-predictions", type=Path, metavar="DIR", help="the raw maps, at the images' own sizes")
-    group = parser.add_argument_group("your own pictures")
-    group.add_argument("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
-    group.add_argument("--max-side", type=int, default=MAX_SIDE, metavar="N", help="pixels of a picture's longer side "
-                       "that the model sees; larger ones are reduced for it, and their maps enlarged again (default: "
-                       "%(default)s)")
-    group.add_argument("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
-    group = parser.add_argument_group("export")
-    group.add_argument("--export", type=Path, metavar="FILE", help="write the model, for images normalised with "
-                       "ImageNet's mean and deviation, as .onnx or .pt2 (torch.export), and check it")
-    group = parser.add_argument_group("cost")
-    group.add_argument("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of "
-                       "an untrained model by --variant, --encoder and --dataset (default: nyud)")
-    group.add_argument("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
-    group.add_argument("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
-    group = parser.add_argument_group("of several of these")
-    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images (default: as the model "
-                       "was trained, or as the data set is scored)")
-    group.add_argument("--encoder", help="of a published checkpoint or --cost, which do not name it: "
-                       f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
-    group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, one or one per "
+        "task (NYUDv2: the paper's)")
+    add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
+    add("--no-references", action="store_true", help="without the best constant, which is scored on the first "
+        f"{REFERENCE_IMAGES} images where no figures of the paper are known")
+    add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
+    add = parser.add_argument_group("your own pictures").add_argument
+    add("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="the model sees pictures that are larger reduced "
+        "to N pixels, and their maps are enlarged again (default: %(default)s)")
+    add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
+    add = parser.add_argument_group("export").add_argument
+    add("--export", type=Path, metavar="FILE", help="write the model, for images normalised with ImageNet's mean and "
+        "deviation, as .onnx or .pt2 (torch.export), and check it")
+    add("--with-preprocessing", action="store_true", help="for stored images, uint8 RGB (1, H, W, 3); gives classes, "
+        "probabilities, metres and unit normals")
+    add = parser.add_argument_group("cost").add_argument
+    add("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of an untrained "
+        "model by --variant, --encoder and --dataset (default: nyud)")
+    add("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
+    add("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
 
 
 # The flags that have an effect, by what is asked for. The others are refused.
 FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_size encoder encoder_kwargs",
-         "export": "export checkpoint img_size encoder encoder_kwargs",
-         "image": "image checkpoint device backend out overwrite save_predictions max_side features encoder "
-                  "encoder_kwargs",
-         "": "checkpoint device backend out overwrite save_predictions workers dataset data_root baseline "
-             "boundary_list save_images img_size encoder encoder_kwargs no_references"}
+         "export": "export with_preprocessing checkpoint img_size encoder encoder_kwargs",
+         "image": "image checkpoint device backend out overwrite save_predictions probabilities label_ids max_side "
+                  "features encoder encoder_kwargs",
+         "": "checkpoint device backend out overwrite save_predictions probabilities label_ids workers dataset "
+             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs no_references"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -210,12 +206,15 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
     mode = next((mode for mode in FLAGS if mode and getattr(args, mode)), "")
+    useful = set(FLAGS[mode].split()) - ({"device", "backend", "batch_size"} if args.variant == "all" else set())
+    if args.cost and args.checkpoint:    # which knows them
+        useful -= {"variant", "dataset"}
     for name, value in vars(args).items():
-        if name not in FLAGS[mode].split() and value != parser.get_default(name):
+        if name not in useful and value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
-    if args.variant and args.checkpoint:
-        raise ValueError("expected --checkpoint, which knows its variant, or --variant, found both")
+    if (args.probabilities or args.label_ids) and not args.save_predictions:
+        raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
     if args.max_side < 32:
         raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
     if min(args.workers or 0, args.save_images, (args.batch_size or 1) - 1) < 0:
@@ -228,7 +227,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 # ------------------------------------------------------------------------------------------- models and checkpoints
 
-def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None,
+def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
     """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it. `model.labels` is what its data
     set says of the tasks (Labels).
@@ -252,12 +251,9 @@ def load_checkpoint(path: Path, device: torch.device, encoder: str | None = None
     return model.to(device).eval(), config
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
     "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a last.pt that train.py wrote, or of a "
-                                "published checkpoint")
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
@@ -265,13 +261,11 @@ def read_checkpoint(path: Path) -> dict:
         return dict(published=state, config=config, labels=labels)
     if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py: expected the entries model and config, found "
-                         f"{found}; nor a published one, which has final_project.")
-    if "labels" in checkpoint:
-        labels = Labels(**checkpoint["labels"])
-    else:    # of an earlier version: there were no tasks of other names, and it names its data set
-        data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
-        labels = data_set.describe(checkpoint["config"]["tasks"])
+        raise ValueError("expected the entries model and config of a checkpoint of train.py, or final_project of a "
+                         f"published one, in {path}, found {found}")
+    # Earlier versions kept less of the labels, or nothing. They name their data set.
+    data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
+    labels = replace(data_set.describe(checkpoint["config"]["tasks"]), **checkpoint.get("labels", {}))
     return dict(checkpoint, labels=labels)
 
 
@@ -286,40 +280,31 @@ def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
         raise ValueError(f"expected heads of the tasks {', '.join(TASKS)}, found {', '.join(tasks)}")
     fitting = [data_set for data_set in DATASETS.values() if tasks.items() <= data_set.TASKS.items()]
     data_set = fitting[0] if len(fitting) == 1 else DenseDataset
-    if len(fitting) == 1:
-        tasks = {task: channels for task, channels in data_set.TASKS.items() if task in tasks}
+    tasks = {task: tasks[task] for task in data_set.TASKS or tasks if task in tasks}
     config = dict(tasks=tasks, variant=published_variant(state), output_scale=data_set.LABEL_SCALE)
     return config, data_set.describe(tasks)
 
 
-def load_weights(model: MTMamba, checkpoint: dict, path: Path):
+def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     """The weights of a read_checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
-    if "published" in checkpoint:
-        state = checkpoint["published"]
-        try:
-            print(f"loaded {load_published_checkpoint(model, state)}/{len(state)} tensors of {path}")
-        except ValueError as error:
-            summary, first, *_ = str(error).splitlines()
-            raise ValueError(f"{path}: {summary} {first.strip()}, ...; the model has the tasks {model.tasks}; give its "
-                             "encoder with --encoder") from error
-        return
-    state = checkpoint["model"]
-    order = list(checkpoint["config"]["tasks"])
-    if order != list(model.tasks):    # which no shape shows
+    published, order = "published" in checkpoint, list(checkpoint["config"]["tasks"])
+    state = checkpoint["published" if published else "model"]
+    if not published and order != list(model.tasks):    # which no shape shows
         raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
                          f"features, the model in the order {list(model.tasks)}; use the former")
     try:
-        model.load_state_dict(state)
+        load_published_checkpoint(model, state) if published else model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds weights of another architecture or other tasks: "
-                         + " ".join(str(error).split())[:300]) from error
+        advice = "; give its encoder with --encoder" if published else ""
+        raise ValueError(f"{path} holds weights of another architecture or of other tasks than {model.tasks}: "
+                         f"{' '.join(str(error).split())[:300]}{advice}") from error
     count = len(state) - ("_extra_state" in state)
     print(f"loaded {count}/{count} tensors of {path}")
 
 
 def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
-    """Lets the model's scans run on a backend (None: by the device) and returns its name. Raises ValueError where it
-    cannot scan one pixel here, in training mode forward and backward."""
+    """Sets the backend of the model's scans (None: by the device) and returns its name. Tries it on one pixel, in
+    training mode also backward; raises ValueError where that fails."""
     scans, name = [m for m in model.modules() if isinstance(m, SS2D)], backend or default_backend(device)
     for scan in scans:
         scan.backend = backend
@@ -353,15 +338,14 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
-    if args.save_predictions:
-        claim(args.save_predictions, [f"{task}/{image}{row.suffix}" for task, row in dataset.rows.items()
-                                      for image in dataset.names], [], args.overwrite, device)
+    claim_raw(args, dataset.labels, dataset.names, [], device)
     rank, world = rank_and_world()
     workers = args.workers
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions)
+    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
+                       probabilities=args.probabilities, label_ids=args.label_ids)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
@@ -463,15 +447,16 @@ def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task])
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
-             workers: int = 0, odsf: bool = True, scored: set[str] | None = None, predictions: Path | None = None,
+             workers: int = 0, odsf: bool = True, scored: set[str] | None = None,
+             predictions: str | Path | None = None, probabilities: bool = False, label_ids: bool = False,
              stop: Callable[[], bool] | None = None, limit: int | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
-    folder for the raw maps. stop: asked before every batch whether to give up; the result is None where it says so in
-    any process. limit: only so many images, the first ones.
+    folder for the raw maps; probabilities, label_ids: of these, see save_raw. stop: asked before every batch whether to
+    give up; the result is None where it says so in any process. limit: only so many images, the first ones.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -501,12 +486,14 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
             outputs = model(batch["image"].to(device))
             for task, meter in meters.items():
                 meter.update(outputs[task], batch[task].to(device))
+            shares = class_probabilities(outputs, dataset.rows) if predictions and probabilities else {}
             for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
                 area = own_area(batch["image"], batch["size"][i], model.output_scale)
                 wanted = meters if predictions else truths
                 maps = {task: meters[task].predict(outputs[task][i:i + 1].float())[0][area] for task in wanted}
                 if predictions:
-                    save_raw(predictions, name, maps, dataset.rows)
+                    maps |= {task: values[i][area] for task, values in shares.items()}
+                    save_raw(predictions, name, maps, dataset.labels, probabilities, label_ids)
                 for task, truth in truths.items():
                     ods[task].update(to_bytes(maps[task][0]), truth)
             bar.update(len(batch["image"]))
@@ -581,18 +568,39 @@ def to_bytes(probability: Tensor) -> np.ndarray:
     return (255 * probability).to(torch.uint8).cpu().numpy()
 
 
-def save_raw(folder: Path, name: str, maps: dict[str, Tensor], rows: dict[str, Task]):
+def save_raw(folder: str | Path, name: str, maps: dict[str, Tensor], labels: Labels, probabilities: bool = False,
+             label_ids: bool = False):
     """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
-    (h, w), unit vectors (3, h, w)). maps: of Meter.predict, (1 or 3, h, w). Raises WriteError."""
+    (h, w), unit vectors (3, h, w)). maps: as of predict_picture, (C, h, w). Raises WriteError.
+
+    probabilities: writes TASK/NAME.npz, too, whose float16 array "probability" is (C, h, w) of classes and (1, h, w) of
+    saliency and boundaries. label_ids: whether the classes are written as Labels.label_ids has them.
+    """
     for task, values in maps.items():
-        path = folder / task / f"{name}{rows[task].suffix}"
+        row, path = labels.rows[task], Path(folder, task, f"{name}{labels.rows[task].suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if probabilities and row.label == "class":
+            with replacing(path.with_suffix(".npz")) as file:
+                np.savez_compressed(file, probability=values.half().cpu().numpy())
+        if row.kind == "classes":
+            values = classes_of(values)
+            values = np.array(labels.label_ids[task])[values] if label_ids and task in labels.label_ids else values
         with replacing(path) as file:
-            if rows[task].suffix == ".npy":
-                np.save(file, values.squeeze(0).cpu().numpy())
+            if row.kind == "classes":
+                Image.fromarray(values[0].astype(np.uint8)).save(file, "PNG")
+            elif row.binary:
+                Image.fromarray(to_bytes(values[0])).save(file, "PNG")
             else:
-                pixels = to_bytes(values[0]) if values.is_floating_point() else values[0].to(torch.uint8).cpu().numpy()
-                Image.fromarray(pixels).save(file, "PNG")
+                np.save(file, values.squeeze(0).cpu().numpy())
+
+
+def class_probabilities(outputs: dict[str, Tensor], rows: dict[str, Task]) -> dict[str, Tensor]:
+    return {task: output.float().softmax(1) for task, output in outputs.items() if rows[task].kind == "classes"}
+
+
+def classes_of(values: Tensor) -> np.ndarray:
+    """Classes (1, h, w), or their probabilities (C, h, w) -> classes (1, h, w)."""
+    return (values.argmax(0, keepdim=True) if values.is_floating_point() else values).cpu().numpy()
 
 
 def reference_title(name: str, dataset: DenseDataset) -> str:
@@ -712,14 +720,12 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     drawn = [*rows, *(f"{task}_feature" for task in rows if args.features), "sheet"]
     inputs = {path if path.is_dir() else path.parent for path in args.image}
     claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
-    if args.save_predictions:
-        claim(args.save_predictions, [f"{task}/{stem}{row.suffix}" for task, row in rows.items() for stem in stems],
-              inputs, args.overwrite, device)
+    claim_raw(args, model.labels, stems, inputs, device)
     skipped = 0
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat = predict_picture(model, image, device, args.max_side)
+            maps, heat = predict_picture(model, image, device, args.max_side, args.probabilities)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
@@ -728,8 +734,9 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             skipped += 1
             continue
         if args.save_predictions:
-            save_raw(args.save_predictions, stem, maps, rows)
-        labels = {task: values.cpu().numpy() for task, values in maps.items()}
+            save_raw(args.save_predictions, stem, maps, model.labels, args.probabilities, args.label_ids)
+        labels = {task: classes_of(values) if rows[task].kind == "classes" else values.cpu().numpy()
+                  for task, values in maps.items()}
         pictures = {task: Image.fromarray(draw(label, label, task, model.labels)[0]) for task, label in labels.items()}
         overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
         sheet = draw_sheet(printable(path.name), [image], [labels], model.labels, extra=overlays.values())
@@ -760,6 +767,16 @@ def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool,
     add_up(torch.zeros(1, device=device))    # no process writes before all have looked
 
 
+def claim_raw(args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path], device: torch.device):
+    """claim for --save-predictions. Raises ValueError, too, where the data set has no label IDs."""
+    if args.label_ids and not labels.label_ids:
+        raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
+    if args.save_predictions:
+        files = [f"{task}/{name}{suffix}" for task, row in labels.rows.items() for name in names
+                 for suffix in (row.suffix, ".npz") if suffix != ".npz" or args.probabilities and row.label == "class"]
+        claim(args.save_predictions, files, read, args.overwrite, device)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """On a CPU, PyTorch has no error of its own for that."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
@@ -771,8 +788,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
-        else:    # a quoted pattern, too
-            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
+        else:
+            found.append(path)
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
                          f"{' '.join(PICTURE_FILES)}")
@@ -780,8 +797,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
-    """A name for the output of each file: its own without the ending, at most 200 bytes of it, as more is added to it;
-    numbered where others have the same."""
+    """The files' names without their endings, cut to 200 bytes, as more is added to them. Equal ones are numbered."""
     stems, counts = {}, Counter()
     for path in paths:
         own = stem = os.fsdecode(os.fsencode(path.stem)[:200])
@@ -797,21 +813,19 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
-    if path.exists() and not path.is_file():    # a pipe, from which reading may never end
-        raise ValueError(f"{path} is no file")
     return Image.fromarray(read_image(path, turn=True))
 
 
 @torch.inference_mode()
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
-                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], ...]:
+                    max_side: int = MAX_SIDE, probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
     """({task: map as of Meter.predict, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
 
-    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the
-    image's size again. Where the model's outputs are larger than its images, it sees the picture smaller by as much, as
-    in training.
+    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. Where
+    the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    probabilities: gives the probability of each class, (C, h, w), in place of the most likely class.
     """
     size, scale = (image.height, image.width), model.output_scale
     shrink = min(1, scale * max_side / max(size))
@@ -827,9 +841,10 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
         norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
         heat[task] = enlarge(norm[0, :, :image.height, :image.width], size)[0]
-    rows = labels_of(model).rows
+    rows, maps = labels_of(model).rows, predict_maps(model, outputs)
+    maps |= class_probabilities(outputs, rows) if probabilities else {}
     return {task: enlarge(values[0, :, :image.height, :image.width], size, unit=rows[task].label == "vector")
-            for task, values in predict_maps(model, outputs).items()}, heat
+            for task, values in maps.items()}, heat
 
 
 def enlarge(values: Tensor, size: tuple[int, int], unit: bool = False) -> Tensor:
@@ -960,32 +975,67 @@ def export(args: argparse.Namespace):
     size = args.img_size or config.get("img_size")
     if size is None:
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
-    image = torch.randn(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
     write, run = EXPORTS[args.export.suffix]
     args.export.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=args.export.parent) as folder:
-        path = Path(folder) / args.export.name
-        expected = model(image)
+        path, generator = Path(folder) / args.export.name, torch.Generator().manual_seed(0)
+        if args.with_preprocessing:
+            network = Prepared(model).eval()
+            image = torch.randint(256, (1, *size, 3), generator=generator, dtype=torch.uint8)
+            expected = predict_maps(model, model(normalised(to_tensor(image[0].numpy()))[None]))
+        else:
+            network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
+            expected = model(image)
         try:
             with writing(args.export):
-                write(model, image, path)
+                write(network, image, path, describe_export(model, size, args.with_preprocessing))
             outputs = run(path, image)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
         for task, output in expected.items():
-            difference = ((outputs[task] - output).abs().max() / output.abs().max()).item()
-            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of its largest value")
+            if output.is_floating_point():
+                of, largest = "its largest value", output.abs().max().clamp(min=1e-9)
+                difference = ((outputs[task] - output).abs().max() / largest).item()
+            else:
+                of, difference = "its pixels", (outputs[task] != output).double().mean().item()
+            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of {of}")
             if not difference < EXPORT_TOLERANCE:
-                raise ValueError(f"the exported model is off by {difference:.1e} of {task}'s largest value; nothing "
-                                 "was written")
+                raise ValueError(f"the exported model's {task} is off by {difference:.1e} of {of}; nothing was written")
+        written = []
         for file in sorted(Path(folder).iterdir(), reverse=True):    # beside a large .onnx lie its weights
-            os.replace(file, args.export.parent / file.name)
-    print("exported:", args.export)
+            written.append(args.export.parent / file.name)
+            os.replace(file, written[-1])
+    print("exported:", " and ".join(map(str, reversed(written))) + ("; keep them together" if written[1:] else ""))
 
 
-def write_pt2(model: MTMamba, image: Tensor, path: Path):
+class Prepared(nn.Module):
+    """A model behind its preprocessing: a stored image, uint8 RGB (1, H, W, 3) -> its maps as of predict_picture,
+    {task: (1, 1 or 3, s H, s W)}; s is output_scale."""
+
+    def __init__(self, model: MTMamba):
+        super().__init__()
+        self.model, self.meters = model, make_meters(labels_of(model).tasks)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        outputs = self.model(normalised(image.permute(0, 3, 1, 2).float() / 255))
+        return {task: self.meters[task].predict(output) for task, output in outputs.items()}
+
+
+def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
+    """The file's metadata: what a program that runs it has to know of its input and outputs."""
+    labels, tasks = labels_of(model), {}
+    for task, row in labels.rows.items():
+        tasks[task] = {"kind": row.kind}
+        tasks[task] |= {"classes": labels.class_names(task)} if row.kind == "classes" else {}
+        tasks[task] |= {"unit": labels.unit(task).strip()} if row.label == "distance" else {}
+    steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
+    return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
+
+
+def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
     buffer = io.BytesIO()    # PyTorch's writer of these files aborts the process where a disk is full
-    torch.export.save(torch.export.export(model, (image,)), buffer)
+    files = {f"{name}.json": json.dumps(content) for name, content in metadata.items()}
+    torch.export.save(torch.export.export(network, (image,)), buffer, extra_files=files)
     path.write_bytes(buffer.getbuffer())
 
 
@@ -993,10 +1043,12 @@ def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:
     return torch.export.load(path).module()(image)
 
 
-def write_onnx(model: MTMamba, image: Tensor, path: Path):
-    large = sum(p.numel() * p.element_size() for p in model.parameters()) > 1.9e9    # more than the format holds
-    torch.onnx.export(model, (image,), path, input_names=["image"], output_names=list(model.tasks), dynamo=True,
-                      external_data=large, verbose=False)
+def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
+    program = torch.onnx.export(network, (image,), input_names=["image"], output_names=list(metadata["tasks"]),
+                                dynamo=True, verbose=False)
+    program.model.metadata_props.update({name: json.dumps(content) for name, content in metadata.items()})
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    program.save(path, external_data=weights > ONNX_LIMIT)
 
 
 def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
@@ -1008,6 +1060,7 @@ def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
 
 EXPORTS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
 EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
+ONNX_LIMIT = 1.9e9         # bytes of weights that a .onnx holds; those of larger models lie in a file beside it
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1015,27 +1068,27 @@ EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, 
 @torch.inference_mode()
 def print_cost(args: argparse.Namespace, device: torch.device):
     """Parameters and FLOPs of the paper's variants; or of one model, with its time and memory on this device."""
-    data_set = find_dataset_class(args.dataset or "nyud")
-    tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
-    given = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE, encoder=args.encoder or "swin-large",
-                 encoder_kwargs=args.encoder_kwargs, output_scale=data_set.LABEL_SCALE)
+    data_set, everything = find_dataset_class(args.dataset or "nyud"), args.variant == "all"
     print("parameters in millions, FLOPs in 1e9 (the paper's are of NYUDv2 and Swin-Large, cut after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
-    for variant in VARIANTS if args.variant == "all" else [args.variant or "mtmamba"]:
+    for variant in VARIANTS if everything else [args.variant or "mtmamba"]:
         if args.checkpoint:
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
         else:
-            config = dict(given, variant=variant)
-            with torch.device("meta" if args.variant == "all" else device):
+            tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
+            config = dict(tasks=tasks, variant=variant, img_size=args.img_size or data_set.SIZE,
+                          encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
+                          output_scale=data_set.LABEL_SCALE)
+            with torch.device("meta" if everything else device):
                 model = MTMamba(**config).eval()
-        size, variant = tuple(args.img_size or config["img_size"]), config.get("variant", "mtmamba")
+        size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
+        variant = config.get("variant", "mtmamba")
         parameters, flops = count_cost(model, size)
-        encoder = ENCODERS.get(config["encoder"], config["encoder"])
-        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and encoder == ENCODERS["swin-large"]
-                       and not config.get("encoder_kwargs") and variant in PAPER_COST)
+        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and not config.get("encoder_kwargs")
+                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"]) and variant in PAPER_COST)
         first, second = (f"{value:.2f}" for value in PAPER_COST[variant]) if as_in_paper else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
-    if args.variant == "all":
+    if everything:
         return
     backend, batch = choose_backend(model, args.backend, device), args.batch_size or (8 if device.type == "cuda" else 1)
     encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))

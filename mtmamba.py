@@ -919,7 +919,7 @@ def read_tensors(path: str | Path):
     """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
     files."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # the unpickler and the zip reader raise many kinds

@@ -161,7 +161,7 @@ def test_train_ids_in_place_of_label_ids_are_named(exported, tmp_path, capsys):
     root = shutil.copytree(exported, tmp_path / "copy")
     command = ["check", "--dataset", "cityscapes", "--root", str(root), "--workers", "1", "--img-size", "32", "64"]
     for path in sorted((root / "gtFine/val").rglob("*_labelIds.png")):
-        ids = datasets.LABEL_IDS[np.array(Image.open(path))]
+        ids = datasets.CLASS_BY_ID[np.array(Image.open(path))]
         Image.fromarray(np.where(ids == IGNORE, 0, ids).astype(np.uint8)).save(path)
     assert datasets.main(command) == 1
     printed = capsys.readouterr().out

@@ -301,8 +301,9 @@ def test_batches_hold_few_images_and_few_pixels(images, pixels, expected, checkp
 
 
 def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, tmp_path):
-    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-predictions", tmp_path / "maps"))
-    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    for folder, more in (("maps", []), ("more", ["--probabilities", "--label-ids"])):
+        evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-predictions", tmp_path / folder, *more))
+    model, _ = evaluate.load_checkpoint(str(checkpoint), torch.device("cpu"))
     dataset = SmallNYUDv2(nyud, "val", None)
     for i, (name, (h, w)) in enumerate(SIZES.items()):
         with torch.no_grad():
@@ -316,6 +317,11 @@ def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, t
         np.testing.assert_allclose(np.load(tmp_path / f"maps/depth/{name}.npy"), depth[0].clamp(min=0), atol=1e-4)
         normal = torch.nn.functional.normalize(normal, dim=0)
         np.testing.assert_allclose(np.load(tmp_path / f"maps/normal/{name}.npy"), normal, atol=1e-3)
+        classes, shares, edges = (read(tmp_path / f"more/{file}") for read, file in (
+            (Image.open, f"semseg/{name}.png"), (np.load, f"semseg/{name}.npz"), (np.load, f"boundary/{name}.npz")))
+        assert (np.asarray(classes) == semseg.argmax(0).numpy() + 1).mean() > 0.999    # IDs as in NYUDv2's files
+        np.testing.assert_allclose(shares["probability"], semseg.softmax(0), atol=1e-3)
+        np.testing.assert_allclose(edges["probability"], boundary.sigmoid(), atol=1e-3)
 
 
 class Killed(SmallNYUDv2):
@@ -387,7 +393,9 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert f"loaded {len(state)}/{len(state)} tensors" in capsys.readouterr().out
     model = tiny_model()
     evaluate.load_published_checkpoint(model, state)
-    assert evaluate.evaluate(model, SmallNYUDv2(nyud, "val", None), torch.device("cpu")) == results
+    assert evaluate.evaluate(model, SmallNYUDv2(str(nyud), "val", None), torch.device("cpu"),
+                             predictions=str(tmp_path / "maps")) == results
+    assert len(list((tmp_path / "maps").rglob("*.*"))) == 4 * 5
     torch.save({key.removeprefix("module."): value for key, value in state.items()}, path)    # as saved without DDP
     assert evaluate.main(arguments(path, nyud, tmp_path, *options)) == results
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
@@ -425,6 +433,7 @@ def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
     (["--encoder-kwargs", "{"], "--encoder-kwargs"),
     (["--features"], "--features"),
     (["--max-side", "31"], "--max-side"),
+    (["--label-ids"], "give --save-predictions DIR, too"),
     (["--variant", "stm1"], "--variant"),
 ])
 def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):
@@ -518,7 +527,7 @@ def test_exif_rotation(checkpoint, picture, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6    # to be turned clockwise
     picture.save(tmp_path / "a.png", exif=exif)
-    upright = np.asarray(evaluate.read_picture(tmp_path / "a.png"))
+    upright = np.asarray(evaluate.read_picture(str(tmp_path / "a.png")))
     np.testing.assert_array_equal(upright, np.rot90(np.asarray(picture), k=-1))
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "a.png")
     assert code == 0 and files["a_semseg.png"].shape == (70, 45, 3)
@@ -535,6 +544,9 @@ def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(check
     assert all(values.shape[1:] == (135, 210) for values in maps.values()) and heat["depth"].shape == (135, 210)
     np.testing.assert_allclose(maps["depth"][0, 1::3, 1::3], small["depth"][0], atol=1e-5)    # the centres
     assert (maps["normal"].norm(dim=0) - 1).abs().max() < 1e-5
+    shares = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=70, probabilities=True)[0]["semseg"]
+    assert shares.shape == (40, 135, 210) and (shares.sum(0) - 1).abs().max() < 1e-5
+    assert (shares[:, 1::3, 1::3].argmax(0) == small["semseg"][0]).float().mean() > 0.999
     whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
     assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
     thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
@@ -555,13 +567,16 @@ def test_nothing_is_overwritten_unasked_and_inputs_never(checkpoint, picture, tm
     assert f"{own} is read" in fails(capsys, *arguments[:-2], own / "a.png", "--out", own, "--overwrite")
     assert "--save-predictions" in fails(capsys, *arguments, tmp_path / "other", "--save-predictions", own)
     (out / "a_depth.png").rename(out / "mine.png")
-    for more in ((), ("--overwrite",)):
+    assert "states no LABEL_IDS" in fails(capsys, *arguments, out, "--save-predictions", tmp_path / "r", "--label-ids")
+    for more in ((), ("--overwrite", "--probabilities")):
         files, code = draw(checkpoint, out, own, "--save-predictions", tmp_path / "raw", *more)
         assert code == 0 and set(files) == {"mine.png", "a_sheet.png", *(f"a_{task}.png" for task in NYUD_TASKS)}
         assert "a_semseg.png" in fails(capsys, *arguments, out)
         assert "semseg/a.png" in fails(capsys, *arguments, tmp_path / "new", "--save-predictions", tmp_path / "raw")
     assert {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("a.*")} == {
-        "semseg/a.png", "depth/a.npy", "normal/a.npy", "boundary/a.png"}
+        "semseg/a.png", "depth/a.npy", "normal/a.npy", "boundary/a.png", "semseg/a.npz", "boundary/a.npz"}
+    classes, shares = Image.open(tmp_path / "raw/semseg/a.png"), np.load(tmp_path / "raw/semseg/a.npz")["probability"]
+    assert shares.shape == (40, 45, 70) and (np.asarray(classes) == shares.argmax(0)).mean() > 0.99    # of 16 bits
 
 
 def test_raw_maps_never_replace_labels(checkpoint, nyud, tmp_path, capsys):
@@ -659,22 +674,16 @@ def test_a_broken_picture_does_not_stop_the_other_process(script, checkpoint, pi
     assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
 
 
-def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch):
-    """Names with a line break, of 250 bytes and that are no text; equal stems; ~, a quoted pattern, a pipe."""
-    folder = tmp_path / "home" / "photos"
-    folder.mkdir(parents=True)
+def test_odd_names(checkpoint, picture, tmp_path, capsys):
+    """With a line break, of 250 bytes and that are no text; equal stems."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
     names = ["a\nb.png", "x" * 246 + ".png", os.fsdecode(b"caf\xe9.png"), "same.png", "same.bmp"]
     for name in names:
         picture.save(folder / name)
-    os.mkfifo(folder / "pipe.png")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    files, code = draw(checkpoint, tmp_path / "out", "~/photos")
+    files, code = draw(checkpoint, tmp_path / "out", folder)
     assert code == 0 and len(files) == 5 * 5 and {"same_sheet.png", "same_2_sheet.png", "a\nb_sheet.png"} <= set(files)
     assert capsys.readouterr().out.count("pictures:") == 5
-    files, code = draw(checkpoint, tmp_path / "more", folder / "same.*", folder / "pipe.png")
-    assert code == 1 and len(files) == 2 * 5 and "pipe.png is no file" in capsys.readouterr().err
-    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image"]
-    assert "download the picture" in fails(capsys, *arguments, "https://example.org/a.png")
 
 
 def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):
@@ -704,6 +713,12 @@ def test_cost_of_a_checkpoint(more, size, checkpoint, capsys):
         assert text in parts
     assert re.search(r"one image takes [\d.]+ ms .* 2 at a time, [\d.]+ images per second; peak memory [\d.]+ GiB",
                      measured)
+
+
+def test_flags_that_cost_does_not_use(checkpoint, capsys):
+    for flag in ("--variant=stm1", "--dataset=nyud", "--workers=1"):
+        assert f"{flag.split('=')[0]} has no effect" in fails(capsys, "--cost", "--checkpoint", checkpoint, flag)
+    assert "--batch-size has no effect" in fails(capsys, "--cost", "--variant", "all", "--batch-size", "2")
 
 
 def test_cost_of_a_data_sets_tasks_and_size(capsys):

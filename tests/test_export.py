@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
@@ -31,18 +33,24 @@ def run_alone(code, *arguments):
 
 # ---------------------------------------------------------------------------------------------------------- files
 
+def save_checkpoint(path, variant):
+    config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 32), variant=variant)
+    torch.manual_seed(0)
+    train.save_checkpoint(path, dict(model=MTMamba(**config).state_dict(), config=config))
+    return path
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 64), variant="mtmamba++")
-    torch.manual_seed(0)
-    train.save_checkpoint(tmp_path / "last.pt", dict(model=MTMamba(**config).state_dict(), config=config))
-    return tmp_path / "last.pt"
+    return save_checkpoint(tmp_path / "last.pt", "mtmamba++")
 
 
 RUN_PT2 = """
-import torch
+import json, torch
 image, expected = torch.load(sys.argv[2])
-outputs = torch.export.load(sys.argv[1]).module()(image)
+files = {"image.json": "", "tasks.json": ""}
+outputs = torch.export.load(sys.argv[1], extra_files=files).module()(image)
+assert json.loads(files["image.json"])["size"] == [32, 50] and list(json.loads(files["tasks.json"])) == ["depth"]
 for task, output in expected.items():
     torch.testing.assert_close(outputs[task], output, rtol=1e-4, atol=1e-5)
 """
@@ -62,16 +70,50 @@ def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_p
         for name in ("onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason="the extra export is not installed")
     path = tmp_path / "exported" / f"model.{suffix}"
-    evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--img-size", "64", "50"])
+    evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--img-size", "32", "50"])
     printed = capsys.readouterr().out
-    assert "depth: (1, 1, 64, 50), off by" in printed
+    assert "depth: (1, 1, 32, 50), off by" in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
     evaluate.choose_backend(model, "torch", torch.device("cpu"))
-    image = torch.randn(1, 3, 64, 50)
+    image = torch.randn(1, 3, 32, 50)
     with torch.no_grad():
         torch.save((image, model(image)), tmp_path / "expected.pt")
     run_alone(code, path, tmp_path / "expected.pt")
+
+
+def test_export_with_preprocessing(tmp_path, monkeypatch, capsys):
+    """Its maps are those of the picture; the file tells what they are; weights in a file of their own are named."""
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="the extra export is not installed")
+    monkeypatch.setattr(evaluate, "ONNX_LIMIT", 0)
+    checkpoint, path = save_checkpoint(tmp_path / "last.pt", "stm1"), tmp_path / "exported/model.onnx"
+    evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--with-preprocessing"])
+    assert f"exported: {path} and {path}.data; keep them together" in capsys.readouterr().out
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    depth, = session.run(["depth"], {"image": pixels[None]})
+    model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
+    expected, _ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
+    np.testing.assert_allclose(depth[0], expected["depth"], rtol=1e-4, atol=1e-5)
+    found = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert found["image"]["size"] == [32, 32] and found["image"]["mean"] == [0.485, 0.456, 0.406]
+    assert found["tasks"] == {"depth": {"kind": "depth", "unit": "m"}}
+
+
+def test_preprocessing_gives_the_maps_of_a_picture():
+    """For each kind of task."""
+    model = build({"semseg": 5, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    expected, _ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
+    maps = evaluate.Prepared(model)(torch.from_numpy(pixels)[None])
+    assert (maps["semseg"][0] == expected["semseg"]).float().mean() > 0.999
+    for task in ("saliency", "normal", "boundary", "depth"):
+        torch.testing.assert_close(maps[task][0], expected[task], rtol=1e-4, atol=1e-5)
+    described = evaluate.describe_export(model, (40, 50), prepared=True)["tasks"]
+    assert described["semseg"] == {"kind": "classes", "classes": [f"class {i}" for i in range(5)]}
+    assert list(described) == list(maps)
 
 
 def test_export_of_any_size():
@@ -87,12 +129,12 @@ def test_export_of_any_size():
 
 
 def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys):
-    def write(model, image, path):
+    def write(model, image, path, metadata):
         torch.save(model(image)["depth"] * 1.01, path)
     monkeypatch.setitem(evaluate.EXPORTS, ".pt2", (write, lambda path, image: {"depth": torch.load(path)}))
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "exported/model.pt2")])
-    assert "is off by 1.0e-02 of depth's largest value; nothing was written" in capsys.readouterr().err
+    assert "depth is off by 1.0e-02 of its largest value; nothing was written" in capsys.readouterr().err
     assert not list((tmp_path / "exported").iterdir())
 
 
@@ -110,7 +152,7 @@ def test_export_flags(flags, message, checkpoint, capsys):
 def test_export_without_its_packages(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setitem(evaluate.EXPORTS, ".onnx", (lambda model, image, path: __import__("onnxscript"), None))
+    monkeypatch.setitem(evaluate.EXPORTS, ".onnx", (lambda *arguments: __import__("onnxscript"), None))
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "model.onnx")])
     assert "pip install -e '.[export]'" in capsys.readouterr().err
