@@ -26,6 +26,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 import argparse
 import atexit
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
@@ -146,6 +147,12 @@ def main(argv: list[str] | None = None) -> Results:
     return {}
 
 
+def typed_path(text: str) -> Path:
+    if re.match(r"\w+://", text):
+        raise argparse.ArgumentTypeError(f"{text} is an address; download the picture and give its path")
+    return Path(text).expanduser()
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
@@ -176,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         f"{REFERENCE_IMAGES} images where no figures of the paper are known")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     add = parser.add_argument_group("your own pictures").add_argument
-    add("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    add("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
     add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="the model sees pictures that are larger reduced "
         "to N pixels, and their maps are enlarged again (default: %(default)s)")
     add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
@@ -788,8 +795,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
-        else:
-            found.append(path)
+        else:    # a quoted pattern, too
+            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
                          f"{' '.join(PICTURE_FILES)}")
@@ -815,6 +822,8 @@ def printable(text: object) -> str:
 
 def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
+    if Path(path).exists() and not Path(path).is_file():    # a pipe, from which reading may never end
+        raise ValueError(f"{path} is no file")
     return Image.fromarray(read_image(path, turn=True))
 
 

@@ -674,16 +674,22 @@ def test_a_broken_picture_does_not_stop_the_other_process(script, checkpoint, pi
     assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
 
 
-def test_odd_names(checkpoint, picture, tmp_path, capsys):
-    """With a line break, of 250 bytes and that are no text; equal stems."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    """Names with a line break, of 250 bytes and that are no text; equal stems; ~, a quoted pattern, a pipe."""
+    folder = tmp_path / "home" / "photos"
+    folder.mkdir(parents=True)
     names = ["a\nb.png", "x" * 246 + ".png", os.fsdecode(b"caf\xe9.png"), "same.png", "same.bmp"]
     for name in names:
         picture.save(folder / name)
-    files, code = draw(checkpoint, tmp_path / "out", folder)
+    os.mkfifo(folder / "pipe.png")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    files, code = draw(checkpoint, tmp_path / "out", "~/photos")
     assert code == 0 and len(files) == 5 * 5 and {"same_sheet.png", "same_2_sheet.png", "a\nb_sheet.png"} <= set(files)
     assert capsys.readouterr().out.count("pictures:") == 5
+    files, code = draw(checkpoint, tmp_path / "more", folder / "same.*", folder / "pipe.png")
+    assert code == 1 and len(files) == 2 * 5 and "pipe.png is no file" in capsys.readouterr().err
+    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image"]
+    assert "download the picture" in fails(capsys, *arguments, "https://example.org/a.png")
 
 
 def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):
