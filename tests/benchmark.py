@@ -354,7 +354,8 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-def training_memory(network: MTMamba, size: tuple[int, int], images: tuple[int, ...]) -> tuple[float, list, list]:
+def training_memory(network: MTMamba, size: tuple[int, int], images: tuple[int, ...],
+                    autocast: bool = True) -> tuple[float, list, list]:
     """GiB of a GPU that need not exist, by fake tensors: of parameters, gradients and Adam's averages; for each number
     of images, what a training step keeps for its backward pass; the same with set_grad_checkpointing, and with what the
     largest block keeps while it is computed again.
@@ -367,14 +368,14 @@ def training_memory(network: MTMamba, size: tuple[int, int], images: tuple[int, 
     with (mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
           FakeTensorMode(allow_non_fake_inputs=True), Live() as live):
         network.to_empty(device="cuda").train()
-        parameters = live.bytes
+        own = live.bytes    # with buffers
 
         def kept(batch):
             gc.collect()
-            with torch.autocast("cuda", torch.float16):
+            with torch.autocast("cuda", torch.float16, enabled=autocast):
                 outputs = network(torch.empty(batch, 3, *size, device="cuda"))
             loss = sum(output.float().square().mean() for output in outputs.values())
-            gib = (live.bytes - parameters) / 2 ** 30
+            gib = (live.bytes - own) / 2 ** 30
             del loss    # it holds the graph until here
             return gib
 
@@ -391,7 +392,7 @@ def training_memory(network: MTMamba, size: tuple[int, int], images: tuple[int, 
             network.set_grad_checkpointing()
             less.append(kept(batch) + max(by_block) / 2 ** 30)
             network.set_grad_checkpointing(False)
-    return 4 * parameters / 2 ** 30, everything, less
+    return 4 * sum(p.nbytes for p in network.parameters()) / 2 ** 30, everything, less
 
 
 def memory(images: tuple[int, ...] = (1, 2, 4, 8), cards: tuple[int, ...] = (24, 40, 80)):
