@@ -256,13 +256,13 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
         run_network = torch.compile(network, fullgraph=True, dynamic=False) if compile else network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         image = torch.randn(batch, 3, *size, device=DEVICE)
-        scanned = []
-        for ss2d in (module for module in network.modules() if isinstance(module, SS2D)):
-            ss2d.register_forward_pre_hook(lambda ss2d, inputs: scanned.append(inputs[0].numel() * K * ss2d.d_state))
+        scanned = []    # exponentials
+        hooks = [module.register_forward_pre_hook(lambda scan, x: scanned.append(x[0].numel() * K * scan.d_state))
+                 for module in network.modules() if isinstance(module, SS2D)]
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             network.eval()(image)
-        for ss2d in (module for module in network.modules() if isinstance(module, SS2D)):
-            ss2d._forward_pre_hooks.clear()
+        for hook in hooks:
+            hook.remove()
 
         def infer():
             with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
@@ -289,7 +289,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
             else:
                 ms, exp_ms = median_ms(run, each), rates()[0] and sum(scanned) / rates()[0]
             row |= {f"{name} ms": ms, f"{name} images/s": 1000 * batch / ms, f"{name} x exp": exp_ms and ms / exp_ms,
-                    f"{name} MiB": held_mib(optimizer) + peak_mib(run)}
+                    f"{name} MiB": whole_peak_mib(run, optimizer)}
         counters = torch._dynamo.utils.counters
         share, slowest = where_time_goes(run)
         row |= {"scan's share, %": 100 * share, "graphs": counters["stats"]["unique_graphs"] or None,
@@ -299,17 +299,17 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
     return rows
 
 
-def held_mib(optimizer: torch.optim.Optimizer) -> float:
-    """Of parameters, their gradients and the optimizer's state."""
+def whole_peak_mib(run, optimizer: torch.optim.Optimizer) -> float | None:
+    """peak_mib with what is held before: parameters, their gradients and the optimizer's state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return sum(t.nbytes for t in tree_leaves([parameters, [p.grad for p in parameters], list(optimizer.state.values())])
-               if isinstance(t, torch.Tensor)) / 2 ** 20
+    tensors = tree_leaves([parameters, [p.grad for p in parameters], list(optimizer.state.values())])
+    held, peak = sum(t.nbytes for t in tensors if t is not None), peak_mib(run)
+    return None if peak is None else held / 2 ** 20 + peak
 
 
 def where_time_goes(run) -> tuple[float, list[dict]]:
     """The part of run()'s time that goes to the scan's operators, and its 15 slowest kernels; on a CPU, operators."""
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (DEVICE == "cuda")
-    run()
     with torch.profiler.profile(activities=kinds) as profile:
         run()
         if DEVICE == "cuda":

@@ -97,7 +97,10 @@ class Report:
             torch.cuda.synchronize()    # raises where the case broke the device for this process; another one goes on
 
     def write(self):
-        self.path.write_text(json.dumps(self.cases, indent=1) + "\n")
+        """The file is whole at any time: others read it, and this process may be killed."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.cases, indent=1) + "\n")
+        part.replace(self.path)
 
 
 def read_cases(path: Path) -> list[dict]:
