@@ -121,7 +121,7 @@ def resident_mib(field: str) -> float:
 
 def exponentials(count: int):
     """A run of about so many exponentials on a CPU, in its cache: what it takes is arithmetic, not memory."""
-    exponents = -torch.rand(2 ** 17)
+    exponents = -torch.rand(2 ** 18)
     results = torch.empty_like(exponents)
 
     def run():
