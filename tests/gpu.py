@@ -1,34 +1,37 @@
 """Everything that only a GPU can show, in one command.
 
-    python tests/gpu.py --out FOLDER       # under 9 minutes on one H100 or H200
-    python tests/gpu.py --out FOLDER --only correctness scan
+    python tests/gpu.py --out FOLDER       # under 9 minutes on one H100 or H200, the most telling first
+    python tests/gpu.py --out FOLDER --only bfloat16-8 scan
     python tests/gpu.py --out FOLDER --dry-run    # the same code at tiny sizes on a CPU, in Triton's interpreter
 
-    correctness    the kernels against float64: types, sizes, strides, poisoned memory, and the modes they run under
-    scan           one SS2D scan per backend against its floors
-    sweep          the sizes that the kernels are launched with
-    model          Swin-Large at 448x576: inference and training steps, eager and compiled
-    train          train.py through torchrun, killed, resumed; evaluate.py after it
-
-Each part is a process of its own with a time limit, so that a fault of one, even one of the device, leaves the others
-their results. Writes FOLDER/gpu.json after every case, prints the tables for the README at the end. Exit code 1 where
-anything failed or ran out of time.
+SLOTS, below, lists the parts with the seconds that they should take. Each part is a process of its own and reports case
+by case. A case that fails, even by ending its process, leaves the others their results; one that does not fit into the
+GPU's memory is no failure. All caches are empty at the start. Writes FOLDER/gpu.json after every slot, prints the
+README's tables at the end. Exit code 1 where anything failed or ran out of time.
 """
 
 import argparse
 import contextlib
+import copy
+import functools
+import gc
 import json
+import math
+import multiprocessing
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
 DRY = "--dry-run" in sys.argv
 if DRY:    # before Triton is imported
-    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 import torch
 import torch.nn.functional as F
@@ -39,41 +42,95 @@ import benchmark
 from benchmark import DEVICE, STAGES
 
 import mtmamba
-from mtmamba import SS2D, K, selective_scan_2d
+from mtmamba import SS2D, K, has_mamba_ssm, selective_scan_2d
 
-LIMITS = {"correctness": 130, "scan": 45, "sweep": 90, "model": 175, "train": 85}    # seconds
+# What runs at the same time, then the seconds on an H100 that we expect (a process takes 5 to start), and that it may
+# take, 540 in all. What a slot leaves of these is for those after it.
+SLOTS = [
+    (["odd", "states", "layouts", "modes", "data", *(f"{dtype}-{batch}" for batch in (1, 8)
+                                                     for dtype in ("bfloat16", "float32", "float16"))], 50, 75),
+    # Three numbers of states, or two lengths of segments, are three or two times 9 s of Triton's compiler; float64.
+    (["scan"], 20, 30),                   # 5 + 12 sizes and backends, 1 s each
+    (["train"], 115, 140),                # 10 + 35 Dynamo and AOTAutograd, 30 Inductor, 25 the scan's kernels, 15 steps
+    (["torchrun"], 80, 95),               # 2 x (10 + 5) + 35 compilation, 15 of it again
+    (["evaluate"], 30, 40),               # 15 the command, 5 + 10 here
+    (["swin-large-1"], 15, 20),           # 5 + 3 the model, 5 steps
+    (["swin-large-8"], 30, 35),           # 5 + 3 the model, 15 steps, twice; the profile
+    (["swin-large-compiled"], 105, 105),  # 5 + 45 Dynamo and AOTAutograd, 40 Inductor, 10 steps
+]
 BATCHES, N = (8, 1), 16
-ODD = [(2, 5, 9, 3, 3), (1, 1, 1, 2, 3), (3, 1, 33, 70, 3), (1, 40, 1, 1, 3), (2, 11, 6, 130, 16), (1, 13, 7, 66, 18)]
-TUNABLES = {    # of the kernels, by the batch that each matters to
-    8: [dict(), dict(STEPS=4), dict(SEGMENT_MAX=64), dict(SEGMENT_MAX=256), dict(BLOCK_D=32), dict(BLOCK_D_ADJOINT=64),
-        dict(REGISTERS={"maxnreg": 128}), dict(REGISTERS={})],
-    1: [dict(), dict(SEGMENT_CHANNELS=2 ** 16), dict(SEGMENT_CHANNELS=2 ** 18), dict(SEGMENT_MIN=8)]}
+ODD = [(2, 5, 9, 3, 3), (1, 1, 1, 2, 3), (3, 1, 33, 70, 3), (1, 40, 1, 1, 3)]    # of odd sizes
+STATES = [(2, 5, 4, 16, 1), (1, 13, 7, 66, 18), (1, 3, 5, 66, 64)]              # each N is compiled anew
 if DRY:
-    BATCHES, N, ODD, STAGES, TUNABLES = (1,), 1, [(1, 1, 2, 3, 1)], [(1, 2, 4)], {1: [dict(), dict(STEPS=4)]}
+    BATCHES, N, ODD, STATES, STAGES = (1,), 1, [(1, 1, 2, 3, 1)], [(1, 1, 2, 3, 2)], [(1, 2, 4)]
     mtmamba.SEGMENT_MIN, mtmamba.STEPS = 4, 2
+    torch.set_num_threads(1)
 
 
 class Report:
-    """The cases of one part, on the disk after each of them."""
+    """The cases of one part, on the disk before and after each of them."""
 
-    def __init__(self, path: Path):
-        self.path, self.cases = path, []
+    def __init__(self, path: Path, work: Path):
+        """path: where; the cases that it has are done. work: a folder that all parts share and nobody keeps."""
+        self.path, self.work, self.cases = path, work, read_cases(path)
 
     def case(self, name: str, run):
         """run() returns the figures of the case; what it raises is noted, and the next case has its turn."""
+        if any(case["case"] == name for case in self.cases):
+            return
+        self.cases.append({"case": name, "outcome": "failed", "error": "its process ended, or its time"})
+        self.write()
         start = time.perf_counter()
         try:
-            result = {"ok": True, "figures": run()}
+            result = {"outcome": "ok", "figures": run()}
         except Exception as error:
+            fits = not re.search("CUDA.*out of memory", str(error))
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}"
-            result = {"ok": False, "error": f"{type(error).__name__}: {error} ({where})"}
-        self.cases.append({"case": name, **result, "seconds": round(time.perf_counter() - start, 2)})
-        print("ok    " if result["ok"] else "FAILED", name, result.get("error", ""), flush=True)
-        self.path.write_text(json.dumps(self.cases, indent=1) + "\n")
+            result = {"outcome": "failed" if fits else "does not fit",
+                      "error": f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"}
+        self.cases[-1] = {"case": name, **result, "seconds": round(time.perf_counter() - start, 2)}
+        self.write()
+        print(f"{result['outcome']:<13}{name} {result.get('error', '')}", flush=True)
+        if torch.cuda.is_initialized():
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()    # raises where the case broke the device for this process; another one goes on
+
+    def write(self):
+        """The file is whole at any time: others read it, and this process may be killed."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.cases, indent=1) + "\n")
+        part.replace(self.path)
 
 
-def kill(process: subprocess.Popen):
+def read_cases(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def run_parts(parts: list[str], until: float, out: Path, start):
+    """Runs parts at the same time, start(part) each, until that time at most. One that breaks off is started again as
+    long as it has come further."""
+    def path(part):
+        return out / f"{part}.json"
+    running = {part: (start(part), 0) for part in parts}
+    while running and time.monotonic() < until:
+        time.sleep(0.05)
+        for part, (process, before) in list(running.items()):
+            code = process.poll()
+            if code is not None:
+                del running[part]
+            if code:
+                cases = read_cases(path(part))
+                if len(cases) > before:
+                    running[part] = start(part), len(cases)
+                else:
+                    cases.append({"case": "start", "outcome": "failed", "error": f"exit code {code}"})
+                    path(part).write_text(json.dumps(cases, indent=1) + "\n")
+    for process, _ in running.values():
+        kill(process)
+
+
+def kill(process):
     """At once, with all that it started; torchrun's processes are in sessions of their own."""
     family = [process.pid]
     for pid in family:
@@ -108,18 +165,21 @@ LAYOUTS = {    # of x, delta, B and C: (B, H, W, ...)
 }
 
 
-def random_inputs(batch, H, W, D, N, dtype) -> list[torch.Tensor]:
-    """Of selective_scan_2d, as in training; fresh ones at every call."""
+def random_inputs(batch, H, W, D, N, dtype, rank=None) -> list[torch.Tensor]:
+    """Of selective_scan_2d, as in training; fresh ones at every call. rank: of delta, with dt_weight as the last."""
     matrix = (batch, H, W, K, N)
-    shapes = [(batch, H, W, D), (batch, H, W, K, D), (K, D, N), matrix, matrix, (K, D), (K, D)]
+    shapes = [(batch, H, W, D), (batch, H, W, K, rank or D), (K, D, N), matrix, matrix, (K, D), (K, D)]
     x, delta, A, B, C, skip, bias = (torch.randn(shape, device=DEVICE) for shape in shapes)
-    return [t.requires_grad_() for t in (x.to(dtype), (delta - 1).to(dtype), -A.exp(), B.to(dtype), C.to(dtype), skip,
-                                         bias)]
+    inputs = [x.to(dtype), (delta - 1).to(dtype), -A.exp(), B.to(dtype), C.to(dtype), skip, bias]
+    inputs += [torch.randn(K, D, rank, device=DEVICE) / math.sqrt(rank)] if rank else []
+    return [t.requires_grad_() for t in inputs]
 
 
-def values_and_gradients(inputs, grad, backend, layout="contiguous") -> list[torch.Tensor]:
-    x, delta, B, C = (LAYOUTS[layout](inputs[i]) for i in (0, 1, 3, 4))
-    y = selective_scan_2d(x, delta, inputs[2], B, C, *inputs[5:], backend)
+def values_and_gradients(inputs, grad, backend, layout="contiguous", images=None) -> list[torch.Tensor]:
+    """images: so many at a time, all by default."""
+    split = [LAYOUTS[layout](inputs[i]).split(images or len(grad)) for i in (0, 1, 3, 4)]
+    y = torch.cat([selective_scan_2d(x, delta, inputs[2], B, C, *inputs[5:7], backend, *inputs[7:])
+                   for x, delta, B, C in zip(*split)])
     return [y.detach(), *torch.autograd.grad(y, inputs, LAYOUTS[layout](grad).to(y))]
 
 
@@ -133,38 +193,63 @@ def worst_error(ours, truth) -> float:
     return max(errors)
 
 
-def compare(shape, dtype, truth="loop", layout="contiguous") -> dict:
+def compare(shape, dtype, truth="loop", layout="contiguous", rank=None) -> dict:
     """Against `truth` in float64 from the same numbers, and two runs with each other, bit by bit."""
-    inputs = random_inputs(*shape, dtype)
+    inputs = random_inputs(*shape, dtype, rank)
     grad = torch.randn(shape[:4], device=DEVICE)
     runs = [values_and_gradients(inputs, grad.to(dtype), "triton", layout) for _ in range(2)]
     if not all(torch.equal(first, second) for first, second in zip(*runs)):
         raise ValueError("two runs differ")
     doubles = [t.detach().double().requires_grad_() for t in inputs]
-    error = worst_error(runs[0], values_and_gradients(doubles, grad.to(dtype).double(), truth, layout))
+    error = worst_error(runs[0], values_and_gradients(doubles, grad.to(dtype).double(), truth, layout, images=1))
     limit = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     if not error < limit:
         raise ValueError(f"relative error {error:.1e}, expected less than {limit:.1e}")
     return {"relative error": error}
 
 
-def modes() -> dict:
-    """What SS2D is run under -> a function that checks it against the plain run."""
+def real_sizes(report: Report, dtype: torch.dtype, batch: int):
+    """Swin-Large's stages, as SS2D calls the scan. reference would take minutes here. The truth is the backend torch in
+    float64, which the test suite checks to 1e-9."""
+    if batch == 1:
+        shape = (1, 1, 2, 3, N) if DRY else (2, 11, 6, 130, N)
+        report.case(f"{shape}", lambda: compare(shape, dtype))
+    for H, W, D in STAGES:
+        report.case(f"{batch}x{H}x{W}x{D}", lambda: compare((batch, H, W, D, N), dtype, "torch",
+                                                           rank=math.ceil(D / 32)))
+
+
+def shapes(report: Report, sizes: list):
+    for size in sizes:
+        report.case(f"{size}", lambda: compare(size, torch.float32))
+
+
+def layouts(report: Report):
+    """The kind of an input's strides, where the map is a single row or column, too."""
+    for layout in list(LAYOUTS)[4:5] if DRY else LAYOUTS:
+        for size in [(1, 2, 1)] if DRY else [(2, 5, 3), (2, 7, 1), (2, 1, 7), (1, 1, 1)]:
+            report.case(f"{layout}, {size}", lambda: compare((*size, 4, N), torch.float32, layout=layout))
+
+
+def modes(report: Report):
+    """What SS2D is run under, against float64."""
     torch.manual_seed(0)
     size = (1, 1, 3, 4) if DRY else (2, 20, 28, 192)
     module = SS2D(size[3], d_state=2 if DRY else 16, backend="triton").to(DEVICE)
     x = torch.randn(size, device=DEVICE, requires_grad=True)
+    doubles, x64 = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    doubles.backend = "torch"
 
-    def both(run, x=x):
+    def both(run, x=x, module=module):
         y = run(x)
         return y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
-    plain = both(module)
+    truth = both(doubles, x64, doubles)
 
-    def equal(results, expected=plain, tolerance=1e-5):
-        error = worst_error(results, [t.double() for t in expected])
+    def equal(results, tolerance=1e-5):
+        error = worst_error(results, truth)
         if not error < tolerance:
-            raise ValueError(f"differs from the plain run by {error:.1e}")
-        return {"relative difference": error}
+            raise ValueError(f"relative error {error:.1e}, expected less than {tolerance:.0e}")
+        return {"relative error": error}
 
     def compiled():
         run = torch.compile(module, fullgraph=True, backend="aot_eager" if DRY else "inductor")
@@ -199,189 +284,227 @@ def modes() -> dict:
             fixed.copy_(x)
             recording.replay()
         return equal([y])
-    on_cpu = {"torch.compile": compiled, "activation checkpointing": checkpointed, "autocast": autocast,
-              "inference_mode": inference}
-    return on_cpu if DRY else on_cpu | {"a second stream": stream, "a CUDA graph": graph}
-
-
-def correctness(report: Report):
-    torch.use_deterministic_algorithms(True, warn_only=True)    # fills what torch.empty returns with NaN
-    dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    for shape in ODD:
-        for dtype in dtypes if shape[4] == 16 else dtypes[:1]:    # each number of states is a compilation
-            report.case(f"{shape} {dtype}", lambda: compare(shape, dtype))
-    # The kind of an input's strides, where the map is a single row or column, too.
-    for layout in list(LAYOUTS)[4:5] if DRY else LAYOUTS:
-        for size in [(1, 2, 1)] if DRY else [(2, 5, 3), (2, 7, 1), (2, 1, 7), (1, 1, 1)]:
-            report.case(f"{layout}, {size}", lambda: compare((*size, 4, N), torch.float32, layout=layout))
-    for name, check in modes().items():
-        report.case(f"under {name}", check)
-    # reference would take minutes here. The truth is the backend torch in float64, which the test suite checks to 1e-9.
-    for batch in BATCHES:
-        for H, W, D in STAGES:
-            for dtype in dtypes[1:2] if DRY else dtypes:
-                report.case(f"{batch}x{H}x{W}x{D} {dtype}", lambda: compare((batch, H, W, D, N), dtype, "torch"))
+    report.case("plain", lambda: equal(both(module)))
+    for run in [checkpointed, autocast, inference, compiled, *([] if DRY else [stream, graph])]:
+        report.case(run.__name__, run)
 
 
 # ------------------------------------------------------------------------------------------------------------- speed
 
 def scan(report: Report):
+    """Against its bounds, and the backends against each other."""
     report.case("rates", lambda: dict(zip(("exponentials per ms", "bytes per ms"), benchmark.rates())))
-    for size in [(batch, *stage) for batch in BATCHES for stage in STAGES]:
-        report.case(f"{size}", lambda: benchmark.scan(sizes=[size], backends={"triton": 1} if DRY else None, N=N))
+    repeats = {"triton": 1 if DRY else 20} | ({"mamba_ssm": 20} if has_mamba_ssm() and not DRY else {}) | {"torch": 1}
+    for backend, each in repeats.items():
+        for size in [(batch, *stage) for batch in BATCHES for stage in STAGES]:
+            report.case(f"{backend}, {size}", lambda: benchmark.scan(sizes=[size], backends={backend: each}, N=N)[0])
 
 
-def sweep(report: Report):
-    """One tunable at a time from what it is. The best set is the one with the least time in the three stages."""
-    def run(batch, change):
-        before = {name: getattr(mtmamba, name) for name in change}
-        vars(mtmamba).update(change)
-        try:
-            sizes = [(batch, *stage) for stage in STAGES]
-            rows = benchmark.scan(sizes=sizes, backends={"triton": 1 if DRY else 10}, N=N)
-        finally:
-            vars(mtmamba).update(before)
-        return {"batch": batch, "change": {name: str(value) for name, value in change.items()},
-                "total ms": sum(row["fwd+bwd ms"] for row in rows), "rows": rows}
-    for batch, changes in TUNABLES.items():
-        for change in changes:
-            report.case(f"batch {batch}, {change or 'as it is'}", lambda: run(batch, change))
-
-
-def model(report: Report):
+def swin_large(report: Report, batch: int, compiled: bool = False):
     settings = dict(backends=["torch"], size=(32, 32), repeats=1) if DRY else dict(backends=["triton"])
-    # What is missed least comes last, in case the time runs out.
-    cases = [(8, False, False), (8, True, False), (1, False, False), (8, False, True), (1, True, False),
-             (8, True, True), (1, False, True), (1, True, True)]
-    for batch, compiled, checkpointed in [(1, False, True)] if DRY else cases:
-        report.case(f"batch {batch}{', compiled' * compiled}{', activation checkpointing' * checkpointed}",
-                    lambda: benchmark.model(batch, compiled, checkpoint=checkpointed, **settings))
+    modes = ("training",) if compiled else ("inference", "training")
+    for checkpoint in (False, True) if batch > 1 and not compiled else (False,):
+        title = f"{batch} images{', compiled' * compiled}{', activation checkpointing' * checkpoint}"
+        report.case(title, lambda: benchmark.model(1 if DRY else batch, compiled and not DRY, checkpoint=checkpoint,
+                                                   modes=modes, **settings)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------- train.py
+# ------------------------------------------------------------------------------------- the scripts, as users start them
+
+SMALL = ["--device", "cpu", "--img-size", 32, 32, "--batch-size", 2, "--workers", 0, "--encoder", "convnext_atto",
+         "--variant", "stm1", "--encoder-kwargs", json.dumps(dict(dims=(8, 16, 16, 16), depths=(1, 1, 1, 1)))]
+
+
+def start_script(report: Report, *command, **environment) -> subprocess.Popen:
+    with open(report.path.with_suffix(".log"), "a") as log:
+        return subprocess.Popen([sys.executable, *map(str, command)], cwd=TESTS.parent, stdout=log,
+                                stderr=subprocess.STDOUT, env=os.environ | environment)
+
+
+def finish(report: Report, process: subprocess.Popen, expected: int = 0) -> dict:
+    begun = time.perf_counter()
+    if process.wait() != expected:
+        text = report.path.with_suffix(".log").read_text()
+        memory = re.search("CUDA.*out of memory", text)    # torchrun's own last lines say nothing
+        raise RuntimeError(f"exit code {process.returncode}: {memory[0] if memory else text.splitlines()[-3:]}")
+    return {"seconds": time.perf_counter() - begun}
+
+
+def read_log(out: Path) -> list[dict]:
+    """The whole lines of its log; the last one may be being written."""
+    path = out / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def data(report: Report):
+    """NYUDv2's files, for train and evaluate."""
+    size = ["--count", 4, "--size", 40, 48] if DRY else ["--count", 128]
+    report.case("data", lambda: finish(report, start_script(report, "tests/archives.py", "nyud", report.work / "NYUDv2",
+                                                            *size)))
+
 
 def train(report: Report):
-    folder = report.path.parent / "train"
-    data, out = folder / "NYUDv2", folder / "run"
-    python, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                          "--nproc-per-node", "1"]
-    iterations, save_every = (3, 1) if DRY else (30, 10)
-    arguments = ["train.py", "--dataset", "nyud", "--data-root", data, "--out", out, "--no-pretrained", "--iterations",
-                 iterations, "--save-every", save_every, "--log-every", 1, "--eval-every", 0, "--no-compile"]
-    if DRY:
-        arguments += ["--device", "cpu", "--backend", "torch", "--img-size", 32, 32, "--batch-size", 1, "--workers", 0,
-                      "--encoder", "convnext_atto", "--variant", "stm1", "--encoder-kwargs",
-                      json.dumps(dict(dims=(8, 16, 16, 16), depths=(1, 1, 1, 1)))]
+    """train.py as it is by default, but for the smaller encoder and its random weights: one GPU, compiled, bfloat16."""
+    out, steps, every = report.work / "run", 3 if DRY else 60, 1 if DRY else 10
 
-    def start(command):
-        with open(folder / "log.txt", "a") as log:
-            return subprocess.Popen(list(map(str, command)), cwd=TESTS.parent, stdout=log, stderr=subprocess.STDOUT)
+    def run():
+        figures = finish(report, start_script(
+            report, "train.py", "--dataset", "nyud", "--data-root", report.work / "NYUDv2", "--out", out, "--encoder",
+            "swin-tiny", "--no-pretrained", "--iterations", steps, "--log-every", every, "--eval-every", 0,
+            *(SMALL if DRY else []), TRITON_CACHE_DIR=str(report.work / "cold")))    # the scan's kernels anew, too
+        lines = read_log(out)
+        images = every * lines[0]["config"]["batch_size"]
+        first, *others = (line for line in lines if "losses" in line)
+        speed = statistics.median(line["images_per_second"] for line in others)
+        return figures | {"images/s": speed, "compilation, s": images / first["images_per_second"] - images / speed,
+                          "peak memory, GiB": others[-1]["peak_memory_gib"]}
+    report.case("train.py", run)
 
-    def last_lines() -> str:
-        return " | ".join((folder / "log.txt").read_text().splitlines()[-3:])
 
-    def finish(command) -> dict:
-        begun = time.perf_counter()
-        code = start(command).wait()
-        if code:
-            raise RuntimeError(f"exit code {code}: {last_lines()}")
-        return {"seconds": time.perf_counter() - begun}
+def torchrun(report: Report):
+    """20 steps of MTMamba++, whose batch norm is over all processes; stopped by SIGTERM, then resumed."""
+    out, processes = report.work / "stopped", 2 if DRY else min(2, torch.cuda.device_count())
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "train.py", "--out", out,
+               "--tasks", "semseg", "depth", "--iterations", 20, "--log-every", 1, "--no-references",
+               *(SMALL if DRY else []), "--variant", "mtmamba++"]
 
-    def export():
-        folder.mkdir(parents=True)
-        return finish([*python, "tests/archives.py", "nyud", data, "--count", 2 if DRY else 16,
-                       *(["--size", 40, 48] if DRY else [])])
-
-    def killed():
-        process = start([*torchrun, *arguments])
-        while not (out / "last.pt").exists():
+    def stop():
+        process = start_script(report, *command)
+        while not any("losses" in line for line in read_log(out)):
             if process.poll() is not None:
-                raise RuntimeError(f"ended before it saved: {last_lines()}")
-            time.sleep(0.05)
-        kill(process)
+                finish(report, process)
+                raise RuntimeError("ended before it had made a step")
+            time.sleep(0.02)
+        process.terminate()
+        return finish(report, process, expected=1)    # torchrun's after a signal
 
-    def resumed():
-        figures = finish([*torchrun, *arguments, "--resume"])
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        starts, reached = [line["iteration"] for line in lines if "config" in line], lines[-1].get("iteration")
-        if len(starts) < 2 or not 0 < starts[-1] <= iterations or not (out / "results.json").exists():
-            raise RuntimeError(f"started at {starts}, expected a start at 0 and one after a saved iteration")
-        return figures | {"starts": starts, "last line's iteration": reached}
+    def resume():
+        figures = finish(report, start_script(report, *command, "--resume"))
+        lines = read_log(out)
+        starts = [line["iteration"] for line in lines if "config" in line]
+        steps = [line["iteration"] for line in lines if "losses" in line]
+        if len(starts) != 2 or not 0 < starts[1] < 20 or steps != list(range(1, 21)):
+            raise RuntimeError(f"expected a start at 0, one between and steps 1 to 20; found {starts}, {steps}")
+        return figures | {"processes": processes, "stopped after": starts[1]}
+    report.case("SIGTERM", stop)
+    report.case("--resume", resume)
 
-    report.case("export", export)
-    report.case("train.py, killed after its first checkpoint", killed)
-    report.case("train.py --resume", resumed)
-    report.case("evaluate.py", lambda: finish([
-        *python, "evaluate.py", "--checkpoint", out / "last.pt", "--dataset", "nyud", "--data-root", data, "--out",
-        folder / "scores", *(["--device", "cpu", "--backend", "torch", "--workers", 0] if DRY else [])]))
+
+def evaluate(report: Report):
+    """evaluate.py, and its speed without its start."""
+    checkpoint, root = report.work / "run" / "last.pt", report.work / "NYUDv2"
+
+    def speed():
+        from datasets import DATASETS
+        from evaluate import evaluate, load_checkpoint
+        device = torch.device(DEVICE)
+        model, config = load_checkpoint(checkpoint, device)
+        data_set = DATASETS["nyud"].open("val", config["img_size"], list(config["tasks"]), root)
+        seconds = []
+        for _ in range(2):    # the first one compiles
+            start = time.perf_counter()
+            evaluate(model, data_set, device, workers=0 if DRY else 8, odsf=False)
+            seconds.append(time.perf_counter() - start)
+        return {"images": len(data_set), "images/s": len(data_set) / seconds[1]}
+    report.case("evaluate.py", lambda: finish(report, start_script(
+        report, "evaluate.py", "--checkpoint", checkpoint, "--dataset", "nyud", "--data-root", root, "--out",
+        report.work / "scores", *(["--device", "cpu", "--workers", 0] if DRY else []))))
+    report.case("images/s", speed)
+
+
+PARTS = {"odd": functools.partial(shapes, sizes=ODD), "states": functools.partial(shapes, sizes=STATES),
+         "layouts": layouts, "modes": modes, "data": data, "scan": scan, "train": train, "torchrun": torchrun,
+         "evaluate": evaluate, "swin-large-1": functools.partial(swin_large, batch=1),
+         "swin-large-8": functools.partial(swin_large, batch=8),
+         "swin-large-compiled": functools.partial(swin_large, batch=8, compiled=True)}
+PARTS |= {f"{dtype}-{batch}": functools.partial(real_sizes, dtype=getattr(torch, dtype), batch=1 if DRY else batch)
+          for dtype in ("float32", "bfloat16", "float16") for batch in (1, 8)}
+
+
+def run_part(part: str, out: Path, work: Path):
+    torch.use_deterministic_algorithms(part in SLOTS[0][0], warn_only=True)    # fills what torch.empty returns with NaN
+    PARTS[part](Report(out / f"{part}.json", work))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
 def tables(parts: dict) -> str:
-    """The rows of the README's tables that were measured, in its own form."""
+    """The rows of the README's tables that were measured, in its own form; then everything else that has figures."""
     def figures(part):
-        return [case["figures"] for case in parts.get(part, []) if case["ok"]]
+        return {case["case"]: case["figures"] for case in parts.get(part, []) if case["outcome"] == "ok"}
     lines = ["| Stage | D | batch | exponentials, ms | memory, ms: forward | forward + backward | `triton`, ms: "
-             "forward | forward + backward | `mamba_ssm`, ms: forward | forward + backward |", "|---" * 10 + "|"]
-    for rows in filter(lambda figure: isinstance(figure, list), figures("scan")):
-        by_backend = {row["backend"]: row for row in rows}
-        batch, H, W, D = rows[0]["size"].split("x")
-        cells = [rows[0]["exp ms"], rows[0]["fwd bytes ms"], rows[0]["fwd+bwd bytes ms"]]
-        cells += [by_backend.get(backend, {}).get(f"{name} ms") for backend in ("triton", "mamba_ssm")
+             "forward | forward + backward | `mamba_ssm`, ms: forward | forward + backward | `torch`, ms: forward | "
+             "forward + backward |", "|---" * 12 + "|"]
+    by_size = {}
+    for row in figures("scan").values():
+        if "backend" in row:
+            by_size.setdefault(row["size"], {})[row["backend"]] = row
+    for size, rows in by_size.items():
+        batch, H, W, D = size.split("x")
+        row = next(iter(rows.values()))
+        cells = [row["fwd exp ms"], row["fwd bytes ms"], row["fwd+bwd bytes ms"]]
+        cells += [rows.get(backend, {}).get(f"{name} ms") for backend in ("triton", "mamba_ssm", "torch")
                   for name in ("fwd", "fwd+bwd")]
-        cells = ["" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append(f"| {H}×{W} | {D} | {batch} | {' | '.join(cells)} |")
-    names = ["inference images/s", "inference MiB", "training images/s", "training MiB", "scan's share, %", "graphs",
-             "graph breaks"]
+        lines.append(f"| {H}×{W} | {D} | {batch} | {' | '.join('' if c is None else f'{c:.2f}' for c in cells)} |")
+    names = ["inference images/s", "inference MiB", "training images/s", "training MiB", "scan's share, %",
+             "training, first, s"]
     lines += ["", "| Swin-Large, 448×576 | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for case in parts.get("model", []):
-        if case["ok"]:
-            cells = [case["figures"][0][name] for name in names]
-            lines.append(f"| {case['case']} | " + " | ".join("" if c is None else f"{c:.0f}" for c in cells) + " |")
-    for batch in TUNABLES:
-        swept = [run for run in figures("sweep") if run["batch"] == batch]
-        if swept:
-            best, usual = min(swept, key=lambda run: run["total ms"]), swept[0]
-            lines += ["", f"Sweep, batch {batch}: {usual['total ms']:.2f} ms as it is; the best set "
-                          f"{best['change'] or 'is that'}, {best['total ms']:.2f} ms"]
+    models = [part for part in parts if part.startswith("swin-large")]
+    for title, row in (item for part in models for item in figures(part).items()):
+        cells = [row.get(name) for name in names]
+        lines.append(f"| {title} | " + " | ".join("" if c is None else f"{c:.0f}" for c in cells) + " |")
+    for title, row in figures("swin-large-8").items():
+        lines += ["", f"{title}, slowest kernels:", *(f"{kernel['ms']:9.2f} ms {kernel['share, %']:5.1f} % "
+                                                     f"{kernel['calls']:5} x {kernel['kernel'][:90]}"
+                                                     for kernel in row["slowest kernels"])]
+    lines += ["", *(f"{part}, {title}: {row}" for part in ("train", "torchrun", "evaluate")
+                    for title, row in figures(part).items())]
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is written; a new one")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is kept; a new one")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART")
-    parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)    # this process's own
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)    # this process's own, and the shared folder
     args = parser.parse_args()
     if args.part:
-        globals()[args.part](Report(args.out / f"{args.part}.json"))
+        run_part(args.part[0], args.out, Path(args.part[1]))
         return
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty; give a new folder, so that nothing in it is overwritten")
     if DEVICE == "cpu" and not DRY:
         parser.error("there is no GPU here; --dry-run tries the code on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
-    parts, failed = {}, []
-    for part in args.only:
-        print(f"--- {part}", flush=True)
-        command = [sys.executable, __file__, "--out", args.out, "--part", part, *(["--dry-run"] if DRY else [])]
-        process = subprocess.Popen(list(map(str, command)))
-        try:
-            process.wait(LIMITS[part])
-            ended = f"exit code {process.returncode}" if process.returncode else None
-        except subprocess.TimeoutExpired:
-            kill(process)
-            ended = f"out of its {LIMITS[part]} seconds"
-        path = args.out / f"{part}.json"
-        parts[part] = json.loads(path.read_text()) if path.exists() else []
-        failed += [f"{part}: {case['case']}: {case['error']}" for case in parts[part] if not case["ok"]]
-        failed += [f"{part}: {ended} after {len(parts[part])} cases"] if ended else []
-        result = {"hardware": benchmark.hardware(), "failed": failed, "parts": parts}
-        (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{benchmark.hardware()}\n\n{tables(parts)}\n\n" + ("\n".join(["FAILED", *failed]) if failed else "all ok"))
-    sys.exit(bool(failed))
+    begun = until = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        os.environ |= {"TRITON_CACHE_DIR": f"{work}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{work}/inductor"}
+
+        def start(part):
+            if DRY:    # forked, as importing takes longer than all the rest
+                from processes import Forked
+                return Forked(multiprocessing.get_context("fork"), run_part, part, args.out, Path(work))
+            return subprocess.Popen([sys.executable, __file__, "--out", args.out, "--part", part, work])
+        parts = {}
+        for names, expected, limit in SLOTS:
+            until += 10 * limit if DRY else limit
+            names = [part for part in names if part in args.only]
+            if not names:
+                continue
+            print(f"--- {' '.join(names)}: about {expected} s", flush=True)
+            slot = time.monotonic()
+            run_parts(names, until, args.out, start)
+            print(f"--- {time.monotonic() - slot:.0f} s", flush=True)
+            parts |= {part: read_cases(args.out / f"{part}.json") for part in names}
+            other = [f"{case['outcome']}: {part}, {case['case']}: {case['error']}" for part, cases in parts.items()
+                     for case in cases if case["outcome"] != "ok"]
+            result = {"hardware": benchmark.hardware(), "seconds": time.monotonic() - begun, "not ok": other,
+                      "parts": parts}
+            (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(["", benchmark.hardware(), "", tables(parts), "", *(other or ["all ok"])]))
+    sys.exit(any(line.startswith("failed") for line in other))
 
 
 if __name__ == "__main__":
