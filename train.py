@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import json
 import math
-import platform
 import re
 import signal
 import subprocess
@@ -41,7 +40,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,7 +69,6 @@ from datasets import (
     interrupt,
     replacing,
     usable_cpus,
-    write_json,
 )
 from evaluate import (
     REFERENCE_IMAGES,
@@ -94,6 +91,8 @@ from evaluate import (
     reference_title,
     save_contact_sheet,
     start,
+    versions,
+    write_results,
 )
 from metrics import TASKS, Task, delta_m
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
@@ -318,10 +317,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
 
         self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
-        self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
-                             commit=git_commit())
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
-                                versions=self.versions, names=names)    # of a checkpoint
+                                versions=versions(), names=names)    # of a checkpoint
         self.iteration, self.evaluated = 0, 0    # how many iterations are done, and how many when it was last scored
         self.best = -math.inf                    # delta_m of best.pt
         if checkpoint:
@@ -353,7 +350,8 @@ class Run:
         if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
             print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
-        self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
+        self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
+                      iteration=self.iteration))
         references = {}
         wanted = self.train_set.REFERENCES and not args.no_references
         if wanted and self.iteration == 0:
@@ -466,9 +464,9 @@ class Run:
         odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: as in
         evaluate.evaluate.
         """
-        begun = time.perf_counter()
+        begun, self.record = time.perf_counter(), {}
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted, limit=limit)
+                           stop=lambda: self.interruption.noted, limit=limit, loss=task_loss, record=self.record)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -502,10 +500,11 @@ class Run:
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
         figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.baseline}
         score = delta_m(figures, {task: self.baseline[task] for task in figures}, self.rows) if figures else None
-        self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, selection_delta_m=score,
+        self.evaluated, losses = self.iteration, self.record["validation_losses"]
+        self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection_delta_m=score,
                       seconds=self.evaluation_seconds),
-                 {f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()})
+                 {**{f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()},
+                  **{f"validation_loss/{task}": loss for task, loss in losses.items()}})
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
@@ -535,8 +534,11 @@ class Run:
                   f"{improvement:+.2f} %")
         self.keep(trained)    # after the table, as writing may fail
         if self.rank == 0:
-            write_json(out / "results.json", dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"),
-                                                  images=len(data_set), results=trained, delta_m=improvement))
+            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), images=len(data_set),
+                           boundary_images=len(data_set), results=trained, delta_m=improvement)
+            checkpoint = dict(self.description, iteration=self.iteration)
+            write_results(out / "results.json", entries, self.model, data_set, checkpoint, self.record)
+            draw_curves(out, self.rows)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)")
             print("results:   ", out / "results.json")
             print("pictures:  ", save_contact_sheet(self.model, data_set, self.device, out / "contact_sheet.png"))
@@ -624,6 +626,44 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def draw_curves(folder: Path, rows: Mapping[str, Task]):
+    """curves.png from log.jsonl: by task the losses and a score, the latter with what else is logged by iteration."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("curves.png is not drawn: pip install -e '.[plot]', or draw log.jsonl yourself")
+        return
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    def curve(axes, key: str, *path: str):
+        """Of line[key], or line[key][path[0]] and so on, where there is a number."""
+        points = []
+        for line in lines:
+            value = line.get(key)
+            for name in path:
+                value = (value or {}).get(name)
+            if value is not None:
+                points.append((line["iteration"], value))
+        if points:
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=key)
+
+    figure = Figure(figsize=(4 * len(rows) + 4, 6), layout="constrained")
+    *tasks, last = figure.subplots(2, len(rows) + 1, sharex=True).T
+    for (task, row), (above, below) in zip(rows.items(), tasks):
+        curve(above, "losses", task)
+        curve(above, "validation_losses", task)
+        above.set(title=f"{task}: losses", ylim=(0, None))
+        above.legend()
+        curve(below, "results", task, row.metrics[-1])
+        below.set(title=f"{task}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
+    for axes, key in zip(last, ("lr", "selection_delta_m")):
+        curve(axes, key)
+        axes.set(title=key, xlabel="iteration")
+    with replacing(folder / "curves.png") as file:
+        figure.savefig(file, format="png")
+    print("curves:    ", folder / "curves.png")
+
+
 def selection_baseline(data_set: DenseDataset, constant: Results | None) -> dict[str, float]:
     """What delta_m is taken against to choose best.pt, by task: the data set's own figures, or the best constant's.
 
@@ -640,13 +680,6 @@ def selection_baseline(data_set: DenseDataset, constant: Results | None) -> dict
             print(f"{task} plays no part in choosing best.pt: {found} in the validation images. If that is not "
                   "meant, check their labels; --tasks trains without it")
     return {task: figure for task, figure in figures.items() if figure}
-
-
-def git_commit() -> str | None:
-    """The commit of this folder. None where it is no checkout."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
