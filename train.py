@@ -100,14 +100,14 @@ from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 # What each data set is trained with. Flags of the same names override it.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
               batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
+# Small enough to learn six tasks on two CPU cores, of small images in minutes: a narrow encoder trained from scratch
+# (hence the higher learning rate), 1 state instead of 16.
+SMALL = dict(encoder="convnext_atto", pretrained=False,
+             encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0), d_state=1,
+             iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", save_every=100, log_every=10)
 PRESETS = {
-    # Small enough to learn six tasks on two CPU cores in minutes: small images, a narrow encoder trained from scratch
-    # (hence the higher learning rate), 1 state instead of 16. Rendering takes a tenth of the time, and a process of
-    # its own would take a core from the network.
-    "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
-                      encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0),
-                      d_state=1, iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
-                      save_every=100, log_every=10, eval_every=0),
+    # Rendering takes a tenth of the time, and a process of its own would take a core from the network.
+    "synthetic": dict(SMALL, img_size=(64, 96), workers=0, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
     "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
@@ -121,7 +121,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 CHECKPOINT_NAMES = ("last.pt", "best.pt")
 # Flags that may change when a run is resumed. All others decide what is computed, so they must stay as they were.
-CHANGEABLE_FLAGS = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
+CHANGEABLE_FLAGS = {"recipe", "data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
                     "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard", "no_references",
                     "baseline"}
 
@@ -189,6 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, your "
         "own subclass of LabelledDataset (default: synthetic)")
+    add("--recipe", choices=["small"], help="the model and the optimisation of the default run, for any data set: on "
+        "CPUs, or to try out your own data (default: by the data set)")
     add("--data-root", type=Path, help="folder of a benchmark's files (default: "
         f"{' or '.join(str(data_set.ROOT) for data_set in DATASETS.values() if hasattr(data_set, 'ROOT'))})")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
@@ -204,6 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model")
     group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
+    group.add_argument("--d-state", type=int, metavar="N", help="states of the scan per channel")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the training crops")
     group.add_argument("--iterations", type=int)
@@ -220,6 +223,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
     group.add_argument("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability "
                        "8.0; elsewhere off); the scan, norms, softmax and losses stay in float32")
+    group.add_argument("--tf32", action="store_true", help="with --amp off: faster convolutions and linear maps on "
+                       "Ampere GPUs and newer, with inputs rounded to 10 bits; scores stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
     group = parser.add_argument_group("output, every so many iterations")
@@ -235,11 +240,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
-    preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    preset = PRESETS.get(args.dataset, OWN_PRESET)
+    preset = preset | (SMALL if args.recipe else VARIANT_PRESETS.get((args.dataset, args.variant), {}))
     preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
-    args.d_state = preset.pop("d_state")
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -251,8 +256,8 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.pretrained = args.pretrained and args.init_from is None    # that file has the encoder's weights, too
-    least = dict(iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0, workers=0, seed=0,
-                 weight_decay=0)
+    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0,
+                 workers=0, seed=0, weight_decay=0)
     for name, value in least.items():
         if not value <= getattr(args, name) < math.inf:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {getattr(args, name)}")
@@ -300,6 +305,7 @@ class Run:
         config = dict(tasks={task: row.channels for task, row in self.rows.items()}, img_size=args.img_size,
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         self.model = MTMamba(**config, pretrained=args.pretrained and checkpoint is None)
         self.model.labels = self.train_set.labels
         if args.init_from and checkpoint is None:
@@ -336,7 +342,8 @@ class Run:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
             align_gradients(self.model)
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                   gradient_as_bucket_view=True)
+            self.network.broadcast_buffers = False    # `part` differs. The argument of that name warns since PyTorch 2.13
 
     def execute(self) -> dict[str, Results]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
@@ -557,7 +564,7 @@ class Run:
                      if key not in CHANGEABLE_FLAGS and key in stored and stored[key] != value]
         if different:
             raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
-                             "computes (--iterations the learning rate), so resume with the same ones, or start "
+                             "computes (--iterations, the learning rate), so resume with the same ones, or start "
                              "another run with --init-from and another --out")
         for split, names in checkpoint.get("names", {}).items():    # earlier checkpoints do not have them
             if names != self.description["names"][split]:
@@ -566,6 +573,8 @@ class Run:
                                  "another run with --init-from and another --out")
         load_weights(self.model, checkpoint, path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for state in self.optimizer.state.values():    # on a CPU, the file's own tensors, which would keep it open
+            state.update({key: tensor.clone() for key, tensor in state.items()})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
