@@ -917,8 +917,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
 
 
 def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write into
-    the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
+    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write
+    into the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
     try:

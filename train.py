@@ -343,7 +343,7 @@ class Run:
             align_gradients(self.model)
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
                                                    gradient_as_bucket_view=True)
-            self.network.broadcast_buffers = False    # `part` differs. The argument of that name warns since PyTorch 2.13
+            self.network.broadcast_buffers = False    # `part` differs. The argument of that name is deprecated
 
     def execute(self) -> dict[str, Results]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
