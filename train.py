@@ -39,7 +39,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -306,7 +308,9 @@ class Run:
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-        self.model = MTMamba(**config, pretrained=args.pretrained and checkpoint is None)
+        if pretrained := args.pretrained and checkpoint is None:
+            require_weights(args.encoder, args.encoder_kwargs or {})
+        self.model = MTMamba(**config, pretrained=pretrained)
         self.model.labels = self.train_set.labels
         if args.init_from and checkpoint is None:
             if args.init_partial:
@@ -792,6 +796,24 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
 
 
 # -------------------------------------------------------------------------------------------- weights to start from
+
+def require_weights(encoder: str, encoder_kwargs: dict):
+    """For --pretrained. Raises ValueError where the Hub does not answer and the weights are not on this machine, which
+    timm would find out in a minute."""
+    source = timm.models.get_pretrained_cfg_value(ENCODERS.get(encoder, encoder), "hf_hub_id")
+    names = "model.safetensors", "pytorch_model.bin"
+    if not source or any(key.startswith("pretrained_cfg") for key in encoder_kwargs) or any(
+            isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in names):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(source, timeout=10)
+    except Exception as error:    # of what kind depends on the library's version
+        if getattr(error, "response", None) is None:    # else the Hub has answered, and timm tells what
+            raise ValueError(
+                f"cannot download the weights of {encoder} ({type(error).__name__}). Without them: --no-pretrained. By "
+                f"hand: get {names[0]} from https://huggingface.co/{source}, and add --encoder-kwargs "
+                f"'{{\"pretrained_cfg_overlay\": {{\"file\": \"{names[0]}\"}}}}'") from error
+
 
 def load_all_weights(model: MTMamba, path: Path):
     """--init-from. Raises FileNotFoundError, or ValueError where the weights do not fit."""
