@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_model import published_state
@@ -636,6 +637,34 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
                           [(line["iteration"], line["validation_losses"]["depth"]) for line in scores],
                           [(line["iteration"], line["results"]["depth"]["RMSE"]) for line in scores]]
     assert len(curves) == 8 and curves[-2] == [(line["iteration"], line["lr"]) for line in losses]
+
+
+@pytest.mark.parametrize("dataset", ["rooms.py:Rooms", "nyud"])
+def test_the_small_recipe_fits_any_data_set(dataset):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(["--dataset", dataset, "--recipe", "small", "--variant", "mtmamba++", "--d-state", "4"])
+    train.complete_flags(args, torch.device("cpu"), 1)
+    assert (args.encoder, args.lr, args.pretrained, args.loss, args.d_state) == ("convnext_atto", 1e-2, False, "log", 4)
+    assert args.img_size == train.PRESETS.get(dataset, train.OWN_PRESET)["img_size"]
+
+
+def test_encoder_weights_offline_and_by_hand(tmp_path, monkeypatch, capsys):
+    def offline(*arguments, **options):
+        raise ConnectionError
+    monkeypatch.setattr(train.huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setattr(train.huggingface_hub, "try_to_load_from_cache", lambda *arguments: None)
+    flags = ["--encoder", "swin-tiny", "--pretrained"]
+    message = fails(capsys, 2, tmp_path / "run", *flags)
+    assert "https://huggingface.co/timm/swin_tiny_patch4_window7_224.ms_in1k" in message
+    assert "--no-pretrained" in message and '{"pretrained_cfg_overlay": {"file": "model.safetensors"}}' in message
+
+    weights = timm.create_model("swin_tiny_patch4_window7_224", **TINY_SWIN).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    kwargs = TINY_SWIN | {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    run(tmp_path / "run", *flags, *FEW, "--encoder-kwargs", json.dumps(kwargs), "--iterations", 1, "--lr", 1e-12)
+    ours = load(tmp_path / "run/last.pt")["model"]["encoder.backbone.layers_2.blocks.1.attn.qkv.weight"]
+    torch.testing.assert_close(ours, weights["layers.2.blocks.1.attn.qkv.weight"], rtol=0, atol=1e-9)
 
 
 def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):
