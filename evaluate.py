@@ -365,6 +365,9 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
+    # Now, as a run that is going on may replace the file; without the tensors, which would keep it open.
+    origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
+              if key not in ("model", "optimizer", "published")} | {"config": config}
     record = {}
     results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
                        tf32=args.tf32, record=record)
@@ -392,8 +395,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
         print(f"delta_m against {against}: {improvement:+.2f} %{published}")
     entries = dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
                    boundary_images=len(scored or dataset), results=results, delta_m=improvement)
-    write_results(out / "results.json", entries, model, dataset, dict(read_checkpoint(args.checkpoint), config=config),
-                  record)
+    write_results(out / "results.json", entries, model, dataset, origin, record)
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")

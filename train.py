@@ -666,7 +666,8 @@ def draw_curves(folder: Path, rows: Mapping[str, Task]):
         curve(above, "losses", task)
         curve(above, "validation_losses", task)
         above.set(title=f"{task}: losses", ylim=(0, None))
-        above.legend()
+        if above.lines:
+            above.legend()
         curve(below, "results", task, row.metrics[-1])
         below.set(title=f"{task}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
     for axes, key in zip(last, ("lr", "selection_delta_m")):
