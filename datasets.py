@@ -1436,6 +1436,9 @@ def prepare(root: Path | None, pool: "Pool") -> int:
         data = PascalContext(root, split, ["parsing", "boundary"])
         (data.root / "prepared").mkdir(exist_ok=True)
         messages += pool.map(partial(prepare_image, data), range(len(data)), f"preparing {split}")
+    folder = data.root / "prepared"
+    print(f"{len(list(folder.glob('*.png')))} files of body parts, boundaries and where normals count are in {folder}; "
+          "training and scoring read them from there")
     return print_problems("not prepared", [message for message in messages if message])
 
 

@@ -32,6 +32,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import platform
 import re
 import shutil
 import signal
@@ -45,6 +46,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -78,7 +80,7 @@ from datasets import (
     write_json,
     writing,
 )
-from metrics import TASKS, Meter, OdsMeter, Task, delta_m, make_meters, task_rows
+from metrics import TASKS, Meter, OdsMeter, Task, delta_m, make_meters, rounded, task_rows
 from mtmamba import (
     BACKENDS,
     ENCODERS,
@@ -181,6 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
     add("--no-references", action="store_true", help="without the best constant, which is scored on the first "
         f"{REFERENCE_IMAGES} images where no figures of the paper are known")
+    add("--tf32", action="store_true", help="faster convolutions and linear maps on Ampere GPUs and newer, with inputs "
+        "rounded to 10 bits; else scores are in true float32")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     add = parser.add_argument_group("your own pictures").add_argument
     add("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
@@ -205,7 +209,8 @@ FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_
          "image": "image checkpoint device backend out overwrite save_predictions probabilities label_ids max_side "
                   "features encoder encoder_kwargs",
          "": "checkpoint device backend out overwrite save_predictions probabilities label_ids workers dataset "
-             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs no_references"}
+             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs no_references "
+             "tf32"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -351,13 +356,18 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
+    # Now, as a run that is going on may replace the file; without the tensors, which would keep it open.
+    origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
+              if key not in ("model", "optimizer", "published")} | {"config": config}
+    record = {}
     results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
-                       probabilities=args.probabilities, label_ids=args.label_ids)
+                       probabilities=args.probabilities, label_ids=args.label_ids, tf32=args.tf32, record=record)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank > 0:
         return results
-    print(f"{name}: {len(dataset)} images" + (f", odsF on {len(scored)} of them" if scored else ""))
+    print(f"{name}: {len(dataset)} images, {record['images_per_second']:.3g} per second"
+          + (f", odsF on {len(scored)} of them" if scored else ""))
     encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
     paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
     columns = {"model": results}
@@ -374,8 +384,9 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
         published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.rows):+.2f} %)" if known else ""
         against = ", ".join(map(str, args.baseline or ["the single-task row of Table 2"]))
         print(f"delta_m against {against}: {improvement:+.2f} %{published}")
-    write_json(out / "results.json", dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
-                                          boundary_images=len(scored or dataset), results=results, delta_m=improvement))
+    entries = dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
+                   boundary_images=len(scored or dataset), results=results, delta_m=improvement)
+    write_results(out / "results.json", entries, model, dataset, origin, record)
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
@@ -451,19 +462,63 @@ def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task])
     return delta_m(figures, {task: baseline[task] for task in figures}, rows)
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)    # PyTorch's default rounds convolutions to TF32
+def write_results(path: Path, entries: dict, model: MTMamba, dataset: DenseDataset, checkpoint: dict, record: dict):
+    """results.json of train.py and evaluate.py: the entries, what else a paper states of a run, and the record of
+    `evaluate`. checkpoint: as of read_checkpoint, with the whole config. What a published one does not know is null."""
+    config, training = checkpoint["config"], checkpoint.get("training", {})
+    trained_in = training.get("amp")
+    if trained_in == "off":
+        trained_in = precision(training.get("tf32"))
+    parameters, flops = count_cost(model, dataset.size)
+    write_json(path, entries | dict(
+        split="val", variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
+        encoder_kwargs=config.get("encoder_kwargs"), tasks=list(model.tasks), seed=training.get("seed"),
+        iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops, image_size=dataset.size,
+        precision=dict(training=trained_in, scoring=record.pop("precision")),
+        versions=dict(training=checkpoint.get("versions"), scoring=versions()), **record))
+
+
+def precision(tf32: bool | None) -> str:
+    return "tf32" if tf32 else "float32"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what computes here. commit: None where this folder is no checkout."""
+    found = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__, commit=None)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                         text=True, check=True).stdout.strip()
+    return found
+
+
+@contextlib.contextmanager
+def use_tf32(tf32: bool):
+    """For CUDA's convolutions and linear maps. PyTorch's default is to use it in convolutions alone."""
+    linear, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    linear.allow_tf32 = tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            yield
+    finally:
+        linear.allow_tf32 = before
+
+
 @torch.inference_mode()
 def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
              workers: int = 0, odsf: bool = True, scored: set[str] | None = None,
              predictions: str | Path | None = None, probabilities: bool = False, label_ids: bool = False,
-             stop: Callable[[], bool] | None = None, limit: int | None = None) -> Results | None:
+             stop: Callable[[], bool] | None = None, limit: int | None = None, tf32: bool = False,
+             loss: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+             record: dict | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
 
     workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
     the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
     folder for the raw maps; probabilities, label_ids: of these, see save_raw. stop: asked before every batch whether to
-    give up; the result is None where it says so in any process. limit: only so many images, the first ones.
+    give up; the result is None where it says so in any process. limit: only so many images, the first ones. tf32: see
+    use_tf32. record: gets precision, images_per_second and the confusion matrices of classes, [label][prediction]; with
+    loss, which is train.task_loss, also validation_losses by task, the means over the images with a label.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -482,9 +537,11 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
                         worker_init_fn=follow_main)
     meters = meters_for(dataset)
+    losses = {task: [torch.zeros(2, 1, device=device)] for task in meters}    # of images, and whether they have a label
     training = model.training
     model.eval()
-    with (Pool(workers if boundaries else 0) as pool,
+    begun = time.perf_counter()
+    with (use_tf32(tf32), Pool(workers if boundaries else 0) as pool,
           tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar):
         ods = {task: OdsMeter(tolerance, pool.submit, 4 * workers) for task in boundaries}
         for batch in itertools.chain.from_iterable(loader):
@@ -492,7 +549,11 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
                 break
             outputs = model(batch["image"].to(device))
             for task, meter in meters.items():
-                meter.update(outputs[task], batch[task].to(device))
+                target = batch[task].to(device)
+                meter.update(outputs[task], target)
+                for image, label in zip(outputs[task].split(1), target.split(1)) if loss else ():
+                    value = loss(dataset.rows[task].kind, image, label)
+                    losses[task].append(torch.stack([value, (label != IGNORE).all(1).flatten(1).any(1)]))
             shares = class_probabilities(outputs, dataset.rows) if predictions and probabilities else {}
             for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
                 area = own_area(batch["image"], batch["size"][i], model.output_scale)
@@ -515,6 +576,14 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
         meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
     for meter in ods.values():
         meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
+    if record is not None:
+        record.update(precision=precision(tf32), images_per_second=images / (time.perf_counter() - begun))
+        if loss:
+            sums = {task: add_up(rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1).to(shared)).tolist()
+                    for task, values in losses.items()}
+            record["validation_losses"] = {task: total / number for task, (total, number) in sums.items() if number}
+        record["confusion"] = {task: dict(classes=meter.classes, pixels=meter.sums[:-1].long().tolist())
+                               for task, meter in meters.items() if dataset.rows[task].kind == "classes"}
     empty = [task for task, meter in meters.items() if meter.empty()]
     if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")

@@ -145,7 +145,7 @@ class Meter:
         self.task, self.channels, self.depth_range = task, row.channels, depth_range
         self.classes = classes or [f"class {i}" for i in range(row.channels)]
         self.sums = torch.zeros(self.shape, dtype=torch.float64)    # exact for counts up to 2^53
-        self.not_finite = torch.zeros((), dtype=torch.int64)        # how many outputs were nan or infinite
+        self.not_finite = torch.zeros((), dtype=torch.int64)        # at how many pixels an output was nan or infinite
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
@@ -154,7 +154,7 @@ class Meter:
         for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
             image = image.float()
             self.sums = self.sums.to(image.device) + self.count(self.predict(image), label)
-            self.not_finite = self.not_finite.to(image.device) + (~image.isfinite()).sum()
+            self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
 
     def empty(self) -> bool:
         """Whether no pixel has counted yet."""
@@ -162,8 +162,8 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         if self.not_finite:
-            raise ValueError(f"{int(self.not_finite)} of the model's outputs for {self.task} are not finite, so there "
-                             "is no score; the training has diverged, or the precision is too low")
+            raise ValueError(f"the model's outputs for {self.task} are not finite at {int(self.not_finite)} pixels, so "
+                             "there is no score; the training has diverged, or the precision is too low")
         if self.empty():
             raise ValueError(f"no valid pixel of {self.task}, so there is nothing to score; check the labels")
         scores = {name: float(value) for name, value in self.scores(self.sums.cpu()).items()}
@@ -307,8 +307,8 @@ class NormalMeter(Meter):
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
         angle = torch.where(valid, rounded(angle, bits=16), 0)    # 2^37 degrees, as all of PASCAL-Context can have
-        length = target.norm(dim=1)
-        unit = valid & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
+        squared = target.square().sum(1)    # of the length; PyTorch's norm is 20 times slower
+        unit = valid & (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)
         terms = (angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit)
         index = torch.where(valid, (100 * angle.nan_to_num()).long(), self.BINS + 1)
         return torch.cat([histogram(index, self.BINS + 2)[:-1],

@@ -39,6 +39,7 @@ import math
 import os
 import re
 import typing
+import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -916,12 +917,13 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
 
 
 def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
-    files."""
+    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write
+    into the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path) and os.name == "posix"    # Windows does not replace a mapped file
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:    # the unpickler and the zip reader raise many kinds
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "

@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import json
 import math
-import platform
 import re
 import signal
 import subprocess
@@ -40,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
@@ -71,7 +71,6 @@ from datasets import (
     interrupt,
     replacing,
     usable_cpus,
-    write_json,
 )
 from evaluate import (
     REFERENCE_IMAGES,
@@ -94,6 +93,8 @@ from evaluate import (
     reference_title,
     save_contact_sheet,
     start,
+    versions,
+    write_results,
 )
 from metrics import TASKS, Task, delta_m
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
@@ -101,14 +102,14 @@ from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 # What each data set is trained with. Flags of the same names override it.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
               batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
+# Small enough to learn six tasks on two CPU cores, of small images in minutes: a narrow encoder trained from scratch
+# (hence the higher learning rate), 1 state instead of 16.
+SMALL = dict(encoder="convnext_atto", pretrained=False,
+             encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0), d_state=1,
+             iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", save_every=100, log_every=10)
 PRESETS = {
-    # Small enough to learn six tasks on two CPU cores in minutes: small images, a narrow encoder trained from scratch
-    # (hence the higher learning rate), 1 state instead of 16. Rendering takes a tenth of the time, and a process of
-    # its own would take a core from the network.
-    "synthetic": dict(img_size=(64, 96), encoder="convnext_atto", pretrained=False,
-                      encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0),
-                      d_state=1, iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", workers=0,
-                      save_every=100, log_every=10, eval_every=0),
+    # Rendering takes a tenth of the time, and a process of its own would take a core from the network.
+    "synthetic": dict(SMALL, img_size=(64, 96), workers=0, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
     "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
@@ -122,7 +123,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 CHECKPOINT_NAMES = ("last.pt", "best.pt")
 # Flags that may change when a run is resumed. All others decide what is computed, so they must stay as they were.
-CHANGEABLE_FLAGS = {"data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
+CHANGEABLE_FLAGS = {"recipe", "data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
                     "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard", "no_references",
                     "baseline"}
 
@@ -190,6 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, your "
         "own subclass of LabelledDataset (default: synthetic)")
+    add("--recipe", choices=["small"], help="the model and the optimisation of the default run, for any data set: on "
+        "CPUs, or to try out your own data (default: by the data set)")
     add("--data-root", type=Path, help="folder of a benchmark's files (default: "
         f"{' or '.join(str(data_set.ROOT) for data_set in DATASETS.values() if hasattr(data_set, 'ROOT'))})")
     add("--tasks", nargs="+", metavar="TASK", help="a subset of the data set's tasks (default: all)")
@@ -205,6 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model")
     group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
+    group.add_argument("--d-state", type=int, metavar="N", help="states of the scan per channel")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the training crops")
     group.add_argument("--iterations", type=int)
@@ -221,6 +225,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
     group.add_argument("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability "
                        "8.0; elsewhere off); the scan, norms, softmax and losses stay in float32")
+    group.add_argument("--tf32", action="store_true", help="with --amp off: faster convolutions and linear maps on "
+                       "Ampere GPUs and newer, with inputs rounded to 10 bits; scores stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
     group = parser.add_argument_group("output, every so many iterations")
@@ -236,11 +242,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
-    preset = PRESETS.get(args.dataset, OWN_PRESET) | VARIANT_PRESETS.get((args.dataset, args.variant), {})
+    preset = PRESETS.get(args.dataset, OWN_PRESET)
+    preset = preset | (SMALL if args.recipe else VARIANT_PRESETS.get((args.dataset, args.variant), {}))
     preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
-    args.d_state = preset.pop("d_state")
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -252,8 +258,8 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.pretrained = args.pretrained and args.init_from is None    # that file has the encoder's weights, too
-    least = dict(iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0, workers=0, seed=0,
-                 weight_decay=0)
+    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0,
+                 workers=0, seed=0, weight_decay=0)
     for name, value in least.items():
         if not value <= getattr(args, name) < math.inf:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {getattr(args, name)}")
@@ -301,7 +307,10 @@ class Run:
         config = dict(tasks={task: row.channels for task, row in self.rows.items()}, img_size=args.img_size,
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
-        self.model = MTMamba(**config, pretrained=args.pretrained and checkpoint is None)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        if pretrained := args.pretrained and checkpoint is None:
+            require_weights(args.encoder, args.encoder_kwargs or {})
+        self.model = MTMamba(**config, pretrained=pretrained)
         self.model.labels = self.train_set.labels
         if args.init_from and checkpoint is None:
             if args.init_partial:
@@ -318,10 +327,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
 
         self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
-        self.versions = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__,
-                             commit=git_commit())
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
-                                versions=self.versions, names=names)    # of a checkpoint
+                                versions=versions(), names=names)    # of a checkpoint
         self.iteration, self.evaluated = 0, 0    # how many iterations are done, and how many when it was last scored
         self.best = -math.inf                    # delta_m of best.pt
         if checkpoint:
@@ -339,7 +346,8 @@ class Run:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
             align_gradients(self.model)
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                   gradient_as_bucket_view=True)
+            self.network.broadcast_buffers = False    # `part` differs. The argument of that name is deprecated
 
     def execute(self) -> dict[str, Results]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
@@ -353,7 +361,8 @@ class Run:
         if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
             print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
-        self.log(dict(config=self.flags, versions=self.versions, processes=self.world, iteration=self.iteration))
+        self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
+                      iteration=self.iteration))
         references = {}
         wanted = self.train_set.REFERENCES and not args.no_references
         if wanted and self.iteration == 0:
@@ -466,9 +475,9 @@ class Run:
         odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: as in
         evaluate.evaluate.
         """
-        begun = time.perf_counter()
+        begun, self.record = time.perf_counter(), {}
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted, limit=limit)
+                           stop=lambda: self.interruption.noted, limit=limit, loss=task_loss, record=self.record)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -502,10 +511,11 @@ class Run:
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
         figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.baseline}
         score = delta_m(figures, {task: self.baseline[task] for task in figures}, self.rows) if figures else None
-        self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, selection_delta_m=score,
+        self.evaluated, losses = self.iteration, self.record["validation_losses"]
+        self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection_delta_m=score,
                       seconds=self.evaluation_seconds),
-                 {f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()})
+                 {**{f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()},
+                  **{f"validation_loss/{task}": loss for task, loss in losses.items()}})
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
@@ -535,8 +545,11 @@ class Run:
                   f"{improvement:+.2f} %")
         self.keep(trained)    # after the table, as writing may fail
         if self.rank == 0:
-            write_json(out / "results.json", dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"),
-                                                  images=len(data_set), results=trained, delta_m=improvement))
+            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), images=len(data_set),
+                           boundary_images=len(data_set), results=trained, delta_m=improvement)
+            checkpoint = dict(self.description, iteration=self.iteration)
+            write_results(out / "results.json", entries, self.model, data_set, checkpoint, self.record)
+            draw_curves(out, self.rows)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)")
             print("results:   ", out / "results.json")
             print("pictures:  ", save_contact_sheet(self.model, data_set, self.device, out / "contact_sheet.png"))
@@ -555,7 +568,7 @@ class Run:
                      if key not in CHANGEABLE_FLAGS and key in stored and stored[key] != value]
         if different:
             raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
-                             "computes (--iterations the learning rate), so resume with the same ones, or start "
+                             "computes (--iterations, the learning rate), so resume with the same ones, or start "
                              "another run with --init-from and another --out")
         for split, names in checkpoint.get("names", {}).items():    # earlier checkpoints do not have them
             if names != self.description["names"][split]:
@@ -564,6 +577,8 @@ class Run:
                                  "another run with --init-from and another --out")
         load_weights(self.model, checkpoint, path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for state in self.optimizer.state.values():    # on a CPU, the file's own tensors, which would keep it open
+            state.update({key: tensor.clone() for key, tensor in state.items()})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
@@ -624,6 +639,45 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def draw_curves(folder: Path, rows: Mapping[str, Task]):
+    """curves.png from log.jsonl: by task the losses and a score, the latter with what else is logged by iteration."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("curves.png is not drawn: pip install -e '.[plot]', or draw log.jsonl yourself")
+        return
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    def curve(axes, key: str, *path: str):
+        """Of line[key], or line[key][path[0]] and so on, where there is a number."""
+        points = []
+        for line in lines:
+            value = line.get(key)
+            for name in path:
+                value = (value or {}).get(name)
+            if value is not None:
+                points.append((line["iteration"], value))
+        if points:
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=key)
+
+    figure = Figure(figsize=(4 * len(rows) + 4, 6), layout="constrained")
+    *tasks, last = figure.subplots(2, len(rows) + 1, sharex=True).T
+    for (task, row), (above, below) in zip(rows.items(), tasks):
+        curve(above, "losses", task)
+        curve(above, "validation_losses", task)
+        above.set(title=f"{task}: losses", ylim=(0, None))
+        if above.lines:
+            above.legend()
+        curve(below, "results", task, row.metrics[-1])
+        below.set(title=f"{task}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
+    for axes, key in zip(last, ("lr", "selection_delta_m")):
+        curve(axes, key)
+        axes.set(title=key, xlabel="iteration")
+    with replacing(folder / "curves.png") as file:
+        figure.savefig(file, format="png")
+    print("curves:    ", folder / "curves.png")
+
+
 def selection_baseline(data_set: DenseDataset, constant: Results | None) -> dict[str, float]:
     """What delta_m is taken against to choose best.pt, by task: the data set's own figures, or the best constant's.
 
@@ -640,13 +694,6 @@ def selection_baseline(data_set: DenseDataset, constant: Results | None) -> dict
             print(f"{task} plays no part in choosing best.pt: {found} in the validation images. If that is not "
                   "meant, check their labels; --tasks trains without it")
     return {task: figure for task, figure in figures.items() if figure}
-
-
-def git_commit() -> str | None:
-    """The commit of this folder. None where it is no checkout."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -750,6 +797,24 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
 
 
 # -------------------------------------------------------------------------------------------- weights to start from
+
+def require_weights(encoder: str, encoder_kwargs: dict):
+    """For --pretrained. Raises ValueError where the Hub does not answer and the weights are not on this machine, which
+    timm would find out in a minute."""
+    source = timm.models.get_pretrained_cfg_value(ENCODERS.get(encoder, encoder), "hf_hub_id")
+    names = "model.safetensors", "pytorch_model.bin"
+    if not source or any(key.startswith("pretrained_cfg") for key in encoder_kwargs) or any(
+            isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in names):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(source, timeout=10)
+    except Exception as error:    # of what kind depends on the library's version
+        if getattr(error, "response", None) is None:    # else the Hub has answered, and timm tells what
+            raise ValueError(
+                f"cannot download the weights of {encoder} ({type(error).__name__}). Without them: --no-pretrained. By "
+                f"hand: get {names[0]} from https://huggingface.co/{source}, and add --encoder-kwargs "
+                f"'{{\"pretrained_cfg_overlay\": {{\"file\": \"{names[0]}\"}}}}'") from error
+
 
 def load_all_weights(model: MTMamba, path: Path):
     """--init-from. Raises FileNotFoundError, or ValueError where the weights do not fit."""

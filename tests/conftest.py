@@ -4,6 +4,8 @@ import os
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"    # there is a process of the suite for each core
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""    # they would crowd a GPU; with -n 0, the scan's tests run on it
 
 import numpy as np
 import pytest

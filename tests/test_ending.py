@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -140,6 +141,8 @@ def test_preparing_and_exporting_name_the_file(full_disk, tmp_path, capsys):
     assert code == 1 and error == f"datasets.py: cannot write {path} ({FULL}); make room, then run it again"
     assert len(list((root / "prepared").iterdir())) == 2
     assert datasets.main(list(map(str, command))) == 0
+    stored = len(list((root / "prepared").glob("*.png")))
+    assert stored > 3 and re.search(rf"^{stored} files .* {root / 'prepared'};", capsys.readouterr().out, re.M)
     with pytest.raises(datasets.WriteError, match=rf"cannot write .*a.mat \({FULL}\)"):
         full_disk(tmp_path / "a.tmp")
         save_file(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 3))})

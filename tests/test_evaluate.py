@@ -127,13 +127,17 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
 
 def test_scores_are_in_true_float32(checkpoint, nyud, tmp_path, monkeypatch):
     forward, allowed = MTMamba.forward, []
-    monkeypatch.setattr(MTMamba, "forward", lambda *arguments: allowed.append(tf32()) or forward(*arguments))
+    monkeypatch.setattr(MTMamba, "forward", lambda model, image: (    # "meta": FLOPs are counted
+        image.is_meta or allowed.append(tf32()), forward(model, image))[1])
 
     def tf32():
-        return torch.backends.cudnn.allow_tf32
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     before = tf32()
-    evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-images", "0"))
-    assert set(allowed) == {False} and tf32() == before
+    for flags, expected in ((["--tf32"], "tf32"), ([], "float32")):
+        allowed.clear()
+        evaluate.main(arguments(checkpoint, nyud, tmp_path, *flags))
+        assert set(allowed) == {2 * (expected == "tf32",)} and tf32() == before
+        assert json.loads((tmp_path / "results.json").read_text())["precision"]["scoring"] == expected
 
 
 def test_no_row_of_another_model_is_printed(checkpoint, nyud, tmp_path, capsys, monkeypatch):

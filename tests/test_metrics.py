@@ -253,7 +253,7 @@ def test_delta_m_of_other_tasks_is_an_error():
 def test_outputs_that_are_not_finite_are_an_error(task, channels):
     output, target = random_case(task, channels)
     output[0, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match=f"1 of the model's outputs for {task} are not finite"):
+    with pytest.raises(ValueError, match=f"outputs for {task} are not finite at 1 pixels"):
         score(task, channels, output, target)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_model import published_state
@@ -133,6 +134,8 @@ def test_processes_and_parts_change_nothing(tmp_path):
     assert two.returncode == 0, error
     assert "strides" not in error    # of gradients, of which DDP would warn
     expected, weights = log(tmp_path / "1", "losses"), load(tmp_path / "1/last.pt")["model"]
+    scores = [log(tmp_path / name, "validation_losses")[0]["validation_losses"] for name in ("1", "two processes")]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
     for name in ("two processes", "2", "4"):
         for ours, line in zip(log(tmp_path / name, "losses"), expected, strict=True):
             assert ours["losses"] == pytest.approx(line["losses"], rel=1e-6)
@@ -267,7 +270,9 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
     assert calls.pop(0) == 1    # the first iteration whose points are replaced
     assert [call for call in calls if call[0] == "loss/depth"] == [
         ("loss/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
-    assert ("depth/RMSE", log(tmp_path, "selection_delta_m")[0]["results"]["depth"]["RMSE"], 6) in calls
+    scores = log(tmp_path, "selection_delta_m")[0]
+    assert ("depth/RMSE", scores["results"]["depth"]["RMSE"], 6) in calls
+    assert ("validation_loss/depth", scores["validation_losses"]["depth"], 6) in calls
 
 
 # ------------------------------------------------------------------------------------------------------ interruption
@@ -606,7 +611,8 @@ def test_bf16_trains(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- what is written
 
-def test_logs_and_pictures(tmp_path):
+def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)    # as where it is not installed
     results = run(tmp_path, "--variant", "stm1", "--eval-every", 3, "--log-every", 2, "--tasks", "depth", "semseg")
     first = log(tmp_path, "config")[0]
     assert first["config"]["tasks"] == ["depth", "semseg"] and first["config"]["batch_size"] == 4
@@ -617,7 +623,48 @@ def test_logs_and_pictures(tmp_path):
     scores = log(tmp_path, "selection_delta_m")
     assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
     assert load(tmp_path / "best.pt")["best"] == max(line["selection_delta_m"] for line in scores)
+    assert all(loss > 0 for line in scores for loss in line["validation_losses"].values())
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000003.png", "000006.png"}
+    assert "pip install -e '.[plot]'" in capsys.readouterr().out and not (tmp_path / "curves.png").exists()
+
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    axes, curves = pytest.importorskip("matplotlib.axes").Axes, []
+    monkeypatch.setattr(axes, "plot", lambda self, x, y, plot=axes.plot, **options: (
+        curves.append([*zip(x, y)]), plot(self, x, y, **options)))
+    train.draw_curves(tmp_path, Synthetic(1, tasks=["depth", "semseg"]).rows)
+    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    assert curves[:3] == [[(line["iteration"], line["losses"]["depth"]) for line in losses],
+                          [(line["iteration"], line["validation_losses"]["depth"]) for line in scores],
+                          [(line["iteration"], line["results"]["depth"]["RMSE"]) for line in scores]]
+    assert len(curves) == 8 and curves[-2] == [(line["iteration"], line["lr"]) for line in losses]
+
+
+@pytest.mark.parametrize("dataset", ["rooms.py:Rooms", "nyud"])
+def test_the_small_recipe_fits_any_data_set(dataset):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(["--dataset", dataset, "--recipe", "small", "--variant", "mtmamba++", "--d-state", "4"])
+    train.complete_flags(args, torch.device("cpu"), 1)
+    assert (args.encoder, args.lr, args.pretrained, args.loss, args.d_state) == ("convnext_atto", 1e-2, False, "log", 4)
+    assert args.img_size == train.PRESETS.get(dataset, train.OWN_PRESET)["img_size"]
+
+
+def test_encoder_weights_offline_and_by_hand(tmp_path, monkeypatch, capsys):
+    def offline(*arguments, **options):
+        raise ConnectionError
+    monkeypatch.setattr(train.huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setattr(train.huggingface_hub, "try_to_load_from_cache", lambda *arguments: None)
+    flags = ["--encoder", "swin-tiny", "--pretrained"]
+    message = fails(capsys, 2, tmp_path / "run", *flags)
+    assert "https://huggingface.co/timm/swin_tiny_patch4_window7_224.ms_in1k" in message
+    assert "--no-pretrained" in message and '{"pretrained_cfg_overlay": {"file": "model.safetensors"}}' in message
+
+    weights = timm.create_model("swin_tiny_patch4_window7_224", **TINY_SWIN).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    kwargs = TINY_SWIN | {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    run(tmp_path / "run", *flags, *FEW, "--encoder-kwargs", json.dumps(kwargs), "--iterations", 1, "--lr", 1e-12)
+    ours = load(tmp_path / "run/last.pt")["model"]["encoder.backbone.layers_2.blocks.1.attn.qkv.weight"]
+    torch.testing.assert_close(ours, weights["layers.2.blocks.1.attn.qkv.weight"], rtol=0, atol=1e-9)
 
 
 def test_fine_tuning_starts_from_the_weights_alone(tmp_path, monkeypatch):

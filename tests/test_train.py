@@ -1,5 +1,6 @@
 """Losses against plain loops, the schedule, a short training run, and the scripts from end to end."""
 
+import json
 import math
 import subprocess
 import sys
@@ -140,6 +141,28 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     for task, metrics in results["trained"].items():
         row = next(line for line in table.splitlines() if line.startswith(task))
         assert f"{metrics[ROWS[task].primary(metrics)]:.{ROWS[task].digits}f}" in row
+    files = tmp_path / "results.json", tmp_path / "evaluation_last/results.json"
+    ours, again = (json.loads(path.read_text()) for path in files)
+    assert ours.pop("images_per_second") > 0 and again.pop("images_per_second") > 0
+    model, _ = evaluate.load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))
+    scenes = default_collate([Synthetic(5, (32, 64), 1)[i] for i in range(5)])
+    with torch.inference_mode():
+        outputs = model(scenes["image"])
+    for task, loss in ours.pop("validation_losses").items():
+        arrays = outputs[task].numpy(), scenes[task].numpy()
+        assert loss == pytest.approx(np.mean([brute_force_loss(task, o[None], t[None]) for o, t in zip(*arrays)
+                                              if (t != IGNORE).all(0).any()]), rel=1e-5)
+    assert ours == again
+    for task, classes in (("semseg", Synthetic.CLASSES["semseg"]), ("parsing", Synthetic.CLASSES["parsing"])):
+        counts = np.zeros((len(classes), len(classes)), int)
+        for o, t in pixels(outputs[task].numpy(), scenes[task].numpy()):
+            counts[t[0], o.argmax()] += 1
+        assert ours["confusion"][task] == dict(classes=list(classes), pixels=counts.tolist())
+    assert [ours[key] for key in ("split", "variant", "seed", "iteration")] == ["val", "stm1", 0, 2]
+    assert ours["image_size"] == [32, 64]
+    assert ours["parameters"] == sum(p.numel() for p in model.parameters())
+    assert ours["precision"] == dict(training="float32", scoring="float32")
+    assert ours["versions"]["training"]["torch"] == torch.__version__
     picture = evaluate.Image.open(tmp_path / "evaluation_last/contact_sheet.png")
     assert picture.size[0] > 7 * 64 and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
     assert not list(tmp_path.glob("*.tmp"))
