@@ -2,6 +2,7 @@
 
     python tests/audit.py                 # a table; exit code 1 where a row lacks code or a test that holds it
     python tests/audit.py --markdown      # the same for the README, equations that belong together in one row
+    python tests/audit.py --no-run        # only whether each row has code and a test
 
 Code is found by the marks "Eq. N" and "Table N" in the source: of an equation the comments inside functions, or else
 the docstrings, that name it; of a table the constants whose comments name it. A test is tied to its rows by the mark
@@ -137,10 +138,11 @@ def find_code() -> dict[str, list[tuple[str, str]]]:
 
 
 class Records:
-    """A plugin of pytest. held: {row: {(test, against): (difference, tolerance)}}; problems: of the marked tests."""
+    """A plugin of pytest. held: {row: {(test, against): (difference, tolerance)}}, with None for the figures where the
+    tests are only collected; problems: of the marked tests."""
 
-    def __init__(self):
-        self.held, self.problems, self.outcomes = defaultdict(dict), [], {}
+    def __init__(self, run: bool):
+        self.run, self.held, self.problems, self.outcomes = run, defaultdict(dict), [], {}
 
     def pytest_runtest_logreport(self, report):
         if not report.passed:
@@ -157,20 +159,25 @@ class Records:
                         self.problems.append(f"{row}: no such row, but {item.nodeid} is marked with it")
                     elif outcome:
                         self.problems.append(f"{row}: {item.nodeid} {outcome}")
+                    elif not self.run:
+                        self.held[row][test] = None
                     elif not figures:
                         self.problems.append(f"{row}: {item.nodeid} compares nothing; let it use the fixture `compare`")
                     else:
                         self.held[row][test] = max(figures + [self.held[row].get(test, figures[0])], key=closeness)
 
 
-def closeness(figure: tuple[float, float]) -> float:
-    difference, tolerance = figure
+def closeness(figure: tuple[float, float] | None) -> float:
+    difference, tolerance = figure or (0, 0)
     return difference / tolerance if tolerance else 0.0
 
 
-def run_tests() -> Records:
-    records = Records()
+def run_tests(run: bool) -> Records:
+    """Runs the marked tests, or only collects them."""
+    records = Records(run)
     options = ["-n", "0", "-q", "-m", "paper", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    if not run:
+        options.append("--collect-only")
     with contextlib.redirect_stdout(sys.stderr):
         code = pytest.main([*options, str(ROOT / "tests")], plugins=[records])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -178,7 +185,9 @@ def run_tests() -> Records:
     return records
 
 
-def figure_text(figure: tuple[float, float]) -> str:
+def figure_text(figure: tuple[float, float] | None) -> str:
+    if figure is None:
+        return "not run"
     difference, tolerance = figure
     return f"{difference:.1g} of {tolerance:.1g}" if tolerance else "equal"
 
@@ -216,8 +225,9 @@ def print_markdown(code, held):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="as a table for the README")
+    parser.add_argument("--no-run", action="store_true", help="only whether each row has code and a test")
     args = parser.parse_args(argv)
-    code, records = find_code(), run_tests()
+    code, records = find_code(), run_tests(not args.no_run)
     (print_markdown if args.markdown else print_table)(code, records.held)
     problems = [*records.problems]
     for row in ROWS:

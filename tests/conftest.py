@@ -25,6 +25,14 @@ NYUD_TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
 PASCAL_TASKS = {"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    if item.get_closest_marker("paper"):
+        assert any(name == "compared" for name, _ in item.user_properties), "marked `paper`, but compares nothing"
+    return result
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """torch.compile gives up on code that it has compiled for many models, as the tests together do."""
