@@ -17,8 +17,8 @@ Every data set yields one dictionary per image:
     "name"      str
     "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
-It has the labels of the chosen tasks only. A task of another name has the form of the one that it is like. Cityscapes'
-labels are twice as large as its images, (2H, 2W), and its depth is disparity, in pixels. IGNORE marks label pixels that
+It has the labels of the chosen tasks only. A task with a name of your own has the form of the one that it is like.
+Cityscapes' labels are twice as large as its images, (2H, 2W). Its depth is disparity, in pixels. Pixels labelled IGNORE
 count neither in losses nor in metrics.
 
 Files of the benchmarks, as their archives have them:
@@ -79,7 +79,7 @@ HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
 class DenseDataset(torch.utils.data.Dataset):
-    """What a data set says about itself, as attributes of its class; the base of all data sets."""
+    """The base of all data sets. What a data set says about itself are attributes of its class."""
 
     TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
@@ -91,12 +91,12 @@ class DenseDataset(torch.utils.data.Dataset):
     DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.DepthMeter
     LABEL_SCALE = 1              # size of the labels relative to the image: MTMamba's output_scale
     SIZE = (480, 640)            # (H, W) of the samples, where none is given
-    VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size that the model is trained with
+    VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size of the samples in training
     PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
     SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken
-    SELECTION_BASELINE = {}      # the scores against which best.pt is chosen by delta_m; none: the best constant's
+    SELECTION_BASELINE = {}      # best.pt is chosen by delta_m against these scores; {}: the best constant's scores
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
-    folders = ()                 # that are read, so that nothing is written there
+    folders = ()                 # folders that the data set reads; nothing may be written there
     REFERENCES = True            # whether the best constant and the untrained model are scored beside a trained model
     UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.UNIT_LENGTH
 
@@ -134,7 +134,7 @@ class DenseDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def refuse_folder(self, folder: Path):
-        """Raises ValueError where the folder, to be written to, is or lies in one that the data set reads."""
+        """Raises ValueError if the folder, which is to be written to, is one that the data set reads or lies in one."""
         found = {folder.resolve(), *folder.resolve().parents} & {Path(path).resolve() for path in self.folders}
         if found:
             raise ValueError(f"{folder} lies in the data set's folder {found.pop()}; give another folder")
@@ -169,8 +169,9 @@ class Labels:
         return list(self.classes.get(task) or [f"class {i}" for i in range(self.rows[task].channels)])
 
     def palette(self, task: str) -> np.ndarray:
-        """The colours of the classes, uint8 (256, 3): the data set's own, then black; or PASCAL VOC's, in which the
-        bits of the class, taken by threes, are the highest bits of red, green and blue."""
+        """The colours of the classes, uint8 (256, 3): the data set's own, then black. Without these PASCAL VOC's: bits
+        0, 1 and 2 of the class are the highest bits of red, green and blue, bits 3, 4 and 5 the next ones, and so on.
+        """
         if task not in self.colours:
             return np.packbits(np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3).T & 1, axis=2)[..., 0]
         palette = np.zeros((256, 3), np.uint8)
@@ -189,8 +190,10 @@ def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
 
 
 def kept(method):
-    """Decorates a method of one argument, the name or index of an image, so that it keeps its last result. Several
-    labels may need the same file, which is then read once. The result must not be changed in place."""
+    """Decorates a method whose one argument is the name or index of an image: the method keeps its last result.
+
+    So a file that several labels need is read once. The result must not be changed in place.
+    """
     @wraps(method)
     def keep(self, key):
         if method.__name__ not in self._kept or self._kept[method.__name__][0] != key:
@@ -204,16 +207,16 @@ def kept(method):
 class Synthetic(DenseDataset):
     """Ray-cast rooms and open grounds with objects and people, and exact labels for all six tasks.
 
-    Needs no files. An image depends on (seed, index, size) alone, so any number of workers gives the same data, and
-    two seeds give two disjoint splits.
+    Needs no files. An image depends on (seed, index, size) alone. So any number of workers gives the same data, and two
+    seeds give two disjoint splits.
 
     semseg     CLASSES. "floor" is also the ground outdoors, "wall" also a building.
     parsing    PARTS; 0 away from people. An image without people is ignored whole, as in PASCAL-Context.
     saliency   1 on spheres, boxes, cylinders and people.
     normal     IGNORE on the sky.
     boundary   1 where the instance differs from that of the right, lower or lower-right neighbour (the last row and
-               column repeat). One instance is: each plane of a room, the ground, the sky, a building, an object, a
-               whole person. Edges inside an instance, as between the faces of a box, are no boundary.
+               column repeat). An instance is a plane of a room, the ground, the sky, a building, an object or a whole
+               person. Edges inside an instance, such as those between the faces of a box, are no boundary.
     depth      IGNORE on the sky; valid values are below FAR.
     """
 
@@ -278,12 +281,12 @@ class Synthetic(DenseDataset):
 
 
 # The renderer of Synthetic. World axes: x right, y up, the camera above the origin looks along -z; the floor is y = 0.
-# Vectors that meet maps of pixels have shape (3, 1, 1). All maps are float32.
+# Vectors that are combined with maps of pixels have shape (3, 1, 1). All maps are float32.
 
 FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES["semseg"]
 FAR = 16.0                                                              # metres; where the ground ends
 UP = np.array([0.0, 1.0, 0.0])
-PAINTS = {    # mean RGB and spread. A hint at the class that never settles it: the ranges overlap.
+PAINTS = {    # mean RGB and spread. The ranges overlap, so a colour alone does not tell the class.
     "floor": (0.50, 0.41, 0.33, 0.20), "ground": (0.36, 0.42, 0.24, 0.15), "wall": (0.74, 0.70, 0.64, 0.20),
     "ceiling": (0.85, 0.85, 0.83, 0.10), "sky": (0.45, 0.65, 0.92, 0.10), "sphere": (0.70, 0.35, 0.32, 0.32),
     "box": (0.52, 0.42, 0.30, 0.32), "cylinder": (0.32, 0.50, 0.58, 0.32), "cloth": (0.42, 0.40, 0.50, 0.38),
@@ -465,7 +468,7 @@ def capsule(label, part, radius, start, end, paint):
 def trace(camera, solids):
     """The nearest solid of each pixel: its depth (H, W), its normal (3, H, W) in world axes, its number (H, W).
 
-    Number 0, the sky, is what a ray meets that meets nothing within FAR: depth FAR, normal 0.
+    A ray that meets nothing within FAR sees the sky: number 0, depth FAR, normal 0.
     """
     depth = np.full(camera.rays.shape[1:], FAR, np.float32)
     normal = np.zeros_like(camera.rays)
@@ -504,12 +507,13 @@ def shade(rng, camera, solids, light, depth, normal, number):
 
 
 def bounds(camera, solids, light=None):
-    """One pair of slices (rows, columns) per solid, sure to hold all of its image; with light, of its shadow's."""
+    """A pair of slices (rows, columns) for each solid, inside which all of its image lies. With light: all of its
+    shadow."""
     h, w = camera.rays.shape[1:]
     start, end, radius = (np.array(v) for v in zip(*((s.start, s.end, s.radius) for s in solids)))
     ends = np.stack([start, end])                                # (2, n, 3)
-    if light is not None:                                        # on the floor, where a ball's shadow lies within
-        ends = ends - ends[..., 1:2] * light / light[1]          # radius / light[1] of that of its centre
+    if light is not None:                                        # a ball's shadow on the floor lies within
+        ends = ends - ends[..., 1:2] * light / light[1]          # radius / light[1] of its centre's shadow
         radius = radius / light[1]
     x, y, z = np.moveaxis((ends - camera.eye) @ camera.turn.T, -1, 0)
     near = (-z < radius + 0.05).any(0)                           # reaches behind the camera: may be anywhere
@@ -554,7 +558,8 @@ def hit_cylinder(origin, rays, base, axis, length, radius):
 
 
 def hit_capsule(origin, rays, start, axis, length, radius):
-    """Enters the sphere about that point of the segment which is nearest to the entry into the endless cylinder."""
+    """The ray enters the endless cylinder somewhere. The point of the segment that is nearest to this place is the
+    centre of a sphere; where the ray enters that, it enters the capsule."""
     offset, rise = start - origin, dot(axis, rays)
     foot = dot(axis, offset)
     near, _ = hit_ball(offset - axis * foot, rays - axis * rise, radius)
@@ -564,8 +569,8 @@ def hit_capsule(origin, rays, start, axis, length, radius):
 
 
 def hit_ball(offset, rays, radius):
-    """Where rays enter and leave |t * rays - offset| < radius. By the closest approach, not the textbook discriminant:
-    that loses a thin limb at ten metres to float32 rounding.
+    """Where rays enter and leave |t * rays - offset| < radius, computed from the point of closest approach. With the
+    textbook's discriminant, float32 rounding would lose a thin limb at ten metres.
     """
     square = dot(rays, rays)
     middle = dot(offset, rays) / square
@@ -602,8 +607,8 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
-    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE). Where
-    it is larger than that, it is padded to the next multiple of 32.
+    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE). A side
+    that is longer than that is padded to the next multiple of 32.
     """
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
@@ -635,11 +640,10 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The image, uint8 (h, w, 3), and its labels by task, in the forms that as_label takes, or as functions that
-        return them. name: an item of list_names.
+        """The image, uint8 (h, w, 3), and its labels by task. name: an item of list_names.
 
-        An image without a label of a task leaves the task out, or gives None. Raise OSError or ValueError, naming the
-        file, where one is damaged.
+        A label has a form that as_label takes, or is a function that returns one. Where an image has no label of a
+        task, leave the task out or give None. If a file is damaged, raise OSError or ValueError and name the file.
         """
 
     def __getitem__(self, index):
@@ -718,7 +722,7 @@ class FileDataset(LabelledDataset):
     COUNTS = {}             # images by split, as published
     LIST = ""               # the file with a split's image IDs, one per line
     ROOT = ""               # folder, where none is given
-    REFERENCES = False      # the published figures are known, and either costs hours
+    REFERENCES = False      # the published figures are there to compare with, and scoring a reference takes hours
     UNIT_NORMALS = False    # as in the published runs
 
     def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
@@ -759,8 +763,8 @@ class FileDataset(LabelledDataset):
             raise FileNotFoundError(f"{error}; it is in line {lines.index(name) + 1} of {self.list_path()}") from error
 
     def read_label(self, name: str, folder: str, suffix: str, role: str, last: float | None = None) -> np.ndarray:
-        """A label as it is in its file, of the image's size and with values in 0..last. role: see read_image; of a
-        .mat file the variable."""
+        """A label as it is in its file. It must have the image's size, and values in 0..last if `last` is given.
+        role: see read_image; for a .mat file the name of the variable."""
         path, size = self.path(folder, name, suffix), self.picture(name).shape[:2]
         label = read_image(path, role) if path.suffix == ".png" else read_array(path, role)
         with about(path):
@@ -781,7 +785,7 @@ class FileDataset(LabelledDataset):
 
 
 def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
-    """PAPER from figures in the order of the tasks."""
+    """The attribute PAPER, from figures in the order of the tasks."""
     return {key: dict(zip(tasks, figures)) for key, figures in rows.items()}
 
 
@@ -790,9 +794,10 @@ class PascalContext(FileDataset):
 
     semseg     PASCAL VOC's 20 classes and background 0.
     parsing    PARTS; an image in which no part of a person is marked is ignored whole. Where masks overlap, the part
-               that is listed later stands.
-    saliency   1 where the distilled map is above 127, or of a mask (0 and 1, or as the role "mask" of read_image).
-    normal     distilled, of any length; IGNORE outside LabelMap's classes that also exist indoors (INDOOR, of 459).
+               that is listed last counts.
+    saliency   1 where the distilled map is above 127. Maps of 0 and 1 and other masks are read as read_image does it.
+    normal     distilled, of any length. Known only in those of LabelMap's 459 classes that also exist indoors (INDOOR),
+               IGNORE elsewhere.
     boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
                scores against another map, boundary_truth.
     """
@@ -959,15 +964,15 @@ class NYUDv2(FileDataset):
 
 
 class Cityscapes(FileDataset):
-    """Cityscapes: 2,975 images to train on, 500 to validate, 1024x2048 each; a split is what lies in its folder.
+    """Cityscapes: 2,975 images to train on, 500 to validate, 1024x2048 each. A split is the images in its folder.
 
-    The network gets the image at half its size (`size`; Pillow's bilinear filter). Labels keep theirs, and nothing is
-    cropped, flipped or recoloured. All as in the published runs.
+    The network gets the image at half its size (`size`; Pillow's bilinear filter). Labels keep their size, and nothing
+    is cropped, flipped or recoloured. All this is as in the published runs.
 
     semseg     19 classes; all other label IDs are IGNORE.
-    depth      disparity in pixels of the file's image: (p - 1) / 256 of its 16 bits p, -1 where p is 0 or 1, which is
-               not measured; then 0 on label ID 10, rail track. Only what lies inside DEPTH_RANGE is scored, but all
-               of it trains; mask_invalid makes the pixels at -1 IGNORE.
+    depth      disparity in pixels of the file's image: (p - 1) / 256, where p are its 16 bits. It is -1 where p is 0
+               or 1, which means not measured, and 0 on label ID 10, rail track. Only values inside DEPTH_RANGE are
+               scored, but all of them train; mask_invalid makes the pixels at -1 IGNORE.
     """
 
     TASKS = {"semseg": 19, "depth": 1}
@@ -1091,7 +1096,7 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
 
 
 def import_file(path: Path):
-    """The module of a user's file. The file's folder goes on sys.path, which a new process gets, too."""
+    """The module of a user's file. The file's folder is added to sys.path, which new processes get, too."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     if str(path.parent) not in sys.path:
@@ -1108,11 +1113,11 @@ def import_file(path: Path):
 # ---------------------------------------------------------------------------------------------------- reading files
 
 class Unfit(ValueError):
-    """What a file or an array holds is not what it should be. `about` says which one."""
+    """A file or an array holds something else than it should. `about` adds which one."""
 
 
 def expect(condition: bool, expected: str, found: object, advice: str = ""):
-    """Raises Unfit unless the condition holds. found: of an array its first value is shown."""
+    """Raises Unfit unless the condition holds. found: if it is an array, the message shows its first value."""
     if not condition:
         found = found.flat[0] if isinstance(found, np.ndarray) else found
         raise Unfit(f"expected {expected}, found {found}{'; ' if advice else ''}{advice}")
@@ -1150,9 +1155,9 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
     normal      uint8 (4, h, w): RGB and 1, as as_label takes it
 
-    turn: whether a picture is turned upright as its EXIF data say. Otherwise one that has to be is refused: nobody
-    knows which way up the labels beside it are.
-    Raises FileNotFoundError, or ValueError, naming the file, where it is damaged or holds something else.
+    turn: whether to turn a picture upright if its EXIF data ask for it. Without it such a picture is refused, as nobody
+    knows which way up its labels are.
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds something else. Both name the file.
     """
     with about(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
@@ -1205,7 +1210,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_array(path: Path, variable: str) -> np.ndarray:
-    """What a .npy file holds, or the variable of a MATLAB file, structures as nested object arrays."""
+    """The array in a .npy file, or the variable in a MATLAB file. Structures become nested object arrays."""
     with about(path), open(path, "rb") as file:
         return np.load(file) if path.suffix == ".npy" else scipy.io.loadmat(file, variable_names=[variable])[variable]
 
@@ -1221,16 +1226,16 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- forms of labels
 
 def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_normals: bool = True) -> np.ndarray:
-    """A label as a data set reads it -> a compact array that augment, pad and decode work on. row: of the task.
+    """Turns a label as a data set reads it into a compact array, which augment, pad and decode take. row: of the task.
 
     class      integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
     distance   floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown -> float32 (1, h, w), 0 where unknown
     vector     floats (3, h, w), 0 or IGNORE in all three where unknown, or uint8 (4, h, w): 255 (v + 1) / 2, and 1
                where known -> the latter, in float32 if it was floats
 
-    None stands for a label that is unknown everywhere. size: (h, w). unit_normals: a vector that is far from unit
-    length has no direction, so it becomes unknown. Raises Unfit where there are many of them, for another shape or
-    kind of number, and for values out of range.
+    None stands for a label that is unknown everywhere. size: (h, w). unit_normals: whether vectors far from unit length
+    become unknown. Raises Unfit if many vectors are far from it, for another shape or kind of number, and for values
+    out of range.
     """
     if label is None:
         channels, dtype = 4 if row.label == "vector" else 1, np.float32 if row.label == "distance" else np.uint8
@@ -1252,7 +1257,7 @@ def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_no
     return label.astype(np.uint8)
 
 
-MOST_OFF = 0.4    # of the vectors may be far from unit length; beyond that it is no image of normals
+MOST_OFF = 0.4    # If a larger share of the vectors is far from unit length, it is no image of normals.
 
 
 def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> np.ndarray:
@@ -1266,7 +1271,7 @@ def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> 
     length = np.linalg.norm(label[:3] / np.float32(127.5) - 1, axis=0)
     known = (label[3] > 0) & (length > 0)
     unit = known & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
-    off = known & ~unit & (length > 0.1)    # what is shorter stands for nothing, in many files
+    off = known & ~unit & (length > 0.1)    # many files store shorter ones where there is no normal
     expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
            f"{np.mean(off):.0%} of other lengths")
     grey = not floats and unit.any() and (label[:3] == label[0]).all()
@@ -1275,8 +1280,8 @@ def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> 
 
 
 def decode(row: Task, label: np.ndarray) -> Tensor:
-    """A label of as_label, padded with row.padding or not -> that of a sample, in new memory. Vectors keep the length
-    that they have in the file, 1 up to its 8 bits."""
+    """Turns a label of as_label, padded with row.padding or not, into the label of a sample, in new memory. Vectors
+    keep the length that they have in the file: 1, rounded to its 8 bits."""
     if row.label == "distance":
         label = np.where(label > 0, label, np.float32(IGNORE))
     elif row.label == "vector":
@@ -1287,8 +1292,8 @@ def decode(row: Task, label: np.ndarray) -> Tensor:
 
 
 def check_samples(dataset: DenseDataset, count: int = 16) -> list[str]:
-    """What is odd about the first `count` samples: one message for each label of which no pixel counts, and for each
-    that says yes or no without a yes. Raises what the data set raises."""
+    """What is odd about the first `count` samples: a message for each label of which no pixel counts, and for each
+    label of yes and no that has no yes. Raises what the data set raises."""
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     messages = []
     for task, row in dataset.rows.items():
@@ -1341,10 +1346,10 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], rows: Mapping[s
             rng: np.random.Generator, cropped_by: str | None = None):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
-    image: uint8 (h, w, 3); labels: of as_label, as are those returned, by task, and so are the rows; size: (H, W) of
-    the crop, h' < H or w' < W where the scaled image is smaller. Up to 10 crops are tried until no class of the task
-    `cropped_by` covers more than 75 % of the labelled pixels; without that label the first one is taken. What is drawn
-    does not depend on the image or the tasks.
+    image: uint8 (h, w, 3); labels and rows: by task; the labels are in the form of as_label, as are those returned;
+    size: (H, W) of the crop; where the scaled image is smaller, h' < H or w' < W. Up to 10 crops are tried until no
+    class of the task `cropped_by` covers more than 75 % of the labelled pixels. Without that label the first crop is
+    taken. What is drawn does not depend on the image or the tasks.
     """
     scale = rng.uniform(*SCALE)
     corners = rng.random((CROPS, 2))
@@ -1377,7 +1382,7 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], rows: Mapping[s
 
 
 def window(position: float, length: int, size: int) -> slice:
-    """`size` consecutive ones of 0..length-1, or all of them; position in [0, 1) chooses where it starts."""
+    """`size` consecutive indices of 0..length-1, or all of them. position in [0, 1) chooses where they start."""
     start = int(position * (max(length - size, 0) + 1))
     return slice(start, min(start + size, length))
 
@@ -1509,7 +1514,7 @@ def usable_cpus() -> int:
 
 
 class Pool:
-    """Runs functions on so many processes beside this one; with 0 at once, in this process.
+    """Runs functions on `workers` processes beside this one. With 0 workers they run at once, in this process.
 
         with Pool(4) as pool:
             future = pool.submit(function, *arguments)
@@ -1554,7 +1559,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 
 
 def follow_main(*_):
-    """A process of a pool or a loader starts with this. Ctrl-C and a cluster's signals reach it, too, but only the main
+    """A process of a pool or a loader calls this first. Ctrl-C and a cluster's signals reach it, too, but only the main
     process acts on them. It ends when the main process ends, even if that is killed."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -1564,7 +1569,8 @@ def follow_main(*_):
 
 @contextmanager
 def signals_waiting():
-    """Signals that come inside it are handled after it. In a process that is started inside it they keep waiting."""
+    """Signals that arrive inside this block are handled after it. A process that is started inside it keeps them
+    waiting."""
     if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends none
         yield
         return

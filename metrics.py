@@ -33,7 +33,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 IGNORE = 255                # marks the pixels of a label that do not count
-UNIT_LENGTH = 0.75, 1.25    # of what passes for a unit vector in 8 bits
+UNIT_LENGTH = 0.75, 1.25    # A vector stored in 8 bits counts as a unit vector if its length lies between these.
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Task:
     channels: of the output. None: one per class, as many as the data set says.
     dtype: of the label in a sample. padding: what marks unknown pixels in the compact labels of datasets.as_label.
     metrics: the primary one first. The next one takes its place where the primary one is not computed.
-    unit, digits: of the primary metric, and so of depth.
+    unit, digits: of the primary metric. The unit of a distance is also that of its values.
     weight: of the loss with --loss weighted, as usual in the multi-task literature.
     suffix: of the files of raw predictions.
 
@@ -91,8 +91,8 @@ TaskTable = Mapping[str, int | tuple[str, int]]    # of a data set: output chann
 def task_rows(tasks: TaskTable) -> dict[str, Task]:
     """The row of each task of a data set, with its channels.
 
-    tasks: {"semseg": 12, "material": ("semseg", 5)}: one of the six with its output channels, or a task of another name
-    that is treated like one of the six. Raises ValueError for anything else.
+    tasks: {"semseg": 12, "material": ("semseg", 5)}. A task is one of the six, with its output channels, or has another
+    name and is treated like one of the six. Raises ValueError for anything else.
     """
     rows = {}
     for name, value in tasks.items():
@@ -113,10 +113,10 @@ def task_rows(tasks: TaskTable) -> dict[str, Task]:
 
 
 def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping[str, Task] = TASKS) -> float:
-    """The mean relative improvement over a baseline, in percent; both by task, their primary metrics.
+    """The mean relative improvement over a baseline, in percent. Both give the primary metric of each task.
 
     Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. rows: as task_rows returns them. Raises ValueError where the tasks differ or a
+    NYUDv2 is Table 2's single-task row. rows: as task_rows returns them. Raises ValueError if the tasks differ or a
     figure of the baseline is 0.
     """
     if not results or results.keys() != baseline.keys():
@@ -134,10 +134,13 @@ class Meter:
     output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore.
     compute raises ValueError where no pixel has counted yet, an output was not finite or a label is out of range.
 
-    A kind of meter defines shape, of its sums; predict(output), a map in the form of the label, with the probability in
-    place of yes and no; count(prediction, target), what a batch adds to the sums; scores(sums), the metrics; and the
-    best constant: constant(statistics), the raw output (C_t,) that scores best if it is given at every pixel, from the
-    statistics(label) of all labels (1 or 3, H, W).
+    A kind of meter defines
+    shape: of its sums;
+    predict(output): a map in the form of the label, with the probability in place of yes and no;
+    count(prediction, target): what a batch adds to the sums;
+    scores(sums): the metrics;
+    statistics(label): what the best constant needs to know of a label (1 or 3, H, W);
+    constant(statistics): the best constant, the raw output (C_t,) that scores best if it is given at every pixel.
     """
 
     def __init__(self, task: str, row: Task, depth_range: tuple[float, float] | None = None,
@@ -179,7 +182,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def histogram(index: Tensor, bins: int) -> Tensor:
-    """How often each of 0..bins-1 occurs, float64 (bins,). Unlike bincount, it does not wait for the device."""
+    """How often each of 0..bins-1 occurs, float64 (bins,). Unlike bincount, this does not wait for the device."""
     counts = torch.zeros(bins, dtype=torch.float64, device=index.device)
     return counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
 
@@ -291,9 +294,9 @@ class SaliencyMeter(BoundaryMeter):
 
 
 class NormalMeter(Meter):
-    """mErr in degrees: the mean angle between the prediction, scaled to unit length, and the label. mErr_unit: over the
-    labels of about unit length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root of
-    the mean square, and the percentage of pixels below some angles.
+    """mErr in degrees: the mean angle between the prediction, scaled to unit length, and the label. mErr_unit: the same
+    over labels of about unit length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root
+    of the mean square, and the percentage of pixels below some angles.
     """
 
     BINS = 18_000           # of 0.01 degrees
@@ -325,7 +328,7 @@ class NormalMeter(Meter):
         known = label[:, (label != IGNORE).all(0)]                                        # (3, pixels)
         return known[:, torch.randperm(known.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
 
-    def constant(self, statistics):    # of many directions, that with the least mean angle to a sample of the labels
+    def constant(self, statistics):    # the one of many directions whose mean angle to a sample of the labels is least
         normals = torch.cat(statistics, dim=1)                                            # (3, M)
         directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
         candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
@@ -652,9 +655,9 @@ def _matchings(on: np.ndarray, points: np.ndarray, truths: np.ndarray, radius: f
 def _extend(start: int, near: list[list[int]], mates: list[int], far_mates: list[int], closed: bytearray):
     """Adds a pair to the matching, in place, if an augmenting path leads from the unmatched node start to the far side.
 
-    near: per node of start's side its neighbours on the far side; mates, far_mates: the partners on either side, or -1;
-    closed: 1 for the far nodes to leave out. Where the breadth-first search fails it leaves what it reached closed,
-    for no later augmenting path can pass through.
+    near: for each node of start's side its neighbours on the far side. mates, far_mates: the partners of the nodes on
+    start's side and on the far side, or -1. closed: 1 for the far nodes to leave out. If the breadth-first search
+    fails, all that it reached stays closed, as no later augmenting path can pass through it.
     """
     reached_from = {}
     queue = [start]
