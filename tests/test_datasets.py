@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import locale
 import os
 import re
 import shutil
@@ -799,14 +800,15 @@ def test_lists_are_utf8_whatever_the_locale(tmp_path):
     path, image = tmp_path / "ImageSets/Context/val.txt", tmp_path / "JPEGImages/a.jpg"
     for name in names[1:]:
         shutil.copy(image, image.with_name(f"{name}.jpg"))
-    code = f"import datasets; print(ascii(datasets.PascalContext({str(tmp_path)!r}, 'val').names))"
-    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
-        path.write_bytes((mark + end.join([*names, ""])).encode())
-        assert PascalContext(tmp_path, "val").names == names
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
-                         cwd=Path(datasets.__file__).parent)
-    assert run.stdout.strip() == ascii(names), run.stderr
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        assert sys.flags.utf8_mode or open(path).encoding.lower() != "utf-8"
+        for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
+            path.write_bytes((mark + end.join([*names, ""])).encode())
+            assert PascalContext(tmp_path, "val").names == names
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
     path.write_bytes("Küche".encode("latin-1"))
     with pytest.raises(ValueError, match="unreadable file .*val.txt .*utf-8"):
         PascalContext(tmp_path, "val")
@@ -1210,20 +1212,18 @@ def test_your_own_data_set_goes_to_a_new_process(mine):
         names, module, kept = pool.submit(describe, data).result()
     assert names == ["x", "y"] and module == type(data).__module__ and kept == "Pair"
     assert_equal(copy.copy(data)[1], data[1])
-    batches = list(DataLoader(data, 2, num_workers=1, multiprocessing_context="spawn"))
-    assert batches[0]["name"] == ["x", "y"]
 
 
 def describe(data):
     return [sample["name"] for sample in data], type(data).__module__, type(data.pair).__name__
 
 
-def test_your_own_data_set_is_checked(mine, monkeypatch, capsys):
+def test_your_own_data_set_is_checked(mine, script, monkeypatch, capsys):
     """By the script, whose LabelledDataset is that of the file."""
-    command = [sys.executable, datasets.__file__, "check", "--dataset", f"{mine.name}:B", "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=mine.parent)
-    assert run.returncode == 1, run.stderr
-    assert run.stdout.splitlines() == [line for split in ("train", "val") for line in (
+    run = script(datasets.__file__, "check", "--dataset", f"{mine}:B", "--workers", "2")
+    output, errors = run.communicate()
+    assert run.returncode == 1 and "2/2" in errors, errors
+    assert output.splitlines() == [line for split in ("train", "val") for line in (
         f"{split}: 2 images", "  image: 1 problems", "    damaged y")] + ["2 problems"]
     monkeypatch.chdir(mine.parent)
     assert main(["check", "--dataset", f"{mine.name}:A", "--workers", "1"]) == 0
