@@ -320,6 +320,7 @@ def choose_backend(model: MTMamba, backend: str | None, device: torch.device) ->
     scans, name = [m for m in model.modules() if isinstance(m, SS2D)], backend or default_backend(device)
     for scan in scans:
         scan.backend = backend
+    begun = time.perf_counter()
     try:
         for scan in scans[:1]:
             pixel = torch.zeros(1, 1, 1, len(scan.D[0]), device=device, requires_grad=model.training)
@@ -332,6 +333,8 @@ def choose_backend(model: MTMamba, backend: str | None, device: torch.device) ->
             text = (f"the scan backend {name} cannot be compiled ({text}); install gcc and python3-dev, or give "
                     "--backend torch")
         raise ValueError(text) from error
+    if (seconds := time.perf_counter() - begun) > 5:
+        print(f"it took {seconds:.0f} s to compile the scan")
     return name
 
 
