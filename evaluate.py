@@ -334,7 +334,7 @@ def choose_backend(model: MTMamba, backend: str | None, device: torch.device) ->
                     "--backend torch")
         raise ValueError(text) from error
     if (seconds := time.perf_counter() - begun) > 5:
-        print(f"it took {seconds:.0f} s to compile the scan")
+        print(f"it took {seconds:.0f} s to compile the scan", file=sys.stderr)
     return name
 
 
