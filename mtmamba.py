@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs, and the sums of batch norm.
+cost. The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and the sums of batch norm.
 """
 
 import copy
@@ -48,7 +48,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath, LayerNorm2d, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -127,39 +127,46 @@ class MTMamba(nn.Module):
     tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. The order counts: CTM concatenates the
         tasks' features in it (Eq. 20).
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
-    encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
+    encoder: a key of ENCODERS; any timm model with features at strides 4, 8, 16 and 32, or a plain ViT; or a module of
+        your own, see Encoder. train.py knows encoders by name, so a module is for Python alone.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: more arguments of timm.create_model, such as in_chans=4 for images of four channels.
+    encoder_kwargs: more arguments of timm.create_model.
     variant: a key of VARIANTS.
     output_scale: size of the outputs divided by the image's, a whole number. It is 2 in the recipe of Cityscapes,
         where images are halved and labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
+    in_chans: channels of the images.
     An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
     predict checks its output and resizes it.
     Raises ValueError on an unknown variant or encoder, no tasks, or a wrong number of channels or output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
-                 encoder: str = "swin_large_patch4_window12_384", pretrained: bool = False,
+                 encoder: str | nn.Module = "swin_large_patch4_window12_384", pretrained: bool = False,
                  encoder_kwargs: dict | None = None, variant: str = "mtmamba", output_scale: int = 1,
-                 d_state: int = 16, backend: str | None = None):
+                 d_state: int = 16, backend: str | None = None, in_chans: int = 3):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
-        if not tasks or any(channels < 1 for channels in tasks.values()):
-            raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
+        if not tasks or not isinstance(tasks, dict) or any(channels < 1 for channels in tasks.values()):
+            raise ValueError("expected tasks like {'semseg': 40, 'depth': 1}, at least one task with 1 or more output "
+                             f"channels each, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
         config = DecoderConfig(**VARIANTS[variant], d_state=d_state, backend=backend)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
-        self.in_chans = (encoder_kwargs or {}).get("in_chans", 3)
+        encoder_kwargs = encoder_kwargs or {}
+        self.in_chans = encoder_kwargs.get("in_chans", in_chans)
+        if self.in_chans != 3 and not isinstance(encoder, nn.Module):
+            encoder_kwargs = dict(encoder_kwargs, in_chans=self.in_chans)
 
         def build_encoder():
-            return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
+            return Encoder(encoder if self.shared_encoder else copy.deepcopy(encoder), img_size, pretrained,
+                           encoder_kwargs)
         self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
-        c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
+        c1, c2, c3, c4 = self.encoders()[0].channels
 
         blocks = config.depth + (config.ctm is not None)    # per stage
         drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
@@ -187,7 +194,7 @@ class MTMamba(nn.Module):
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
             raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, "
                              f"normalised with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} "
-                             "(other numbers of channels: encoder_kwargs={'in_chans': 4})")
+                             "(other numbers of channels: MTMamba(..., in_chans=4))")
         dtype = next(self.stages.parameters()).dtype
         if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
             raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
@@ -231,13 +238,25 @@ class MTMamba(nn.Module):
             outputs[t] = y[:, :, :H, :W]                             # without decode's padding
         return outputs
 
+    def encoders(self) -> list["Encoder"]:
+        """The shared one, or one per task."""
+        return [self.encoder] if self.shared_encoder else list(self.encoder.values())
+
+    def freeze_encoder(self):
+        """The backbone gets no gradient, and stays in eval mode also after train(). The LayerNorms on its features and
+        a ViT's pyramid start untrained, so they are trained all the same."""
+        for encoder in self.encoders():
+            encoder.frozen = True
+            encoder.backbone.requires_grad_(False)
+            encoder.train(encoder.training)
+
     def set_grad_checkpointing(self, enable: bool = True):
         """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes it a second time in
         the backward pass: less memory, more time, equal gradients.
 
         Lite heads are skipped: recomputing them would update batch norm twice.
         """
-        for encoder in [self.encoder] if self.shared_encoder else self.encoder.values():
+        for encoder in self.encoders():
             encoder.set_grad_checkpointing(enable)
         for block in (*self.stages.modules(), *self.heads.values()):
             if isinstance(block, (SwinTransformerBlock, STM, CTM, SCTM, DenseHead)):
@@ -247,7 +266,7 @@ class MTMamba(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Part of every state_dict: what its tensors' names and shapes do not show, as the bytes of a JSON object."""
-        shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
+        shown = self.encoders()[0]
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
                       windows=sorted({to_2tuple(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
@@ -524,6 +543,9 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)    # old PyTorch has the second
+    if backend != "loop" and is_exporting():
+        raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
         delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
         return _scan_loop(x, delta, A, B, C, D, delta_bias)
@@ -737,47 +759,66 @@ def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) ->
 
 
 class Encoder(nn.Module):
-    """Section 3.3, Eq. 9: a timm backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
+    """Section 3.3, Eq. 9: a backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
-    Arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to multiples
-    of 32.
+    encoder: a name, as in MTMamba, or a module that returns the four maps, in a list or tuple. Its attribute `channels`
+        tells their channels. They are NCHW, unless its attribute `output_fmt` is "NHWC".
+    Other arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to
+    multiples of 32. Raises ValueError on an unknown name, features that do not fit, and arguments for a module.
     """
 
-    def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
+    def __init__(self, encoder: str | nn.Module, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
         super().__init__()
-        name = ENCODERS.get(name, name)
-        if not timm.is_model(name):
-            raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
-                             "timm.list_models() returns")
-        is_swin = name.startswith("swin_")    # others of this family begin with swinv2_
-        self.name, self.built_for = name, None    # the size, where the weights depend on it
-        if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
-            padded = tuple(n + -n % ENCODER_STRIDES[-1] for n in img_size)
-            kwargs = {"img_size": padded, **kwargs}
-            self.built_for = None if is_swin else kwargs["img_size"]
-        if is_swin:
-            # Any input size, and windows that keep their size also on maps smaller than themselves.
-            kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
-        self.backbone, kwargs = create_backbone(name, kwargs)
-        info = self.backbone.feature_info
-        if not set(ENCODER_STRIDES) <= set(info.reduction()):
-            raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, found {name!r} with "
-                             f"{tuple(info.reduction())}. Choose a hierarchical model")
-        self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
-        if pretrained:
-            load_pretrained_backbone(self.backbone, name, kwargs)
-        pad_before_shift(self.backbone)
-        self.channels = [info.channels()[i] for i in self.indices]
+        self.built_for = None    # the size, where the weights depend on it
+        self.frozen, self.pyramid, self.indices = False, None, range(4)
+        if isinstance(encoder, nn.Module):
+            self.name, self.backbone, self.channels = type(encoder).__name__, encoder, getattr(encoder, "channels", ())
+            if len(self.channels) != 4 or pretrained or kwargs:
+                raise ValueError(f"expected a module as encoder with four numbers in its attribute `channels`, without "
+                                 f"pretrained and encoder_kwargs; found {self.name} with {self.channels}")
+        else:
+            self.name = ENCODERS.get(encoder, encoder)
+            self.backbone, kwargs = create_backbone(self.name, img_size, kwargs)
+            if not self.name.startswith("swin_"):
+                self.built_for = kwargs.get("img_size")
+            if pretrained:
+                load_pretrained_backbone(self.backbone, self.name, kwargs)
+            pad_before_shift(self.backbone)
+            strides, channels = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
+            if len(set(strides)) == 1:
+                self.pyramid = FeaturePyramid(channels[-1], patch=strides[-1])
+                self.channels = self.pyramid.channels
+            elif set(ENCODER_STRIDES) <= set(strides):
+                self.indices = [strides.index(stride) for stride in ENCODER_STRIDES]
+                self.channels = [channels[i] for i in self.indices]
+            else:
+                raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, or a plain ViT; "
+                                 f"found {self.name!r} with {tuple(strides)}")
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = self.backbone(image)
-        features = [features[i] for i in self.indices]
+        if self.pyramid:
+            features = self.pyramid(self.backbone(self.pyramid.resize(image))[-1])
+        else:
+            features = self.backbone(image)
+            features = [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
+        H, W = image.shape[2:]
+        expected = [(H // stride, W // stride, c) for stride, c in zip(ENCODER_STRIDES, self.channels)]
+        found = [tuple(f.shape[1:]) for f in features]
+        if found != expected:
+            raise ValueError(f"expected maps (height, width, channels) {expected} of the encoder {self.name} for an "
+                             f"image of {H}x{W} pixels, found {found}; try multiples of 64 or another encoder")
         return [norm(f) for norm, f in zip(self.norms, features)]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool):
         """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
@@ -786,13 +827,52 @@ class Encoder(nn.Module):
             module.grad_checkpointing = enable
 
 
-def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
+class FeaturePyramid(nn.Module):
+    """Four maps from the tokens of a plain ViT, the simple feature pyramid of ViTDet (https://arxiv.org/abs/2203.16527):
+    tokens (B, C, H/16, W/16) -> (B, C_s, H/s, W/s) with C/4, C/2, C and C channels.
+
+    Differs from ViTDet: its last two convolutions, to 256 channels, are left out, as the decoder takes any widths.
+    """
+
+    def __init__(self, dim: int, patch: int):
+        super().__init__()
+        self.patch, self.channels = patch, [dim // 4, dim // 2, dim, dim]
+
+        def double(dim_in: int):
+            return nn.ConvTranspose2d(dim_in, dim_in // 2, kernel_size=2, stride=2)
+        self.maps = nn.ModuleList([
+            nn.Sequential(double(dim), LayerNorm2d(dim // 2), nn.GELU(), double(dim // 2)), double(dim), nn.Identity(),
+            nn.MaxPool2d(2)])
+
+    def resize(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the size at which patches are H/16 x W/16 in number; for patches of 14 it is 14/16 of it."""
+        size = [n * self.patch // 16 for n in image.shape[2:]]
+        return image if self.patch == 16 else F.interpolate(image, size, mode="bilinear", align_corners=False)
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        return [make(tokens) for make in self.maps]
+
+
+def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple[nn.Module, dict]:
     """timm's features_only model and its arguments: with stochastic depth, unless the model has none."""
-    with_drop_path = {"drop_path_rate": ENCODER_DROP_PATH, **kwargs}
-    try:
-        return timm.create_model(name, features_only=True, **with_drop_path), with_drop_path
-    except TypeError:
-        return timm.create_model(name, features_only=True, **kwargs), kwargs
+    if not timm.is_model(name):
+        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
+                         "timm.list_models() returns")
+    sizes = [{}]
+    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+        sizes = [{"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)}]
+    if name.startswith("swin_"):
+        # Any input size, and windows that keep their size also on maps smaller than themselves.
+        sizes[0].update(strict_img_size=False, always_partition=True)
+    elif not name.startswith("swin"):
+        sizes.insert(0, {"dynamic_img_size": True})    # position embeddings resized to each image
+    for arguments in [{**size, **rate, **kwargs} for size in sizes
+                      for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
+        try:
+            return timm.create_model(name, features_only=True, **arguments), arguments
+        except TypeError as error:    # an argument that this model does not have
+            refused = error
+    raise refused
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
@@ -814,143 +894,6 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
         raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
                            f"{missing[0]}; nothing was loaded")
     backbone.load_state_dict(state)
-
-
-# ----------------------------------------------------------------------------------------- published checkpoints
-
-PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
-
-# (published name, name here), applied in this order to each key without its prefix "module."
-_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
-    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
-    (r"^backbone\.", r"encoder.backbone."),
-    (r"patch_embed\.projection", r"patch_embed.proj"),
-    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
-    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
-    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
-    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
-    (r"attn\.w_msa\.", r"attn."),
-    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
-    (r"ffn\.layers\.1\.", r"mlp.fc2."),
-    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
-    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
-    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
-    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
-    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
-    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
-    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
-    (r"\.conv_share\.0\.", r".linear_shared."),
-    (r"\.conv_share\.1\.", r".conv_shared."),
-    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
-    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
-    (r"ctm\.op\.", r"ctm.mfe."),
-    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
-    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
-    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
-    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
-    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
-    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
-    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
-    (r"\.in_proj\.", r".linear."),
-    (r"\.conv2d\.", r".conv."),
-    (r"\.out_norm\.", r".norm."),
-    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
-    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
-    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
-    (r"\.A_logs$", r".ss2d.A_log"),
-    (r"\.Ds$", r".ss2d.D"),
-    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
-    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
-    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
-    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
-    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
-] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
-
-
-def published_variant(state: dict[str, Tensor]) -> str:
-    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
-    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
-    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
-    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
-    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
-
-
-def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
-    """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
-
-    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
-    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
-    """
-    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
-    if not isinstance(checkpoint, dict):
-        checkpoint = read_tensors(checkpoint)
-    if isinstance(checkpoint, dict):
-        checkpoint = checkpoint.get("model", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
-    own = model.state_dict()
-    del own["_extra_state"]    # published files have none
-    state = {}
-    for key, value in checkpoint.items():
-        if key.endswith("relative_position_index"):    # a constant, which timm computes
-            continue
-        state.update(_convert_published(key, value))
-    problems = [f"missing: {key}" for key in own if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
-    if problems:
-        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
-                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
-                         + "\n  ".join(problems))
-    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # all shapes fit then
-        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
-                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
-    model.load_state_dict(state)
-    return len(checkpoint)
-
-
-def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
-    files."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # the unpickler and the zip reader raise many kinds
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
-                             "they are loaded; save its state_dict alone") from error
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
-                         "another kind of file") from error
-
-
-def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
-    """One published tensor -> the tensors here, by name."""
-    name = key.removeprefix("module.")
-    for pattern, replacement in _PUBLISHED_NAMES:
-        name = pattern.sub(replacement, name)
-    if "downsample.norm" in name or "downsample.reduction" in name:
-        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
-        # (column, row, c) in timm's.
-        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
-    if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
-        linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
-        return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
-    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
-        return {name: -value}
-    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
-        return {name: value.unflatten(0, (K, -1))}
-    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
-        return {name: value.reshape(()) if value.numel() == 1 else value}
-    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
-        return {name: value.flatten(1)}
-    return {name: value}
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1829,6 +1772,143 @@ _SCANS = {
     "triton": (_triton_states, _triton_forward, _triton_backward),
     "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
 }
+
+
+# -------------------------------------------------------------------------------------- appendix: published checkpoints
+
+PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
+
+# (published name, name here), applied in this order to each key without its prefix "module."
+_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
+    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
+    (r"^backbone\.", r"encoder.backbone."),
+    (r"patch_embed\.projection", r"patch_embed.proj"),
+    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
+    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
+    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
+    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
+    (r"attn\.w_msa\.", r"attn."),
+    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
+    (r"ffn\.layers\.1\.", r"mlp.fc2."),
+    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
+    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
+    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
+    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
+    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
+    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
+    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
+    (r"\.conv_share\.0\.", r".linear_shared."),
+    (r"\.conv_share\.1\.", r".conv_shared."),
+    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
+    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
+    (r"ctm\.op\.", r"ctm.mfe."),
+    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
+    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
+    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
+    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
+    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
+    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
+    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
+    (r"\.in_proj\.", r".linear."),
+    (r"\.conv2d\.", r".conv."),
+    (r"\.out_norm\.", r".norm."),
+    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
+    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
+    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
+    (r"\.A_logs$", r".ss2d.A_log"),
+    (r"\.Ds$", r".ss2d.D"),
+    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
+    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
+    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
+    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
+    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
+] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
+
+
+def published_variant(state: dict[str, Tensor]) -> str:
+    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
+    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
+    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
+    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
+    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
+
+
+def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
+    """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
+
+    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
+    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
+    """
+    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(checkpoint, dict):
+        checkpoint = read_tensors(checkpoint)
+    if isinstance(checkpoint, dict):
+        checkpoint = checkpoint.get("model", checkpoint)
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
+    own = model.state_dict()
+    del own["_extra_state"]    # published files have none
+    state = {}
+    for key, value in checkpoint.items():
+        if key.endswith("relative_position_index"):    # a constant, which timm computes
+            continue
+        state.update(_convert_published(key, value))
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    for key, value in state.items():
+        if key in own and own[key].shape != value.shape:
+            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
+    if problems:
+        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
+                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
+                         + "\n  ".join(problems))
+    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    if order != list(model.tasks):    # all shapes fit then
+        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
+                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+    model.load_state_dict(state)
+    return len(checkpoint)
+
+
+def read_tensors(path: str | Path):
+    """Reads a file of torch.save that holds tensors and plain values. Raises FileNotFoundError, or ValueError for other
+    files."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:    # the unpickler and the zip reader raise many kinds
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
+                             "they are loaded; save its state_dict alone") from error
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
+                         "another kind of file") from error
+
+
+def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
+    """One published tensor -> the tensors here, by name."""
+    name = key.removeprefix("module.")
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = pattern.sub(replacement, name)
+    if "downsample.norm" in name or "downsample.reduction" in name:
+        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
+        # (column, row, c) in timm's.
+        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
+    if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
+        linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
+        return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
+    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
+        return {name: -value}
+    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
+        return {name: value.unflatten(0, (K, -1))}
+    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
+        return {name: value.reshape(()) if value.numel() == 1 else value}
+    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
+        return {name: value.flatten(1)}
+    return {name: value}
 
 
 # ---------------------------------------------------------------------------------- appendix: batch norm over processes
