@@ -459,7 +459,7 @@ class SS2D(nn.Module):
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
         # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
         return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
 
@@ -549,7 +549,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if backend == "loop":
         delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
         return _scan_loop(x, delta, A, B, C, D, delta_bias)
-    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
                            "jvp or torch.func.grad; use the backend loop, which has them all")
@@ -962,22 +962,27 @@ def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
                       D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
-    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), which are the N rows of
+    A, D and delta_bias, in float32 or float64; and of dt_weight, if there is one."""
     _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        operands = _operands(backend, *inputs)
-        grads = list(backward(grad_y.to(operands[0].dtype), states, *operands))
+        operands = _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
+        gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
+        grads = [gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters]
         if dt_weight is not None:
-            g_delta = grads[1].flatten(0, 2)
-            grads.append(torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2)))
-            grads[1] = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype)).view(delta.shape)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
+            g_delta = g_delta.flatten(0, 2).transpose(0, 1)                                    # (K, B H W, D)
+            grads.append((g_delta.mT @ delta.to(g_delta.dtype).flatten(0, 2).transpose(0, 1)).to(dt_weight.dtype))
+            grads[1] = torch.empty_like(delta, dtype=g_delta.dtype, memory_format=torch.contiguous_format)
+            torch.bmm(g_delta, dt_weight.to(g_delta.dtype), out=grads[1].flatten(0, 2).transpose(0, 1))
+            grads[1] = grads[1].to(delta.dtype)
+    return [g.contiguous() for g in grads]
 
 
 @_scan_backward_op.register_fake
-def _(grad_y, states, *inputs):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:8] if t is not None]
+def _(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+    parameters = A.new_empty(A.shape[2] + 2, *A.shape[:2], dtype=_compute_dtype(x))
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, dt_weight) if t is not None]
+    return [*grads[:2], B.new_empty(2, *B.shape), parameters, *grads[2:]]
 
 
 def _scan_setup_context(ctx, inputs, output):
@@ -990,8 +995,9 @@ def _scan_autograd(ctx, grad_y, grad_states):
     # The states leave the operator only to be saved here, so grad_states is None.
     if grad_y is None:
         return (None,) * 9
-    grads = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
-    return *grads, *(None,) * (9 - len(grads))
+    gx, g_delta, gBC, g_parameters, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
+    gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
+    return gx, g_delta, gA, *gBC.unbind(), gD, g_bias, *(g_weight or [None]), None
 
 
 def _scan_second_derivative(ctx, *grads):
@@ -1005,11 +1011,17 @@ _scan_backward_op.register_autograd(_scan_second_derivative)
 def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
-    if backend != "triton":    # whose kernels read x and delta in any type
-        x, delta = x.to(dtype), delta.to(dtype)
+    if backend != "triton":    # whose kernels read these in any type
+        x, delta, B, C = (t.to(dtype) for t in (x, delta, B, C))
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    return x, delta, *(t.to(dtype) for t in (A, B, C, D, delta_bias))
+    A, D, delta_bias = (t.to(dtype) for t in (A, D, delta_bias))
+    return x, delta, A, B, C, D, delta_bias
+
+
+def _parameter_gradients(gA: Tensor, gD: Tensor, g_bias: Tensor) -> Tensor:
+    """(K, N, D), (K, D), (K, D) -> (N + 2, K, D)"""
+    return torch.cat([gA.transpose(0, 1), gD[None], g_bias[None]])
 
 
 def _is_transformed(t: Tensor) -> bool:
@@ -1080,7 +1092,8 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
         gA += (G * step[now].unsqueeze(3)).sum((0, 1))
     g_delta = (g_step + g_step_u * u) * z.sigmoid()
     gx, g_delta, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in (g_step_u * step + gy * D, g_delta, gB, gC))
-    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))
+    return (gx.sum(3), g_delta, torch.stack([gB, gC]),
+            _parameter_gradients(gA, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))))
 
 
 def _torch_inputs(x, delta, A, B, C, delta_bias):
@@ -1282,12 +1295,12 @@ def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, L, d = inputs[0].shape
     g_next, gA = x.new_zeros(2, batch, K, A.shape[-1], d)
     gx, g_delta = x.new_empty(K, batch, L, d), x.new_empty(batch, L, K, d)
-    gB, gC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
-    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, gB, gC)
+    gBC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
+    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, *gBC)
     gx, gA, g_delta = (g[..., :x.shape[3]] for g in (gx.sum(0), gA.sum(0), g_delta))
     gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
-    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gA.transpose(1, 2),
-            gB.sum(0).view(B.shape), gC.sum(0).view(C.shape), gD, g_delta.sum((0, 1)))
+    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gBC.sum(1).view(2, *B.shape),
+            _parameter_gradients(gA, gD, g_delta.sum((0, 1))))
 
 
 def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
@@ -1363,7 +1376,8 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
     gu, g_delta, gA, gB, gC, gD, g_bias = torch.autograd.grad(y, read, grad_y)
     maps = gu.unflatten(1, (K, -1)), g_delta.unflatten(1, (K, -1)), gB, gC
     gu, g_delta, gB, gC = (_from_sequences(g.permute(3, 0, 1, 2), *x.shape[1:3]) for g in maps)
-    return gu.sum(3), g_delta, gA.unflatten(0, (K, -1)), gB, gC, gD.view(K, -1), g_bias.view(K, -1)
+    return (gu.sum(3), g_delta, torch.stack([gB, gC]),
+            _parameter_gradients(gA.unflatten(0, (K, -1)).mT, gD.view(K, -1), g_bias.view(K, -1)))
 
 
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
@@ -1405,7 +1419,7 @@ def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
     # And no other size of the map or batch is worth compiling for again.
-    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch", "pair"]
+    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch"]
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
@@ -1448,22 +1462,21 @@ def _triton_softplus(z):
 
 
 @_jit
-def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
+def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
                      ends, totals, gy, starts, chunk_states,
                      N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
                      ADJOINT: constexpr):
-    """Per segment (B, 2, segments) of the pair, or of both pairs in turn: the end state from 0 (N, D) and the sum of
-    Delta (D,).
+    """Per segment (pair, B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
 
     ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
-    k, sample = pair + program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
+    k, sample = program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
     n = tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     sequence = program.to(tl.int64) * segments + segment
-    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
     bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
     h = tl.zeros((TILE_N, BLOCK), tl.float32)
@@ -1502,14 +1515,14 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
 
 
 @_jit
-def _triton_combine(ends, totals, A, batch, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
+def _triton_combine(ends, totals, A, batch, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
                     ADJOINT: constexpr):
-    """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
-    state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
-    arithmetic."""
+    """Turns, in place, the ends (pair, B, 2, segments, N, D) of _triton_segments into what enters each segment: its
+    start state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than
+    the arithmetic."""
     d, n, program = _triton_program(N, D, BLOCK)
-    k = pair + program // (2 * batch) + program % 2 * 2
-    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+    k = program // (2 * batch) + program % 2 * 2
+    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
     h = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, segments, AHEAD):
         places, masks, e, total = (), (), (), ()
@@ -1527,7 +1540,7 @@ def _triton_combine(ends, totals, A, batch, pair, segments, D, N: constexpr, BLO
 
 
 @_jit
-def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
+def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
                     skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
     """y (2, B, H, W, D) in float32 from the start states: per pair the sum of its two directions."""
     d, segment, program = _triton_program(segments, D, BLOCK)
@@ -1537,10 +1550,10 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
     BC += sample * 8 * N
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     for walk in range(2):
-        k = pair + program // batch + walk * 2
+        k = program // batch + walk * 2
         delta_walk, BC_walk = delta + k.to(tl.int64) * delta_k, BC + k * 2 * N
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
-        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
@@ -1577,28 +1590,31 @@ def _triton_scatter_sums(values, lane):
 
 
 @_jit
-def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
-                      skip, gy, chunk_states, g_ends, gx, g_delta, gA, gBC, g_skip, g_bias,
+def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
+                      skip, gy, chunk_states, g_ends, gx, g_delta, gBC, g_parameters,
                       N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
     """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
 
-    gx (B, H, W, D), added to the first pair's. g_delta (B, H, W, K, D). gA (B, 2, segments, N, D) and g_skip, g_bias
-    (B, 2, segments, D): to be summed over batch and segments. gBC (blocks, B, H, W, K, 2, N): over blocks of channels.
+    gx (pair, B, H, W, D): to be summed over pairs. g_delta (B, H, W, K, D). gBC (blocks, 2, B, H, W, K, N): over blocks
+    of channels. g_parameters (N + 2, K, B, segments, D), of A, D and the bias: over batch and segments.
     Channels are (BLOCK / 32, 32) here. Lane 16 b + i holds state i of B (b = 0) or C (b = 1), of 16 states at a time;
     lane 2 t + b (and that plus 2 STEPS and so on) writes their gradient at step t of STEPS.
     """
-    _, segment, sample = _triton_program(segments, D, BLOCK)
+    _, segment, program = _triton_program(segments, D, BLOCK)
+    sample = program % batch
     block, lane = tl.program_id(0) % tl.cdiv(D, BLOCK), tl.arange(0, 32)
     d = block * BLOCK + tl.arange(0, BLOCK // 32)[:, None] * 32 + lane[None, :]
-    gBC += ((block * batch + sample).to(tl.int64) * H * W * 8 + lane % 2) * N
+    gBC += ((block * 2 + lane % 2) * batch + sample).to(tl.int64) * H * W * 4 * N
     first = sample.to(tl.int64) * H * W
-    x, gx, gy, g_delta = x + first * D, gx + first * D, gy + first * D, g_delta + first * 4 * D
+    x, gy, g_delta, gx = x + first * D, gy + first * D, g_delta + first * 4 * D, gx + program.to(tl.int64) * H * W * D
     delta, BC = delta + first * delta_pixel, BC + first * 8 * N
     zeros = tl.zeros((BLOCK // 32, 32), tl.float32)
     for walk in range(2):
-        k = pair + walk * 2
+        k = program // batch + walk * 2
         delta_walk = delta + k.to(tl.int64) * delta_k
-        sequence = (sample * 2 + walk).to(tl.int64) * segments + segment
+        sequence = (program * 2 + walk).to(tl.int64) * segments + segment
+        g_walk = g_parameters + ((k * batch + sample).to(tl.int64) * segments + segment) * D
+        g_row = batch.to(tl.int64) * segments * 4 * D    # from one row to the next
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         g_skip_k, g_bias_k = zeros, zeros
@@ -1621,20 +1637,20 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 g_u, g_step = g_u + (zeros,), g_step + (zeros,)    # gradients of Delta u and Delta, summed over states
                 summed_at = tl.where(lane // 2 % STEPS == t, pixel, summed_at)
                 pixel = _triton_next(pixel, ahead, H * W, done + t + 1 < steps)
-            sums = gBC + (summed_at * 4 + k) * 2 * N
+            sums = gBC + (summed_at * 4 + k) * N
             writes = (lane < 2 * STEPS) & (done + lane // 2 < steps)
             for block_n in range(0, N, 16):
                 BC_n = ()
                 for t in tl.static_range(STEPS):
                     state = block_n + lane % 16
                     BC_n += (tl.load(BC + ((at[t] * 4 + k) * 2 + lane // 16) * N + state, mask=state < N, other=0),)
-                row = (sequence * N + block_n) * D
+                row, gA = (sequence * N + block_n) * D, g_walk + block_n * g_row
                 start_row = ((sequence * (SEGMENT // STEPS) + chunk) * N + block_n) * D
                 for n in range(block_n, tl.minimum(block_n + 16, N)):
-                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
                     h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
                     g = tl.load(g_ends + row + d, mask=d < D, other=0)
-                    gA_n = tl.load(gA + row + d, mask=d < tl.where(i > 0, D, 0), other=0)
+                    gA_n = tl.load(gA + d, mask=d < tl.where(i > 0, D, 0), other=0)
                     B_lane = tl.zeros((32,), tl.int32) + n % 16
                     A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
                     for t in tl.static_range(STEPS):
@@ -1656,8 +1672,9 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                     g_u, g_step = g_u_n, g_step_n
                     tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), mask=writes)
                     tl.store(g_ends + row + d, g, mask=d < D)
-                    tl.store(gA + row + d, gA_n, mask=d < D)
+                    tl.store(gA + d, gA_n, mask=d < D)
                     row += D
+                    gA += g_row
                     start_row += D
             for t in tl.static_range(STEPS):
                 mask = (d < D) & (done + t < steps)
@@ -1665,16 +1682,16 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 pixel_t = tl.sum(tl.where(lane == 2 * t, summed_at, 0), 0)
                 u = tl.load(x + pixel_t * D + d, mask=d < D, other=0).to(tl.float32)
                 z = tl.load(delta_walk + pixel_t * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
-                # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
+                # A_n was multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
                 g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
                 tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
-                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(k > 0, D, 0), other=0)
+                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(walk > 0, D, 0), other=0)
                 tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u
                 g_bias_k += tl.where(done + t < steps, g_z, 0)
             tl.debug_barrier()    # the next chunk reads g_ends and gA back, the next walk gx
-        tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
-        tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
+        tl.store(g_walk + N * g_row + d, g_skip_k, mask=d < D)
+        tl.store(g_walk + (N + 1) * g_row + d, g_bias_k, mask=d < D)
 
 
 def _triton_segment(batch: int, L: int, D: int) -> int:
@@ -1693,7 +1710,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
-    """(what the three kernels that walk begin with, their compile-time arguments)"""
+    """(what the three kernels that walk begin with, their compile-time arguments, their limit of registers)"""
     if not has_triton():
         raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
                            f"found {triton.__version__ if triton else 'none'}; use the backend torch")
@@ -1704,8 +1721,9 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    A = A.mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    BC = torch.cat([B, C], dim=-1)                                                             # (B, H, W, K, 2N)
+    A = A.mT.contiguous()                                                                      # (K, N, D)
+    # In float32: kernels that convert them at every step issue 10 % more instructions.
+    BC = torch.cat([B, C], dim=-1).float()                                                     # (B, H, W, K, 2N)
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
@@ -1713,7 +1731,7 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
         raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
-            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1), REGISTERS if n <= 16 else {})
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias):
@@ -1721,48 +1739,44 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
     n = A.shape[-1]
     states = _triton_states(x, n)
     segments = states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
     totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
-    with torch.cuda.device_of(x):    # both pairs at once
+    with torch.cuda.device_of(x):
         _triton_segments[blocks * segments * K * batch,](
-            *walk, 0, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
-            **REGISTERS)
-        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, 0, segments, d, N=n, BLOCK=BLOCK_D,
+            *walk, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
+            **registers)
+        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, 0, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **registers)
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
-    batch, H, W, d = x.shape
+    batch, _, _, d = x.shape
     n, segments = A.shape[-1], states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D, grad_y = D.contiguous(), grad_y.contiguous()
+    grad_y = grad_y.contiguous()
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
-    gx, g_delta = empty(batch, H, W, d), x.new_empty(batch, H, W, K, d, dtype=walk[1].dtype)
-    gBC = empty(blocks, batch, H, W, K, 2 * n)
-    gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
-    g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
-    chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
-    with torch.cuda.device_of(x):    # a pair at a time, which halves the memory
-        for pair, starts in enumerate(states):
-            _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
-                *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-                STEPS=STEPS, ADJOINT=True, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], batch, pair, segments, d, N=n,
-                                                     BLOCK=BLOCK_D, AHEAD=8, ADJOINT=True, num_warps=1)
-            _triton_gradients[blocks * segments * batch,](
-                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gBC, g_skip[pair], g_bias[pair],
-                **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
-    # (pair, B, 2, segments, ...) -> (K, ...)
-    gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
-    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias
+    gx, gBC, g_delta = empty(2, *x.shape), empty(blocks, 2, *B.shape), x.new_empty(delta.shape, dtype=delta.dtype)
+    g_parameters = empty(n + 2, K, batch, segments, d)
+    g_ends, totals = empty(*states.shape), empty(*states.shape[:4], d)
+    chunk_states = empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
+    with torch.cuda.device_of(x):
+        _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * K * batch,](
+            *walk, g_ends, totals, grad_y, states, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
+            STEPS=STEPS, ADJOINT=True, **registers)
+        _triton_combine[blocks * n * K * batch,](g_ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
+                                                 AHEAD=8, ADJOINT=True, num_warps=1)
+        _triton_gradients[blocks * segments * 2 * batch,](
+            *walk, D.contiguous(), grad_y, chunk_states, g_ends, gx, g_delta, gBC, g_parameters, **sizes, BLOCK=BLOCK_D,
+            STEPS=STEPS)
+    return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
 
 # By backend: the states' size, forward and backward.
