@@ -576,7 +576,8 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias):
     u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
     directions = torch.arange(K, device=x.device)[:, None]
     delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-    A, D, delta_bias = A.to(dtype), D[:, None].to(dtype), delta_bias[:, None].to(dtype)
+    A = A.to(dtype).contiguous()    # as the state, which the scan operator wants to keep its strides
+    D, delta_bias = (t[:, None].to(dtype) for t in (D, delta_bias))
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
     y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
     return y.view_as(x).to(x.dtype)
