@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-published checkpoints, cost. The appendix has the fast scans, for CPUs and GPUs, and the sums of batch norm.
+cost. The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and the sums of batch norm.
 """
 
 import copy
@@ -49,7 +49,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath, LayerNorm2d, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -128,39 +128,46 @@ class MTMamba(nn.Module):
     tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. The order counts: CTM concatenates the
         tasks' features in it (Eq. 20).
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
-    encoder: a key of ENCODERS, or any timm model with features at strides 4, 8, 16 and 32.
+    encoder: a key of ENCODERS; any timm model with features at strides 4, 8, 16 and 32, or a plain ViT; or a module of
+        your own, see Encoder. train.py knows encoders by name, so a module is for Python alone.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: more arguments of timm.create_model, such as in_chans=4 for images of four channels.
+    encoder_kwargs: more arguments of timm.create_model.
     variant: a key of VARIANTS.
     output_scale: size of the outputs divided by the image's, a whole number. It is 2 in the recipe of Cityscapes,
         where images are halved and labels are not.
     d_state: N.
     backend: of the scan, see selective_scan_2d.
+    in_chans: channels of the images.
     An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
     predict checks its output and resizes it.
     Raises ValueError on an unknown variant or encoder, no tasks, or a wrong number of channels or output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
-                 encoder: str = "swin_large_patch4_window12_384", pretrained: bool = False,
+                 encoder: str | nn.Module = "swin_large_patch4_window12_384", pretrained: bool = False,
                  encoder_kwargs: dict | None = None, variant: str = "mtmamba", output_scale: int = 1,
-                 d_state: int = 16, backend: str | None = None):
+                 d_state: int = 16, backend: str | None = None, in_chans: int = 3):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
-        if not tasks or any(channels < 1 for channels in tasks.values()):
-            raise ValueError(f"tasks must name at least one task with 1 or more output channels each, found {tasks}")
+        if not tasks or not isinstance(tasks, dict) or any(channels < 1 for channels in tasks.values()):
+            raise ValueError("expected tasks like {'semseg': 40, 'depth': 1}, at least one task with 1 or more output "
+                             f"channels each, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
         config = DecoderConfig(**VARIANTS[variant], d_state=d_state, backend=backend)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
-        self.in_chans = (encoder_kwargs or {}).get("in_chans", 3)
+        encoder_kwargs = encoder_kwargs or {}
+        self.in_chans = encoder_kwargs.get("in_chans", in_chans)
+        if self.in_chans != 3 and not isinstance(encoder, nn.Module):
+            encoder_kwargs = dict(encoder_kwargs, in_chans=self.in_chans)
 
         def build_encoder():
-            return Encoder(encoder, img_size, pretrained, encoder_kwargs or {})
+            return Encoder(encoder if self.shared_encoder else copy.deepcopy(encoder), img_size, pretrained,
+                           encoder_kwargs)
         self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
-        c1, c2, c3, c4 = (self.encoder if self.shared_encoder else next(iter(self.encoder.values()))).channels
+        c1, c2, c3, c4 = self.encoders()[0].channels
 
         blocks = config.depth + (config.ctm is not None)    # per stage
         drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
@@ -188,7 +195,7 @@ class MTMamba(nn.Module):
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
             raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, "
                              f"normalised with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} "
-                             "(other numbers of channels: encoder_kwargs={'in_chans': 4})")
+                             "(other numbers of channels: MTMamba(..., in_chans=4))")
         dtype = next(self.stages.parameters()).dtype
         if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
             raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
@@ -232,13 +239,25 @@ class MTMamba(nn.Module):
             outputs[t] = y[:, :, :H, :W]                             # without decode's padding
         return outputs
 
+    def encoders(self) -> list["Encoder"]:
+        """The shared one, or one per task."""
+        return [self.encoder] if self.shared_encoder else list(self.encoder.values())
+
+    def freeze_encoder(self):
+        """The backbone gets no gradient, and stays in eval mode also after train(). The LayerNorms on its features and
+        a ViT's pyramid start untrained, so they are trained all the same."""
+        for encoder in self.encoders():
+            encoder.frozen = True
+            encoder.backbone.requires_grad_(False)
+            encoder.train(encoder.training)
+
     def set_grad_checkpointing(self, enable: bool = True):
         """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes it a second time in
         the backward pass: less memory, more time, equal gradients.
 
         Lite heads are skipped: recomputing them would update batch norm twice.
         """
-        for encoder in [self.encoder] if self.shared_encoder else self.encoder.values():
+        for encoder in self.encoders():
             encoder.set_grad_checkpointing(enable)
         for block in (*self.stages.modules(), *self.heads.values()):
             if isinstance(block, (SwinTransformerBlock, STM, CTM, SCTM, DenseHead)):
@@ -248,7 +267,7 @@ class MTMamba(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Part of every state_dict: what its tensors' names and shapes do not show, as the bytes of a JSON object."""
-        shown = self.encoder if self.shared_encoder else next(iter(self.encoder.values()))
+        shown = self.encoders()[0]
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
                       windows=sorted({to_2tuple(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
@@ -441,7 +460,7 @@ class SS2D(nn.Module):
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
         # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
         return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
 
@@ -525,10 +544,13 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)    # old PyTorch has the second
+    if backend != "loop" and is_exporting():
+        raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
         delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
         return _scan_loop(x, delta, A, B, C, D, delta_bias)
-    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
                            "jvp or torch.func.grad; use the backend loop, which has them all")
@@ -555,7 +577,8 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias):
     u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
     directions = torch.arange(K, device=x.device)[:, None]
     delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-    A, D, delta_bias = A.to(dtype), D[:, None].to(dtype), delta_bias[:, None].to(dtype)
+    A = A.to(dtype).contiguous()    # as the state, which the scan operator wants to keep its strides
+    D, delta_bias = (t[:, None].to(dtype) for t in (D, delta_bias))
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
     y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
     return y.view_as(x).to(x.dtype)
@@ -738,47 +761,66 @@ def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) ->
 
 
 class Encoder(nn.Module):
-    """Section 3.3, Eq. 9: a timm backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
+    """Section 3.3, Eq. 9: a backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
-    Arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to multiples
-    of 32.
+    encoder: a name, as in MTMamba, or a module that returns the four maps, in a list or tuple. Its attribute `channels`
+        tells their channels. They are NCHW, unless its attribute `output_fmt` is "NHWC".
+    Other arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to
+    multiples of 32. Raises ValueError on an unknown name, features that do not fit, and arguments for a module.
     """
 
-    def __init__(self, name: str, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
+    def __init__(self, encoder: str | nn.Module, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
         super().__init__()
-        name = ENCODERS.get(name, name)
-        if not timm.is_model(name):
-            raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
-                             "timm.list_models() returns")
-        is_swin = name.startswith("swin_")    # others of this family begin with swinv2_
-        self.name, self.built_for = name, None    # the size, where the weights depend on it
-        if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
-            padded = tuple(n + -n % ENCODER_STRIDES[-1] for n in img_size)
-            kwargs = {"img_size": padded, **kwargs}
-            self.built_for = None if is_swin else kwargs["img_size"]
-        if is_swin:
-            # Any input size, and windows that keep their size also on maps smaller than themselves.
-            kwargs = {"strict_img_size": False, "always_partition": True, **kwargs}
-        self.backbone, kwargs = create_backbone(name, kwargs)
-        info = self.backbone.feature_info
-        if not set(ENCODER_STRIDES) <= set(info.reduction()):
-            raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, found {name!r} with "
-                             f"{tuple(info.reduction())}. Choose a hierarchical model")
-        self.indices = [info.reduction().index(stride) for stride in ENCODER_STRIDES]
-        if pretrained:
-            load_pretrained_backbone(self.backbone, name, kwargs)
-        pad_before_shift(self.backbone)
-        self.channels = [info.channels()[i] for i in self.indices]
+        self.built_for = None    # the size, where the weights depend on it
+        self.frozen, self.pyramid, self.indices = False, None, range(4)
+        if isinstance(encoder, nn.Module):
+            self.name, self.backbone, self.channels = type(encoder).__name__, encoder, getattr(encoder, "channels", ())
+            if len(self.channels) != 4 or pretrained or kwargs:
+                raise ValueError(f"expected a module as encoder with four numbers in its attribute `channels`, without "
+                                 f"pretrained and encoder_kwargs; found {self.name} with {self.channels}")
+        else:
+            self.name = ENCODERS.get(encoder, encoder)
+            self.backbone, kwargs = create_backbone(self.name, img_size, kwargs)
+            if not self.name.startswith("swin_"):
+                self.built_for = kwargs.get("img_size")
+            if pretrained:
+                load_pretrained_backbone(self.backbone, self.name, kwargs)
+            pad_before_shift(self.backbone)
+            strides, channels = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
+            if len(set(strides)) == 1:
+                self.pyramid = FeaturePyramid(channels[-1], patch=strides[-1])
+                self.channels = self.pyramid.channels
+            elif set(ENCODER_STRIDES) <= set(strides):
+                self.indices = [strides.index(stride) for stride in ENCODER_STRIDES]
+                self.channels = [channels[i] for i in self.indices]
+            else:
+                raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, or a plain ViT; "
+                                 f"found {self.name!r} with {tuple(strides)}")
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = self.backbone(image)
-        features = [features[i] for i in self.indices]
+        if self.pyramid:
+            features = self.pyramid(self.backbone(self.pyramid.resize(image))[-1])
+        else:
+            features = self.backbone(image)
+            features = [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
+        H, W = image.shape[2:]
+        expected = [(H // stride, W // stride, c) for stride, c in zip(ENCODER_STRIDES, self.channels)]
+        found = [tuple(f.shape[1:]) for f in features]
+        if found != expected:
+            raise ValueError(f"expected maps (height, width, channels) {expected} of the encoder {self.name} for an "
+                             f"image of {H}x{W} pixels, found {found}; try multiples of 64 or another encoder")
         return [norm(f) for norm, f in zip(self.norms, features)]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool):
         """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
@@ -787,13 +829,52 @@ class Encoder(nn.Module):
             module.grad_checkpointing = enable
 
 
-def create_backbone(name: str, kwargs: dict) -> tuple[nn.Module, dict]:
+class FeaturePyramid(nn.Module):
+    """Four maps from the tokens of a plain ViT, the simple feature pyramid of ViTDet (https://arxiv.org/abs/2203.16527):
+    tokens (B, C, H/16, W/16) -> (B, C_s, H/s, W/s) with C/4, C/2, C and C channels.
+
+    Differs from ViTDet: its last two convolutions, to 256 channels, are left out, as the decoder takes any widths.
+    """
+
+    def __init__(self, dim: int, patch: int):
+        super().__init__()
+        self.patch, self.channels = patch, [dim // 4, dim // 2, dim, dim]
+
+        def double(dim_in: int):
+            return nn.ConvTranspose2d(dim_in, dim_in // 2, kernel_size=2, stride=2)
+        self.maps = nn.ModuleList([
+            nn.Sequential(double(dim), LayerNorm2d(dim // 2), nn.GELU(), double(dim // 2)), double(dim), nn.Identity(),
+            nn.MaxPool2d(2)])
+
+    def resize(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the size at which patches are H/16 x W/16 in number; for patches of 14 it is 14/16 of it."""
+        size = [n * self.patch // 16 for n in image.shape[2:]]
+        return image if self.patch == 16 else F.interpolate(image, size, mode="bilinear", align_corners=False)
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        return [make(tokens) for make in self.maps]
+
+
+def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple[nn.Module, dict]:
     """timm's features_only model and its arguments: with stochastic depth, unless the model has none."""
-    with_drop_path = {"drop_path_rate": ENCODER_DROP_PATH, **kwargs}
-    try:
-        return timm.create_model(name, features_only=True, **with_drop_path), with_drop_path
-    except TypeError:
-        return timm.create_model(name, features_only=True, **kwargs), kwargs
+    if not timm.is_model(name):
+        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
+                         "timm.list_models() returns")
+    sizes = [{}]
+    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+        sizes = [{"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)}]
+    if name.startswith("swin_"):
+        # Any input size, and windows that keep their size also on maps smaller than themselves.
+        sizes[0].update(strict_img_size=False, always_partition=True)
+    elif not name.startswith("swin"):
+        sizes.insert(0, {"dynamic_img_size": True})    # position embeddings resized to each image
+    for arguments in [{**size, **rate, **kwargs} for size in sizes
+                      for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
+        try:
+            return timm.create_model(name, features_only=True, **arguments), arguments
+        except TypeError as error:    # an argument that this model does not have
+            refused = error
+    raise refused
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
@@ -815,144 +896,6 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
         raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
                            f"{missing[0]}; nothing was loaded")
     backbone.load_state_dict(state)
-
-
-# ----------------------------------------------------------------------------------------- published checkpoints
-
-PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
-
-# (published name, name here), applied in this order to each key without its prefix "module."
-_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
-    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
-    (r"^backbone\.", r"encoder.backbone."),
-    (r"patch_embed\.projection", r"patch_embed.proj"),
-    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
-    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
-    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
-    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
-    (r"attn\.w_msa\.", r"attn."),
-    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
-    (r"ffn\.layers\.1\.", r"mlp.fc2."),
-    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
-    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
-    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
-    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
-    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
-    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
-    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
-    (r"\.conv_share\.0\.", r".linear_shared."),
-    (r"\.conv_share\.1\.", r".conv_shared."),
-    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
-    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
-    (r"ctm\.op\.", r"ctm.mfe."),
-    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
-    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
-    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
-    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
-    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
-    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
-    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
-    (r"\.in_proj\.", r".linear."),
-    (r"\.conv2d\.", r".conv."),
-    (r"\.out_norm\.", r".norm."),
-    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
-    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
-    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
-    (r"\.A_logs$", r".ss2d.A_log"),
-    (r"\.Ds$", r".ss2d.D"),
-    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
-    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
-    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
-    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
-    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
-] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
-
-
-def published_variant(state: dict[str, Tensor]) -> str:
-    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
-    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
-    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
-    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
-    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
-
-
-def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
-    """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
-
-    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
-    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
-    """
-    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
-    if not isinstance(checkpoint, dict):
-        checkpoint = read_tensors(checkpoint)
-    if isinstance(checkpoint, dict):
-        checkpoint = checkpoint.get("model", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
-    own = model.state_dict()
-    del own["_extra_state"]    # published files have none
-    state = {}
-    for key, value in checkpoint.items():
-        if key.endswith("relative_position_index"):    # a constant, which timm computes
-            continue
-        state.update(_convert_published(key, value))
-    problems = [f"missing: {key}" for key in own if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
-    if problems:
-        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
-                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
-                         + "\n  ".join(problems))
-    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # all shapes fit then
-        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
-                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
-    model.load_state_dict(state)
-    return len(checkpoint)
-
-
-def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write
-    into the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
-    try:
-        mapped = zipfile.is_zipfile(path) and os.name == "posix"    # Windows does not replace a mapped file
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:    # the unpickler and the zip reader raise many kinds
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
-                             "they are loaded; save its state_dict alone") from error
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
-                         "another kind of file") from error
-
-
-def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
-    """One published tensor -> the tensors here, by name."""
-    name = key.removeprefix("module.")
-    for pattern, replacement in _PUBLISHED_NAMES:
-        name = pattern.sub(replacement, name)
-    if "downsample.norm" in name or "downsample.reduction" in name:
-        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
-        # (column, row, c) in timm's.
-        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
-    if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
-        linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
-        return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
-    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
-        return {name: -value}
-    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
-        return {name: value.unflatten(0, (K, -1))}
-    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
-        return {name: value.reshape(()) if value.numel() == 1 else value}
-    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
-        return {name: value.flatten(1)}
-    return {name: value}
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1021,22 +964,27 @@ def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
                       D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and, where there is one, dt_weight."""
-    inputs = (x, delta, A, B, C, D, delta_bias, dt_weight)
+    """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), which are the N rows of
+    A, D and delta_bias, in float32 or float64; and of dt_weight, if there is one."""
     _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        operands = _operands(backend, *inputs)
-        grads = list(backward(grad_y.to(operands[0].dtype), states, *operands))
+        operands = _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
+        gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
+        grads = [gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters]
         if dt_weight is not None:
-            g_delta = grads[1].flatten(0, 2)
-            grads.append(torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2)))
-            grads[1] = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype)).view(delta.shape)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs)]
+            g_delta = g_delta.flatten(0, 2).transpose(0, 1)                                    # (K, B H W, D)
+            grads.append((g_delta.mT @ delta.to(g_delta.dtype).flatten(0, 2).transpose(0, 1)).to(dt_weight.dtype))
+            grads[1] = torch.empty_like(delta, dtype=g_delta.dtype, memory_format=torch.contiguous_format)
+            torch.bmm(g_delta, dt_weight.to(g_delta.dtype), out=grads[1].flatten(0, 2).transpose(0, 1))
+            grads[1] = grads[1].to(delta.dtype)
+    return [g.contiguous() for g in grads]
 
 
 @_scan_backward_op.register_fake
-def _(grad_y, states, *inputs):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:8] if t is not None]
+def _(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+    parameters = A.new_empty(A.shape[2] + 2, *A.shape[:2], dtype=_compute_dtype(x))
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, dt_weight) if t is not None]
+    return [*grads[:2], B.new_empty(2, *B.shape), parameters, *grads[2:]]
 
 
 def _scan_setup_context(ctx, inputs, output):
@@ -1049,8 +997,9 @@ def _scan_autograd(ctx, grad_y, grad_states):
     # The states leave the operator only to be saved here, so grad_states is None.
     if grad_y is None:
         return (None,) * 9
-    grads = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
-    return *grads, *(None,) * (9 - len(grads))
+    gx, g_delta, gBC, g_parameters, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
+    gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
+    return gx, g_delta, gA, *gBC.unbind(), gD, g_bias, *(g_weight or [None]), None
 
 
 def _scan_second_derivative(ctx, *grads):
@@ -1064,11 +1013,17 @@ _scan_backward_op.register_autograd(_scan_second_derivative)
 def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
-    if backend != "triton":    # whose kernels read x and delta in any type
-        x, delta = x.to(dtype), delta.to(dtype)
+    if backend != "triton":    # whose kernels read these in any type
+        x, delta, B, C = (t.to(dtype) for t in (x, delta, B, C))
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    return x, delta, *(t.to(dtype) for t in (A, B, C, D, delta_bias))
+    A, D, delta_bias = (t.to(dtype) for t in (A, D, delta_bias))
+    return x, delta, A, B, C, D, delta_bias
+
+
+def _parameter_gradients(gA: Tensor, gD: Tensor, g_bias: Tensor) -> Tensor:
+    """(K, N, D), (K, D), (K, D) -> (N + 2, K, D)"""
+    return torch.cat([gA.transpose(0, 1), gD[None], g_bias[None]])
 
 
 def _is_transformed(t: Tensor) -> bool:
@@ -1139,7 +1094,8 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
         gA += (G * step[now].unsqueeze(3)).sum((0, 1))
     g_delta = (g_step + g_step_u * u) * z.sigmoid()
     gx, g_delta, gB, gC = (_from_sequences(g, *x.shape[1:3]) for g in (g_step_u * step + gy * D, g_delta, gB, gC))
-    return gx.sum(3), g_delta, gA.transpose(1, 2), gB, gC, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))
+    return (gx.sum(3), g_delta, torch.stack([gB, gC]),
+            _parameter_gradients(gA, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))))
 
 
 def _torch_inputs(x, delta, A, B, C, delta_bias):
@@ -1350,12 +1306,12 @@ def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, L, d = inputs[0].shape
     g_next, gA = x.new_zeros(2, batch, K, A.shape[-1], d)
     gx, g_delta = x.new_empty(K, batch, L, d), x.new_empty(batch, L, K, d)
-    gB, gC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
-    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, gB, gC)
+    gBC = x.new_empty(2, d // BLOCK, batch, L, K, A.shape[-1])
+    _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, *gBC)
     gx, gA, g_delta = (g[..., :x.shape[3]] for g in (gx.sum(0), gA.sum(0), g_delta))
     gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
-    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gA.transpose(1, 2),
-            gB.sum(0).view(B.shape), gC.sum(0).view(C.shape), gD, g_delta.sum((0, 1)))
+    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gBC.sum(1).view(2, *B.shape),
+            _parameter_gradients(gA, gD, g_delta.sum((0, 1))))
 
 
 def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
@@ -1436,7 +1392,8 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
     gu, g_delta, gA, gB, gC, gD, g_bias = torch.autograd.grad(y, read, grad_y)
     maps = gu.unflatten(1, (K, -1)), g_delta.unflatten(1, (K, -1)), gB, gC
     gu, g_delta, gB, gC = (_from_sequences(g.permute(3, 0, 1, 2), *x.shape[1:3]) for g in maps)
-    return gu.sum(3), g_delta, gA.unflatten(0, (K, -1)), gB, gC, gD.view(K, -1), g_bias.view(K, -1)
+    return (gu.sum(3), g_delta, torch.stack([gB, gC]),
+            _parameter_gradients(gA.unflatten(0, (K, -1)).mT, gD.view(K, -1), g_bias.view(K, -1)))
 
 
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
@@ -1478,7 +1435,7 @@ def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
     # And no other size of the map or batch is worth compiling for again.
-    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch", "pair"]
+    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch"]
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
@@ -1521,22 +1478,21 @@ def _triton_softplus(z):
 
 
 @_jit
-def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
+def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
                      ends, totals, gy, starts, chunk_states,
                      N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
                      ADJOINT: constexpr):
-    """Per segment (B, 2, segments) of the pair, or of both pairs in turn: the end state from 0 (N, D) and the sum of
-    Delta (D,).
+    """Per segment (pair, B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
 
     ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
-    k, sample = pair + program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
+    k, sample = program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
     n = tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     sequence = program.to(tl.int64) * segments + segment
-    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
     bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
     h = tl.zeros((TILE_N, BLOCK), tl.float32)
@@ -1575,14 +1531,14 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
 
 
 @_jit
-def _triton_combine(ends, totals, A, batch, pair, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
+def _triton_combine(ends, totals, A, batch, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
                     ADJOINT: constexpr):
-    """Turns, in place, the ends (B, 2, segments, N, D) of _triton_segments into what enters each segment: its start
-    state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than the
-    arithmetic."""
+    """Turns, in place, the ends (pair, B, 2, segments, N, D) of _triton_segments into what enters each segment: its
+    start state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than
+    the arithmetic."""
     d, n, program = _triton_program(N, D, BLOCK)
-    k = pair + program // (2 * batch) + program % 2 * 2
-    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+    k = program // (2 * batch) + program % 2 * 2
+    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
     h = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, segments, AHEAD):
         places, masks, e, total = (), (), (), ()
@@ -1600,7 +1556,7 @@ def _triton_combine(ends, totals, A, batch, pair, segments, D, N: constexpr, BLO
 
 
 @_jit
-def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
+def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
                     skip, starts, y, N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr):
     """y (2, B, H, W, D) in float32 from the start states: per pair the sum of its two directions."""
     d, segment, program = _triton_program(segments, D, BLOCK)
@@ -1610,10 +1566,10 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
     BC += sample * 8 * N
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     for walk in range(2):
-        k = pair + program // batch + walk * 2
+        k = program // batch + walk * 2
         delta_walk, BC_walk = delta + k.to(tl.int64) * delta_k, BC + k * 2 * N
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
-        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0)
+        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
@@ -1650,28 +1606,31 @@ def _triton_scatter_sums(values, lane):
 
 
 @_jit
-def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch, pair,
-                      skip, gy, chunk_states, g_ends, gx, g_delta, gA, gBC, g_skip, g_bias,
+def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta_k, batch,
+                      skip, gy, chunk_states, g_ends, gx, g_delta, gBC, g_parameters,
                       N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr):
     """All gradients but dt_weight's, walking backwards by STEPS steps from the gradients of the end states, g_ends.
 
-    gx (B, H, W, D), added to the first pair's. g_delta (B, H, W, K, D). gA (B, 2, segments, N, D) and g_skip, g_bias
-    (B, 2, segments, D): to be summed over batch and segments. gBC (blocks, B, H, W, K, 2, N): over blocks of channels.
+    gx (pair, B, H, W, D): to be summed over pairs. g_delta (B, H, W, K, D). gBC (blocks, 2, B, H, W, K, N): over blocks
+    of channels. g_parameters (N + 2, K, B, segments, D), of A, D and the bias: over batch and segments.
     Channels are (BLOCK / 32, 32) here. Lane 16 b + i holds state i of B (b = 0) or C (b = 1), of 16 states at a time;
     lane 2 t + b (and that plus 2 STEPS and so on) writes their gradient at step t of STEPS.
     """
-    _, segment, sample = _triton_program(segments, D, BLOCK)
+    _, segment, program = _triton_program(segments, D, BLOCK)
+    sample = program % batch
     block, lane = tl.program_id(0) % tl.cdiv(D, BLOCK), tl.arange(0, 32)
     d = block * BLOCK + tl.arange(0, BLOCK // 32)[:, None] * 32 + lane[None, :]
-    gBC += ((block * batch + sample).to(tl.int64) * H * W * 8 + lane % 2) * N
+    gBC += ((block * 2 + lane % 2) * batch + sample).to(tl.int64) * H * W * 4 * N
     first = sample.to(tl.int64) * H * W
-    x, gx, gy, g_delta = x + first * D, gx + first * D, gy + first * D, g_delta + first * 4 * D
+    x, gy, g_delta, gx = x + first * D, gy + first * D, g_delta + first * 4 * D, gx + program.to(tl.int64) * H * W * D
     delta, BC = delta + first * delta_pixel, BC + first * 8 * N
     zeros = tl.zeros((BLOCK // 32, 32), tl.float32)
     for walk in range(2):
-        k = pair + walk * 2
+        k = program // batch + walk * 2
         delta_walk = delta + k.to(tl.int64) * delta_k
-        sequence = (sample * 2 + walk).to(tl.int64) * segments + segment
+        sequence = (program * 2 + walk).to(tl.int64) * segments + segment
+        g_walk = g_parameters + ((k * batch + sample).to(tl.int64) * segments + segment) * D
+        g_row = batch.to(tl.int64) * segments * 4 * D    # from one row to the next
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
         skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
         g_skip_k, g_bias_k = zeros, zeros
@@ -1694,20 +1653,20 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 g_u, g_step = g_u + (zeros,), g_step + (zeros,)    # gradients of Delta u and Delta, summed over states
                 summed_at = tl.where(lane // 2 % STEPS == t, pixel, summed_at)
                 pixel = _triton_next(pixel, ahead, H * W, done + t + 1 < steps)
-            sums = gBC + (summed_at * 4 + k) * 2 * N
+            sums = gBC + (summed_at * 4 + k) * N
             writes = (lane < 2 * STEPS) & (done + lane // 2 < steps)
             for block_n in range(0, N, 16):
                 BC_n = ()
                 for t in tl.static_range(STEPS):
                     state = block_n + lane % 16
                     BC_n += (tl.load(BC + ((at[t] * 4 + k) * 2 + lane // 16) * N + state, mask=state < N, other=0),)
-                row = (sequence * N + block_n) * D
+                row, gA = (sequence * N + block_n) * D, g_walk + block_n * g_row
                 start_row = ((sequence * (SEGMENT // STEPS) + chunk) * N + block_n) * D
                 for n in range(block_n, tl.minimum(block_n + 16, N)):
-                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0)
+                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
                     h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
                     g = tl.load(g_ends + row + d, mask=d < D, other=0)
-                    gA_n = tl.load(gA + row + d, mask=d < tl.where(i > 0, D, 0), other=0)
+                    gA_n = tl.load(gA + d, mask=d < tl.where(i > 0, D, 0), other=0)
                     B_lane = tl.zeros((32,), tl.int32) + n % 16
                     A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
                     for t in tl.static_range(STEPS):
@@ -1729,8 +1688,9 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                     g_u, g_step = g_u_n, g_step_n
                     tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), mask=writes)
                     tl.store(g_ends + row + d, g, mask=d < D)
-                    tl.store(gA + row + d, gA_n, mask=d < D)
+                    tl.store(gA + d, gA_n, mask=d < D)
                     row += D
+                    gA += g_row
                     start_row += D
             for t in tl.static_range(STEPS):
                 mask = (d < D) & (done + t < steps)
@@ -1738,16 +1698,16 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 pixel_t = tl.sum(tl.where(lane == 2 * t, summed_at, 0), 0)
                 u = tl.load(x + pixel_t * D + d, mask=d < D, other=0).to(tl.float32)
                 z = tl.load(delta_walk + pixel_t * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
-                # A comes multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
+                # A_n was multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
                 g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
                 tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
-                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(k > 0, D, 0), other=0)
+                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(walk > 0, D, 0), other=0)
                 tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
                 g_skip_k += gy_t[t] * u
                 g_bias_k += tl.where(done + t < steps, g_z, 0)
             tl.debug_barrier()    # the next chunk reads g_ends and gA back, the next walk gx
-        tl.store(g_skip + sequence * D + d, g_skip_k, mask=d < D)
-        tl.store(g_bias + sequence * D + d, g_bias_k, mask=d < D)
+        tl.store(g_walk + N * g_row + d, g_skip_k, mask=d < D)
+        tl.store(g_walk + (N + 1) * g_row + d, g_bias_k, mask=d < D)
 
 
 def _triton_segment(batch: int, L: int, D: int) -> int:
@@ -1766,7 +1726,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
-    """(what the three kernels that walk begin with, their compile-time arguments)"""
+    """(what the three kernels that walk begin with, their compile-time arguments, their limit of registers)"""
     if not has_triton():
         raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
                            f"found {triton.__version__ if triton else 'none'}; use the backend torch")
@@ -1777,8 +1737,9 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
                            f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
-    A = A.mul(math.log2(math.e)).transpose(1, 2).contiguous()                          # (K, N, D)
-    BC = torch.cat([B, C], dim=-1)                                                             # (B, H, W, K, 2N)
+    A = A.mT.contiguous()                                                                      # (K, N, D)
+    # In float32: kernels that convert them at every step issue 10 % more instructions.
+    BC = torch.cat([B, C], dim=-1).float()                                                     # (B, H, W, K, 2N)
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
@@ -1786,7 +1747,7 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
         raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
-            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1), REGISTERS if n <= 16 else {})
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias):
@@ -1794,48 +1755,44 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
     n = A.shape[-1]
     states = _triton_states(x, n)
     segments = states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
     totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
-    with torch.cuda.device_of(x):    # both pairs at once
+    with torch.cuda.device_of(x):
         _triton_segments[blocks * segments * K * batch,](
-            *walk, 0, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
-            **REGISTERS)
-        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, 0, segments, d, N=n, BLOCK=BLOCK_D,
+            *walk, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
+            **registers)
+        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, 0, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **registers)
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
-    batch, H, W, d = x.shape
+    batch, _, _, d = x.shape
     n, segments = A.shape[-1], states.shape[3]
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
-    D, grad_y = D.contiguous(), grad_y.contiguous()
+    grad_y = grad_y.contiguous()
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
-    gx, g_delta = empty(batch, H, W, d), x.new_empty(batch, H, W, K, d, dtype=walk[1].dtype)
-    gBC = empty(blocks, batch, H, W, K, 2 * n)
-    gA, g_skip, g_bias = empty(*states.shape), *(empty(2, batch, 2, segments, d) for _ in range(2))
-    g_ends, totals = empty(batch, 2, segments, n, d), empty(batch, 2, segments, d)
-    chunk_states = empty(batch, 2, segments, sizes["SEGMENT"] // STEPS, n, d)
-    with torch.cuda.device_of(x):    # a pair at a time, which halves the memory
-        for pair, starts in enumerate(states):
-            _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * 2 * batch,](
-                *walk, pair, g_ends, totals, grad_y, starts, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-                STEPS=STEPS, ADJOINT=True, **REGISTERS)
-            _triton_combine[blocks * n * 2 * batch,](g_ends, totals, walk[2], batch, pair, segments, d, N=n,
-                                                     BLOCK=BLOCK_D, AHEAD=8, ADJOINT=True, num_warps=1)
-            _triton_gradients[blocks * segments * batch,](
-                *walk, pair, D, grad_y, chunk_states, g_ends, gx, g_delta, gA[pair], gBC, g_skip[pair], g_bias[pair],
-                **sizes, BLOCK=BLOCK_D, STEPS=STEPS)
-    # (pair, B, 2, segments, ...) -> (K, ...)
-    gA, g_skip, g_bias = (g.sum((1, 3)).transpose(0, 1).flatten(0, 1) for g in (gA, g_skip, g_bias))
-    return gx, g_delta, gA.transpose(1, 2), *gBC.sum(0).chunk(2, dim=-1), g_skip, g_bias
+    gx, gBC, g_delta = empty(2, *x.shape), empty(blocks, 2, *B.shape), x.new_empty(delta.shape, dtype=delta.dtype)
+    g_parameters = empty(n + 2, K, batch, segments, d)
+    g_ends, totals = empty(*states.shape), empty(*states.shape[:4], d)
+    chunk_states = empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
+    with torch.cuda.device_of(x):
+        _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * K * batch,](
+            *walk, g_ends, totals, grad_y, states, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
+            STEPS=STEPS, ADJOINT=True, **registers)
+        _triton_combine[blocks * n * K * batch,](g_ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
+                                                 AHEAD=8, ADJOINT=True, num_warps=1)
+        _triton_gradients[blocks * segments * 2 * batch,](
+            *walk, D.contiguous(), grad_y, chunk_states, g_ends, gx, g_delta, gBC, g_parameters, **sizes, BLOCK=BLOCK_D,
+            STEPS=STEPS)
+    return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
 
 # By backend: the states' size, forward and backward.
@@ -1845,6 +1802,144 @@ _SCANS = {
     "triton": (_triton_states, _triton_forward, _triton_backward),
     "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
 }
+
+
+# -------------------------------------------------------------------------------------- appendix: published checkpoints
+
+PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
+
+# (published name, name here), applied in this order to each key without its prefix "module."
+_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
+    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
+    (r"^backbone\.", r"encoder.backbone."),
+    (r"patch_embed\.projection", r"patch_embed.proj"),
+    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
+    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
+    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
+    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
+    (r"attn\.w_msa\.", r"attn."),
+    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
+    (r"ffn\.layers\.1\.", r"mlp.fc2."),
+    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
+    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
+    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
+    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
+    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
+    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
+    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
+    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
+    (r"\.conv_share\.0\.", r".linear_shared."),
+    (r"\.conv_share\.1\.", r".conv_shared."),
+    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
+    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
+    (r"ctm\.op\.", r"ctm.mfe."),
+    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
+    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
+    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
+    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
+    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
+    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
+    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
+    (r"\.in_proj\.", r".linear."),
+    (r"\.conv2d\.", r".conv."),
+    (r"\.out_norm\.", r".norm."),
+    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
+    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
+    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
+    (r"\.A_logs$", r".ss2d.A_log"),
+    (r"\.Ds$", r".ss2d.D"),
+    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
+    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
+    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
+    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
+    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
+] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
+
+
+def published_variant(state: dict[str, Tensor]) -> str:
+    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
+    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
+    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
+    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
+    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
+
+
+def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
+    """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
+
+    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
+    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
+    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
+    """
+    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(checkpoint, dict):
+        checkpoint = read_tensors(checkpoint)
+    if isinstance(checkpoint, dict):
+        checkpoint = checkpoint.get("model", checkpoint)
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
+    own = model.state_dict()
+    del own["_extra_state"]    # published files have none
+    state = {}
+    for key, value in checkpoint.items():
+        if key.endswith("relative_position_index"):    # a constant, which timm computes
+            continue
+        state.update(_convert_published(key, value))
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    for key, value in state.items():
+        if key in own and own[key].shape != value.shape:
+            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
+    if problems:
+        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
+                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
+                         + "\n  ".join(problems))
+    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    if order != list(model.tasks):    # all shapes fit then
+        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
+                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+    model.load_state_dict(state)
+    return len(checkpoint)
+
+
+def read_tensors(path: str | Path):
+    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write
+    into the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
+    try:
+        mapped = zipfile.is_zipfile(path) and os.name == "posix"    # Windows does not replace a mapped file
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:    # the unpickler and the zip reader raise many kinds
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
+                             "they are loaded; save its state_dict alone") from error
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
+                         "another kind of file") from error
+
+
+def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
+    """One published tensor -> the tensors here, by name."""
+    name = key.removeprefix("module.")
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = pattern.sub(replacement, name)
+    if "downsample.norm" in name or "downsample.reduction" in name:
+        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
+        # (column, row, c) in timm's.
+        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
+    if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
+        linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
+        return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
+    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
+        return {name: -value}
+    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
+        return {name: value.unflatten(0, (K, -1))}
+    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
+        return {name: value.reshape(()) if value.numel() == 1 else value}
+    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
+        return {name: value.flatten(1)}
+    return {name: value}
 
 
 # ---------------------------------------------------------------------------------- appendix: batch norm over processes

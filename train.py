@@ -205,10 +205,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--workers", type=int, help="processes that load data, for each training process")
     group = parser.add_argument_group("model: rows of Tables 2-6")
     group.add_argument("--variant", choices=VARIANTS, default="mtmamba")
-    group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model")
+    group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model or plain ViT")
     group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
     group.add_argument("--d-state", type=int, metavar="N", help="states of the scan per channel")
+    group.add_argument("--freeze-encoder", action="store_true", help="train all but the encoder's backbone")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the training crops")
     group.add_argument("--iterations", type=int)
@@ -265,6 +266,8 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"expected --lr above 0, found {args.lr}")
+    if args.freeze_encoder and not args.pretrained and args.init_from is None:
+        raise ValueError("--freeze-encoder needs trained weights; give --pretrained or --init-from FILE")
     if args.init_partial and args.init_from is None:
         raise ValueError("--init-partial needs a checkpoint to take weights from; name it with --init-from FILE")
     if not isinstance(args.encoder_kwargs or {}, dict):
@@ -322,7 +325,10 @@ class Run:
         self.part = draw_for_whole_batch(self.model, args.accumulate * self.world, device)
         if args.checkpoint_activations:
             self.model.set_grad_checkpointing()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+        if args.freeze_encoder:
+            self.model.freeze_encoder()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
                                            betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
 
@@ -883,7 +889,7 @@ def align_gradients(model: MTMamba):
     """Gives the gradients of depthwise weights (D, 1, 3, 3) the strides of the weights, by a view. They differ in the
     dimension of size 1, of which DDP warns."""
     for weight in model.parameters():
-        if weight.ndim == 4 and weight.shape[1] == 1:
+        if weight.ndim == 4 and weight.shape[1] == 1 and weight.requires_grad:
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
 
 

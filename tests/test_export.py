@@ -15,7 +15,7 @@ from torch.export import Dim
 import evaluate
 import train
 from conftest import NYUD_TASKS
-from mtmamba import MTMamba, count_cost
+from mtmamba import SS2D, MTMamba, count_cost
 
 ATTO = dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)), d_state=2)
 
@@ -126,6 +126,12 @@ def test_export_of_any_size():
         for shape in ((1, 3, 96, 64), (3, 3, 64, 128)):
             image = torch.randn(shape)
             torch.testing.assert_close(program(image)["depth"], plain(image)["depth"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_of_a_fast_scan_names_the_cause(strict):
+    with pytest.raises(RuntimeError, match="use backend='loop' for exports"):
+        torch.export.export(SS2D(4, backend="torch"), (torch.zeros(1, 2, 2, 4),), strict=strict)
 
 
 def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys):
@@ -249,8 +255,10 @@ def test_a_head_of_ones_own(stride):
 
 
 def test_images_of_four_channels():
-    model = build({"depth": 1}, encoder_kwargs=dict(ATTO["encoder_kwargs"], in_chans=4))
-    assert model(torch.randn(1, 4, 32, 32))["depth"].shape == (1, 1, 32, 32)
+    earlier = build({"depth": 1}, encoder_kwargs=dict(ATTO["encoder_kwargs"], in_chans=4))
+    model = build({"depth": 1}, in_chans=4)
+    image = torch.randn(1, 4, 32, 32)
+    assert torch.equal(model(image)["depth"], earlier(image)["depth"])
     assert count_cost(model, (32, 32))[0] == count_cost(build({"depth": 1}), (32, 32))[0] + 8 * 16
     with pytest.raises(ValueError, match=r"expected a float image batch \(B, 4, H, W\).*in_chans"):
         model(torch.randn(1, 3, 32, 32))

@@ -20,6 +20,7 @@ from mtmamba import (
     VARIANTS,
     MTMamba,
     PatchExpand,
+    count_cost,
     load_published_checkpoint,
 )
 
@@ -268,6 +269,85 @@ def test_other_encoders(encoder, kwargs):
     assert model(torch.randn(2, 3, 64, 64))["depth"].shape == (2, 1, 64, 64)
 
 
+TINY_VIT = dict(embed_dim=24, depth=3, num_heads=2)
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224.augreg_in21k", "vit_small_patch14_dinov2",
+                                     "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_plain_vits(encoder, tmp_path):
+    """From a file of weights to tokens equal to timm's own, maps at the four strides, cost, and a compiled training."""
+    torch.manual_seed(1)
+    img_size, patch = (64, 96), 14 if "patch14" in encoder else 16
+    fixed = dict(img_size=img_size) if "beit" in encoder else {}
+    torch.save(timm.create_model(encoder, **TINY_VIT, **fixed).state_dict(), tmp_path / "weights.pth")
+    kwargs = dict(TINY_VIT, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth")))
+    model = MTMamba({"depth": 1}, img_size, encoder, pretrained=True, encoder_kwargs=kwargs, variant="stm1", d_state=1)
+    own = timm.create_model(encoder, **TINY_VIT, **fixed or dict(dynamic_img_size=True)).eval()
+    own.load_state_dict(torch.load(tmp_path / "weights.pth"))
+    tokens = []
+    model.eval().encoder.pyramid.register_forward_pre_hook(lambda module, inputs: tokens.extend(inputs))
+    image = torch.randn(1, 3, 60 if not fixed else 64, 96)
+    with torch.no_grad():
+        output = model(image)["depth"]
+        padded = torch.nn.functional.pad(image, (0, 0, 0, 64 - image.shape[2]))
+        padded = torch.nn.functional.interpolate(padded, (4 * patch, 6 * patch), mode="bilinear")
+        expected = own.forward_intermediates(padded, intermediates_only=True, norm=False)[-1]
+        torch.testing.assert_close(tokens[0], expected)
+        maps = model.encoder(torch.zeros(1, 3, 64, 96))
+    assert [tuple(f.shape[1:]) for f in maps] == [(16, 24, 6), (8, 12, 12), (4, 6, 24), (2, 3, 24)]
+    counted, _ = count_cost(model, img_size)
+    assert counted == sum(p.numel() for p in model.parameters())
+    copied = MTMamba({"depth": 1}, img_size, encoder, encoder_kwargs=TINY_VIT, variant="stm1", d_state=1).eval()
+    copied.load_state_dict(model.state_dict())
+    copied.set_grad_checkpointing()
+    run = torch.compile(copied, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(image)["depth"], output)
+    run(image)["depth"].sum().backward()
+    assert all(p.grad is not None for p in copied.parameters())
+
+
+class OwnEncoder(torch.nn.Module):
+    def __init__(self, channels, output_fmt="NCHW"):
+        super().__init__()
+        self.channels, self.output_fmt = channels, output_fmt
+        self.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(3, c, s, s) for c, s in zip(channels, (4, 8, 16, 32)))
+
+    def forward(self, image):
+        maps = tuple(convolution(image) for convolution in self.convolutions)
+        return tuple(f.permute(0, 2, 3, 1) for f in maps) if self.output_fmt == "NHWC" else maps
+
+
+def test_an_encoder_of_ones_own():
+    first, second = OwnEncoder([6, 6, 12, 12]), OwnEncoder([6, 6, 12, 12], "NHWC")
+    models = [MTMamba({"a": 1, "b": 1}, encoder=encoder, variant="stm1", d_state=1) for encoder in (first, second)]
+    models[1].load_state_dict(models[0].state_dict())
+    image = torch.randn(1, 3, 40, 64)
+    outputs = [model.eval()(image)["a"] for model in models]
+    assert torch.equal(*outputs) and models[0].encoder.backbone is first
+    models[0].set_grad_checkpointing()
+    assert torch.equal(models[0](image)["a"], outputs[0])
+    single = MTMamba({"a": 1, "b": 1}, encoder=first, variant="swin-single-task", d_state=1).encoder
+    assert single["a"].backbone is not single["b"].backbone
+    first.channels = [6, 6, 12, 13]
+    with pytest.raises(ValueError, match=r"\(2, 2, 13\)\] of the encoder OwnEncoder.* 64x64.*\(2, 2, 12\)\]"):
+        MTMamba({"a": 1}, encoder=first, variant="stm1", d_state=1)(image)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_encoder_stays_as_it_is(tiny_model, compiled):
+    """In training, with dropped blocks, batch norm and checkpointing, too."""
+    model = tiny_model({"depth": 1}, variant="stm1", encoder="resnet10t", encoder_kwargs=None).train()
+    model.freeze_encoder()
+    model.set_grad_checkpointing()
+    before = {key: value.clone() for key, value in model.encoder.backbone.state_dict().items()}
+    run = torch.compile(model.train(), fullgraph=True, backend="aot_eager") if compiled else model.train()
+    run(torch.randn(2, 3, 32, 64))["depth"].sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {f"encoder.backbone.{name}" for name, _ in model.encoder.backbone.named_parameters()}
+    for key, value in model.encoder.backbone.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
 @pytest.mark.paper("Table 6", against="Swin's parameters, counted by hand")
 @pytest.mark.parametrize("encoder, C, depths, window", [
     ("swin-tiny", 96, (2, 2, 6, 2), 7), ("swin-small", 96, (2, 2, 18, 2), 7),
@@ -325,7 +405,10 @@ def test_rejects_bad_images(tiny_model, image, message):
 @pytest.mark.parametrize("arguments, message", [
     (dict(variant="stm9"), "unknown variant 'stm9'; choose from mtmamba"),
     (dict(encoder="swan-large"), "unknown encoder 'swan-large'"),
-    (dict(encoder="vit_tiny_patch16_224"), "Choose a hierarchical model"),
+    (dict(encoder="levit_128"), r"or a plain ViT; found 'levit_128' with \(16, 32, 64\)"),
+    (dict(encoder=torch.nn.Conv2d(3, 3, 1)), r"its attribute `channels`.*found Conv2d with \(\)"),
+    (dict(encoder=OwnEncoder([6, 6, 12, 12]), pretrained=True), "without pretrained"),
+    (dict(tasks=["a", "b"]), r"tasks like .'semseg': 40.*found \['a', 'b'\]"),
     (dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40)), variant="gate-wmsa"), "6 heads"),
     (dict(tasks={}), "at least one task"),
     (dict(tasks={"depth": 0}), "1 or more output channels"),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import LAYOUTS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtmamba
 from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
@@ -184,7 +185,8 @@ def run_operators(inputs, queue):
     torch.set_num_threads(2)
     inputs = [*(t.detach() for t in inputs), None, "numba"]
     y, states = mtmamba._scan_op(*inputs)
-    queue.put([t.numpy() for t in (y, *mtmamba._scan_backward_op(torch.ones_like(y), states, *inputs))])
+    gx, g_delta, gBC, g_parameters = mtmamba._scan_backward_op(torch.ones_like(y), states, *inputs)
+    queue.put([t.numpy() for t in (y, gx, g_delta, g_parameters[:-2].permute(1, 2, 0), *gBC, *g_parameters[-2:])])
 
 
 @needs_numba
@@ -291,6 +293,50 @@ def test_triton_is_deterministic(small_blocks):
     inputs = random_inputs(1, 1, 5, 3, 1, torch.float32, DEVICE)
     runs = [torch.autograd.grad(selective_scan_2d(*inputs, backend="triton").square().sum(), inputs) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel on a GPU: all but views and what only allocates memory."""
+    VIEWS = ("empty", "new_empty", "empty_like", "view", "detach", "permute", "transpose", "unsqueeze", "squeeze",
+             "expand", "select", "slice", "unbind", "_unsafe_view")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.__name__.partition(".")[0]
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return operator(*args, **kwargs or {})
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 16), (torch.bfloat16, 19)])
+def test_triton_launches(dtype, limit, monkeypatch):
+    """Kernels of a forward and a backward pass of the scan, with the strides and the low-rank step size of SS2D."""
+    for name in ("segments", "combine", "outputs", "gradients"):
+        monkeypatch.setattr(mtmamba, f"_triton_{name}", RecordedKernel())
+    monkeypatch.setattr(mtmamba.triton, "JITFunction", type(None))    # pass for the interpreter
+    projected = torch.randn(1, 2, 3, K, 2 + 2 * 4).to(dtype)
+    delta, B, C = projected.split([2, 4, 4], dim=-1)
+    A, skip = torch.randn(K, 4, 6).mT, torch.randn(K, 6)
+    inputs = (torch.randn(1, 2, 3, 6).to(dtype), delta, A, B, C, skip, skip, torch.randn(K, 6, 2).to(dtype), "triton")
+    with Launches() as launches:
+        y, states = mtmamba._scan_op._init_fn(*inputs)    # the function itself, as a mode does not see into operators
+        mtmamba._scan_backward_op._init_fn(y, states, *inputs)
+    kernels = RecordedKernel.launches
+    RecordedKernel.launches = 0
+    assert kernels == 6 and kernels + len(launches.names) == limit, launches.names
+
+
+class RecordedKernel:
+    launches = 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            RecordedKernel.launches += 1
+        return launch
 
 
 @needs_triton
