@@ -106,13 +106,14 @@ def print_table(out: Path, seeds: int):
         with contextlib.redirect_stdout(None):
             models = [MTMamba(**read_checkpoint(paths[0].with_name("last.pt"))["config"]) for paths in files.values()]
         parameters = sum(p.numel() for model in models for p in model.parameters()) / 1e6
-        cells = [spread(values, 3 if task == "depth" else 2) for task, values in figures.items()]
-        print(f"| {row} | {' | '.join(cells)} | {spread(gains, 2)} | {parameters:.2f} |")
+        cells = [spread(values, 2 if task == "depth" else 1) for task, values in figures.items()]
+        print(f"| {row} | {' | '.join(cells)} | {spread(gains, 1)} | {parameters:.2f} |")
 
 
 def spread(values: list[float], digits: int) -> str:
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    mean = round(statistics.mean(values), digits) + 0.0    # not -0.0
+    return f"{mean:.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

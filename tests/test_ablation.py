@@ -32,12 +32,12 @@ def test_table(tmp_path, capsys):
     for row in ablation.NETWORKS.keys() - {"stm3"}:
         for task, cell in zip(TASKS, lines[row]):
             mean, deviation = map(float, cell.split("±"))
-            assert abs(mean - np.mean(figures[row, task])) < 0.0051
-            assert abs(deviation - np.std(figures[row, task], ddof=1)) < 0.0051
+            assert abs(mean - np.mean(figures[row, task])) < 0.051
+            assert abs(deviation - np.std(figures[row, task], ddof=1)) < 0.051
         gains = []    # by seed
         for seed in range(3):
             relative = [figures[row, task][seed] / np.mean(figures["single-task", task]) - 1 for task in TASKS]
             gains.append(100 * np.mean([-g if task in ("normal", "depth") else g for g, task in zip(relative, TASKS)]))
         mean, deviation = map(float, lines[row][-2].split("±"))
-        assert abs(mean - np.mean(gains)) < 0.0051 and abs(deviation - np.std(gains, ddof=1)) < 0.0051
+        assert abs(mean - np.mean(gains)) < 0.051 and abs(deviation - np.std(gains, ddof=1)) < 0.051
     assert float(lines["stm2"][-1]) < float(lines["mtmamba"][-1]) < float(lines["single-task"][-1])
