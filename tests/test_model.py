@@ -318,7 +318,7 @@ class OwnEncoder(torch.nn.Module):
 
 
 def test_an_encoder_of_ones_own():
-    first, second = OwnEncoder([6, 6, 12, 12]), OwnEncoder([6, 6, 12, 12], "NHWC")
+    first, second = OwnEncoder([6, 12, 24, 48]), OwnEncoder([6, 12, 24, 48], "NHWC")
     models = [MTMamba({"a": 1, "b": 1}, encoder=encoder, variant="stm1", d_state=1) for encoder in (first, second)]
     models[1].load_state_dict(models[0].state_dict())
     image = torch.randn(1, 3, 40, 64)
@@ -328,8 +328,8 @@ def test_an_encoder_of_ones_own():
     assert torch.equal(models[0](image)["a"], outputs[0])
     single = MTMamba({"a": 1, "b": 1}, encoder=first, variant="swin-single-task", d_state=1).encoder
     assert single["a"].backbone is not single["b"].backbone
-    first.channels = [6, 6, 12, 13]
-    with pytest.raises(ValueError, match=r"\(2, 2, 13\)\] of the encoder OwnEncoder.* 64x64.*\(2, 2, 12\)\]"):
+    first.channels = [6, 12, 24, 49]
+    with pytest.raises(ValueError, match=r"\(2, 2, 49\)\] of the encoder OwnEncoder.* 64x64.*\(2, 2, 48\)\]"):
         MTMamba({"a": 1}, encoder=first, variant="stm1", d_state=1)(image)
 
 
@@ -407,7 +407,7 @@ def test_rejects_bad_images(tiny_model, image, message):
     (dict(encoder="swan-large"), "unknown encoder 'swan-large'"),
     (dict(encoder="levit_128"), r"or a plain ViT; found 'levit_128' with \(16, 32, 64\)"),
     (dict(encoder=torch.nn.Conv2d(3, 3, 1)), r"its attribute `channels`.*found Conv2d with \(\)"),
-    (dict(encoder=OwnEncoder([6, 6, 12, 12]), pretrained=True), "without pretrained"),
+    (dict(encoder=OwnEncoder([6, 12, 24, 48]), pretrained=True), "without pretrained"),
     (dict(tasks=["a", "b"]), r"tasks like .'semseg': 40.*found \['a', 'b'\]"),
     (dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40)), variant="gate-wmsa"), "6 heads"),
     (dict(tasks={}), "at least one task"),
