@@ -111,7 +111,7 @@ def print_table(out: Path, seeds: int):
 
 
 def spread(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     mean = round(statistics.mean(values), digits) + 0.0    # not -0.0
     return f"{mean:.{digits}f}{deviation}"
 
