@@ -972,11 +972,11 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
         grads = [gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters]
         if dt_weight is not None:
-            g_delta = g_delta.flatten(0, 2).transpose(0, 1)                                    # (K, B H W, D)
-            grads.append((g_delta.mT @ delta.to(g_delta.dtype).flatten(0, 2).transpose(0, 1)).to(dt_weight.dtype))
-            grads[1] = torch.empty_like(delta, dtype=g_delta.dtype, memory_format=torch.contiguous_format)
-            torch.bmm(g_delta, dt_weight.to(g_delta.dtype), out=grads[1].flatten(0, 2).transpose(0, 1))
-            grads[1] = grads[1].to(delta.dtype)
+            g_delta = g_delta.flatten(0, 2)
+            g_weight = torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2))
+            grads.append(g_weight.to(dt_weight.dtype))
+            g_delta = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype))
+            grads[1] = g_delta.view(delta.shape).to(delta.dtype)
     return [g.contiguous() for g in grads]
 
 
