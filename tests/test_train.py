@@ -191,7 +191,7 @@ def test_best_constant_beats_other_constants():
     (train.main, ["--dataset", "kitti"], "kitti"),
     (train.main, ["--variant", "stm9"], "stm9"),
     (train.main, ["--encoder", "swan"], "unknown encoder 'swan'"),
-    (train.main, ["--encoder", "vit_tiny_patch16_224"], "hierarchical"),
+    (train.main, ["--encoder", "levit_128"], "or a plain ViT"),
     (train.main, ["--tasks", "pose"], "pose"),
     (train.main, ["--img-size", "16", "64"], "at least 32"),
     (train.main, ["--batch-size", "0"], "--batch-size"),
