@@ -886,10 +886,10 @@ def draw_for_whole_batch(model: MTMamba, parts: int, device: torch.device) -> Te
 
 
 def align_gradients(model: MTMamba):
-    """Gives the gradients of depthwise weights (D, 1, 3, 3) the strides of the weights, by a view. They differ in the
+    """Gives the gradients of weights like (D, 1, 3, 3) the strides of the weights, by a view. They differ in the
     dimension of size 1, of which DDP warns."""
     for weight in model.parameters():
-        if weight.ndim == 4 and weight.shape[1] == 1 and weight.requires_grad:
+        if 1 in weight.shape[1:] and weight.requires_grad:
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
 
 
