@@ -19,7 +19,7 @@ import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
 # thread takes the core from the very thread that it waits for. We limit that before torch is imported, unless the user
-# has decided. It costs an idle machine under 10 % of the time (tests/benchmark.py busy).
+# has decided. With the scan in the backend "torch", it cost an idle machine under 10 % (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 

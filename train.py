@@ -646,7 +646,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 
 def draw_curves(folder: Path, rows: Mapping[str, Task]):
-    """curves.png from log.jsonl: by task the losses and a score, the latter with what else is logged by iteration."""
+    """curves.png from log.jsonl: a column per task, its losses above a score; the last one has what all tasks share."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -805,8 +805,8 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
 # -------------------------------------------------------------------------------------------- weights to start from
 
 def require_weights(encoder: str, encoder_kwargs: dict):
-    """For --pretrained. Raises ValueError where the Hub does not answer and the weights are not on this machine, which
-    timm would find out in a minute."""
+    """For --pretrained. Raises ValueError where the weights are not on this machine and the Hub does not answer. timm
+    would try for a minute, and not say what to do."""
     source = timm.models.get_pretrained_cfg_value(ENCODERS.get(encoder, encoder), "hf_hub_id")
     names = "model.safetensors", "pytorch_model.bin"
     if not source or any(key.startswith("pretrained_cfg") for key in encoder_kwargs) or any(
