@@ -18,8 +18,9 @@ results.json, with contact sheets beside it, in the folder evaluation_X beside t
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
-# thread takes the core from the very thread that it waits for. We limit that before torch is imported, unless the user
-# has decided. With the scan in the backend "torch", it cost an idle machine under 10 % (tests/benchmark.py busy).
+# thread takes the core from the very thread that it waits for: beside one busy process per core, the main job did not
+# finish an iteration in a minute. We limit the spinning before torch is imported, unless the user has decided. An idle
+# machine is as fast as without (tests/benchmark.py busy).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 

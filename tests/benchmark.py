@@ -473,7 +473,7 @@ def busy(starts: int = 3, iterations: int = 8, images: int = 24, patience: int =
     """
     job = f"""
 import time
-import datasets, evaluate, train    # before torch: they bound the spinning
+import evaluate, train, datasets    # in this order: evaluate bounds the spinning before it imports torch
 import torch
 opened = datasets.Synthetic.open    # fewer scenes to evaluate
 datasets.Synthetic.open = lambda split, size, *more, **named: (
