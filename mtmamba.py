@@ -459,7 +459,8 @@ class SS2D(nn.Module):
         R, N = self.dt_rank, self.d_state
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
-        delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7   (B, H, W, K, R or N)
+        delta, BC = projected.split([R, 2 * N], dim=-1)                       # Eq. 6, 7
+        B, C = BC.to(_compute_dtype(BC)).contiguous().chunk(2, dim=-1)        # side by side, as the kernels read them
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
         # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
         return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
@@ -1406,9 +1407,9 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 # What a reader needs to trust them:
 # - All arithmetic and all sums are in float32. No sum depends on the order in which programs run, none is atomic: equal
 #   inputs give equal bits.
-# - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and all
-#   states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. Lanes exchange something only
-#   in _triton_gradients: B and C, which it keeps one state per lane, and the sums over channels in their gradients.
+# - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and up to
+#   TILE_N states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. Lanes exchange data in
+#   _triton_gradients alone: B and C, which it keeps one state per lane, and the sums over channels in their gradients.
 # - What a program writes and reads back (y, gx, g_ends, gA) is its own; a barrier stands between the two.
 # - Lanes beyond the last channel work on zeros and write nothing.
 # - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
@@ -1416,6 +1417,7 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
 STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENT_MIN
+TILE_N = 16                           # states at a time: with more, a thread's tiles do not fit into its registers
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
 # Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
@@ -1482,14 +1484,16 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
                      ends, totals, gy, starts, chunk_states,
                      N: constexpr, TILE_N: constexpr, SEGMENT: constexpr, BLOCK: constexpr, STEPS: constexpr,
                      ADJOINT: constexpr):
-    """Per segment (pair, B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,).
+    """Per segment (pair, B, 2, segments): the end state from 0 (N, D) and the sum of Delta (D,). A program has TILE_N
+    of the states.
 
     ADJOINT: instead of the end state, what the segment's own outputs give to the gradient of its start state, by Eq. 4
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
+    block_n, program = program % tl.cdiv(N, TILE_N) * TILE_N, program // tl.cdiv(N, TILE_N)
     k, sample = program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
-    n = tl.arange(0, TILE_N)
+    n = block_n + tl.arange(0, TILE_N)
     tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     sequence = program.to(tl.int64) * segments + segment
     A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
@@ -1527,7 +1531,7 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
                 decay *= A_bar
                 g += decay * (C_t[:, None] * gy_t[None, :])
     tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
-    tl.store(totals + sequence * D + d, total, mask=d < D)
+    tl.store(totals + sequence * D + d, total, mask=d < tl.where(block_n > 0, 0, D))
 
 
 @_jit
@@ -1562,33 +1566,35 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
     d, segment, program = _triton_program(segments, D, BLOCK)
     sample = (program % batch).to(tl.int64) * H * W
     x, y, delta = x + sample * D, y + program.to(tl.int64) * H * W * D, delta + sample * delta_pixel
-    n = tl.arange(0, TILE_N)
     BC += sample * 8 * N
-    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
     for walk in range(2):
         k = program // batch + walk * 2
         delta_walk, BC_walk = delta + k.to(tl.int64) * delta_k, BC + k * 2 * N
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
-        A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
         bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
-        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
-        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
-        pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
-        u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)
-        z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
-        for t in range(steps):
-            B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
-            C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
-            y_place = y + pixel * D + d
-            y_other = tl.load(y_place, mask=d < tl.where(walk > 0, D, 0), other=0)    # for `&`, Triton 3.3 lacks a type
-            u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
-            pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
-            u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
+        for block_n in range(0, N, TILE_N):
+            n = block_n + tl.arange(0, TILE_N)
+            tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+            A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
+            # Once, so with the first states. (For `&`, Triton 3.3 lacks a type.)
+            skip_k = tl.load(skip + k * D + d, mask=d < tl.where(block_n > 0, 0, D), other=0)
+            h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+            pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+            u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)
             z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
-            h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]          # Eq. 5, 3
-            y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                     # Eq. 4, 2
-            tl.store(y_place, y_other + y_t, mask=d < D)                                       # Eq. 12
-        tl.debug_barrier()    # the next walk reads y back
+            for t in range(steps):
+                B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
+                C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
+                y_place = y + pixel * D + d
+                y_other = tl.load(y_place, mask=d < tl.where(walk + block_n > 0, D, 0), other=0)
+                u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
+                pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
+                u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
+                z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
+                h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]      # Eq. 5, 3
+                y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                 # Eq. 4, 2
+                tl.store(y_place, y_other + y_t, mask=d < D)                                   # Eq. 12
+            tl.debug_barrier()    # what comes next reads y back
 
 
 @_jit
@@ -1726,7 +1732,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
-    """(what the three kernels that walk begin with, their compile-time arguments, their limit of registers)"""
+    """(what the three kernels that walk begin with, their compile-time arguments)"""
     if not has_triton():
         raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
                            f"found {triton.__version__ if triton else 'none'}; use the backend torch")
@@ -1738,8 +1744,7 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     batch, H, W, d = x.shape
     n = A.shape[-1]
     A = A.mT.contiguous()                                                                      # (K, N, D)
-    # In float32: kernels that convert them at every step issue 10 % more instructions.
-    BC = torch.cat([B, C], dim=-1).float()                                                     # (B, H, W, K, 2N)
+    BC = _triton_side_by_side(B, C)
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
@@ -1747,7 +1752,18 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
         raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
-            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1), REGISTERS if n <= 16 else {})
+            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+
+
+def _triton_side_by_side(B: Tensor, C: Tensor) -> Tensor:
+    """(B, H, W, K, 2N) in float32, as kernels that convert them at every step issue 10 % more instructions. A copy only
+    where B and C are not the halves of such a tensor, which they are in SS2D."""
+    *shape, n = B.shape
+    strides = torch.empty(*shape, 2 * n, device="meta").stride()
+    if B.dtype == C.dtype == torch.float32 and B.stride() == C.stride() == strides and (
+            C.data_ptr() == B.data_ptr() + 4 * n):
+        return B.as_strided((*shape, 2 * n), strides)
+    return torch.cat([B, C], dim=-1).float()
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias):
@@ -1755,26 +1771,26 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
     n = A.shape[-1]
     states = _triton_states(x, n)
     segments = states.shape[3]
-    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
     totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _triton_segments[blocks * segments * K * batch,](
+        _triton_segments[blocks * segments * triton.cdiv(n, tile) * K * batch,](
             *walk, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
-            **registers)
+            **REGISTERS)
         _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **registers)
+            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, _, _, d = x.shape
     n, segments = A.shape[-1], states.shape[3]
-    walk, sizes, registers = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), triton.next_power_of_2(n)
+    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
+    blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     grad_y = grad_y.contiguous()
 
     def empty(*shape):
@@ -1784,9 +1800,9 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     g_ends, totals = empty(*states.shape), empty(*states.shape[:4], d)
     chunk_states = empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
     with torch.cuda.device_of(x):
-        _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * K * batch,](
+        _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * triton.cdiv(n, tile) * K * batch,](
             *walk, g_ends, totals, grad_y, states, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-            STEPS=STEPS, ADJOINT=True, **registers)
+            STEPS=STEPS, ADJOINT=True, **REGISTERS)
         _triton_combine[blocks * n * K * batch,](g_ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=True, num_warps=1)
         _triton_gradients[blocks * segments * 2 * batch,](
