@@ -180,15 +180,13 @@ def main(configurations):
                   + (f"; H100, batch 8: {', '.join(f'{ms:.2f}' for ms in times)} ms" if capability == 90 else ""))
             if slots[each] > limit:
                 failed.append(f"{each} in {dtype}: {slots[each]:.0f} slots on {capability / 10}, more than {limit}")
-    # More states; and what Triton may lay out otherwise: channels that 16 does not divide, sizes of 1.
-    for sizes in (dict(N=64), dict(batch=1, W=1, D=100, N=24)):
-        for kernel, args, kwargs in record(torch.float16, **sizes):
-            name = f"{kernel.fn.__name__}, {sizes}"
-            compiled = compile_for(80, kernel, args, kwargs)
-            check_layout(name, compiled)
-            instructions, loops, _ = machine_code(compiled)
-            if spills := count_spills(kernel.fn.__name__, instructions, loops):
-                failed.append(f"{name} spills in {spills} instructions")
+    # More states, and what Triton may lay out otherwise: channels that 16 does not divide, sizes of 1.
+    for kernel, args, kwargs in record(torch.float32, batch=1, W=1, D=100, N=64):
+        name, compiled = f"{kernel.fn.__name__}, N = 64", compile_for(80, kernel, args, kwargs)
+        check_layout(name, compiled)
+        instructions, loops, _ = machine_code(compiled)
+        if spills := count_spills(kernel.fn.__name__, instructions, loops):
+            failed.append(f"{name} spills in {spills} instructions")
     sys.exit("\n".join(failed) or 0)
 
 

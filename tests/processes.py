@@ -23,6 +23,7 @@ import datasets
 import mtmamba
 
 TESTS = Path(__file__).parent
+sys.modules["matplotlib.figure"] = None    # as in conftest.py
 
 if mtmamba.HAS_NUMBA:    # the scan is compiled once, and not by each process that is forked from this one
     pixel, each, matrix = (torch.zeros(shape) for shape in ((1, 1, 1, 1), (1, 1, 1, 4, 1), (4, 1, 1)))

@@ -612,7 +612,6 @@ def test_bf16_trains(tmp_path):
 # ---------------------------------------------------------------------------------------------------- what is written
 
 def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)    # as where it is not installed
     results = run(tmp_path, "--variant", "stm1", "--eval-every", 3, "--log-every", 2, "--tasks", "depth", "semseg")
     first = log(tmp_path, "config")[0]
     assert first["config"]["tasks"] == ["depth", "semseg"] and first["config"]["batch_size"] == 4
