@@ -460,7 +460,9 @@ class SS2D(nn.Module):
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, BC = projected.split([R, 2 * N], dim=-1)                       # Eq. 6, 7
-        B, C = BC.to(_compute_dtype(BC)).contiguous().chunk(2, dim=-1)        # side by side, as the kernels read them
+        # Two copies, as the GPU kernels read them. Autograd keeps them in place of `projected`.
+        delta, BC = delta.contiguous(), BC.to(_compute_dtype(BC)).contiguous()
+        B, C = BC.chunk(2, dim=-1)                                            # (B, H, W, K, N) each
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
         # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
         return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
