@@ -1161,8 +1161,8 @@ def _numba_kernels(stored: bool):
 
     @intrinsic
     def wide_vectors(typing_context):
-        """Allows vectors of 512 bits in the function. LLVM avoids them, for programs that use few of them. They save a
-        quarter of the time. The sums of `backward` would have other last digits, so it does without."""
+        """Allows vectors of 512 bits in a function: a fifth less time. LLVM avoids them, as programs that use few of
+        them get slower. `backward` does without, so that its sums have the same bits as on CPUs with 256 bits."""
         def generate(context, builder, signature, arguments):
             set.add(builder.function.attributes, '"prefer-vector-width"="512"')    # llvmlite's own `add` knows few names
             return context.get_dummy_value()
@@ -1212,7 +1212,7 @@ def _numba_kernels(stored: bool):
         step, step_u, y_chunk = stack(single), stack(single), stack(single)
         for unit in range(first, last):
             b, k, d = place(unit, blocks)
-            own = slice(d, d + BLOCK)    # rows by it have no index that might be negative, which costs a fifth
+            own = slice(d, d + BLOCK)    # an index d + i might be negative: its check takes a fifth of the time
             for chunk in range(states.shape[2]):
                 steps = min(CHUNK, L - chunk * CHUNK)
                 for t in range(steps):
@@ -1597,7 +1597,7 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
             n = block_n + tl.arange(0, TILE_N)
             tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
             A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
-            # Once, so with the first states. (For `&`, Triton 3.3 lacks a type.)
+            # Added once, with the first states. (The mask has no `&`, for which Triton 3.3 lacks a type.)
             skip_k = tl.load(skip + k * D + d, mask=d < tl.where(block_n > 0, 0, D), other=0)
             h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
             pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
