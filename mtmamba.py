@@ -1164,7 +1164,7 @@ def _numba_kernels(stored: bool):
         """Allows vectors of 512 bits in a function: a fifth less time. LLVM avoids them, as programs that use few of
         them get slower. `backward` does without, so that its sums have the same bits as on CPUs with 256 bits."""
         def generate(context, builder, signature, arguments):
-            set.add(builder.function.attributes, '"prefer-vector-width"="512"')    # llvmlite's own `add` knows few names
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')    # its own `add` knows few names
             return context.get_dummy_value()
         return types.none(), generate
 
