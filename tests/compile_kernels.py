@@ -4,8 +4,8 @@
 
 Prints per kernel, from its machine code, what a warp issues per step of one direction for 64 channels (two per lane),
 and from that a model of the three decoder stages of Swin-Large. Exits with an error where a kernel does not compile,
-spills registers in a loop over steps (up to N = 64), exchanges tiles through shared memory, does not leave every
-channel with one lane, or costs more than LIMITS.
+spills more than SPILLED (in a loop over steps: anything, up to N = 64), exchanges tiles through shared memory, does not
+leave every channel with one lane, or costs more than LIMITS.
 """
 
 import math
@@ -29,6 +29,7 @@ KERNELS = ("_triton_segments", "_triton_combine", "_triton_outputs", "_triton_gr
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "maxnreg")
 LIMITS = {"forward": 510, "forward and backward": 1720}     # slots per step
+SPILLED = 8                                                 # bytes at N = 16, by Triton 3.3; newer ones spill nothing
 COUNTED = {"MUFU": "MUFU", "loads": "LDG", "stores": "STG", "shuffles": "SHFL"}
 # The model: a scheduler issues one instruction per clock, a MUFU (exponential) takes it 8 clocks; latencies and memory
 # not counted.
@@ -116,8 +117,8 @@ def machine_code(compiled) -> tuple[list[str], list[tuple[int, int]], dict[str, 
 
 
 def count_spills(name: str, instructions: list[str], loops: list[tuple[int, int]]) -> int:
-    """The instructions inside loops over steps that move spilled registers. A walk's own cost nothing: 56 bytes of
-    pointers at most, stored once per walk."""
+    """The instructions inside loops over steps that move spilled registers. Outside they cost next to nothing: beyond
+    N = 16 up to 56 bytes of pointers on 8.0, stored once per program and read once per walk."""
     if name in ("_triton_outputs", "_triton_gradients"):
         loops = loops[1:]    # the first one is over the two walks
     inside = {i for start, end in loops for i in range(start, end)}
@@ -167,8 +168,8 @@ def main(configurations):
             *figures, registers, spilled = counts.values()
             print(f"{name:<27}{str(dtype)[6:]:>9}{capability:>4}", *(f"{figure:>9.1f}" for figure in figures),
                   f"{registers:>9}{spilled:>10}")
-            if spills := count_spills(kernel.fn.__name__, *code[:2]):
-                failed.append(f"{name} in {dtype} spills in {spills} instructions on {capability / 10}")
+            if spilled > SPILLED or count_spills(kernel.fn.__name__, *code[:2]):
+                failed.append(f"{name} in {dtype} spills {spilled} bytes on {capability / 10}")
             passes = ["forward and backward"] if kwargs.get("ADJOINT") or "gradients" in name else list(LIMITS)
             for each in passes:
                 slots[each] += counts["slots"]
@@ -181,7 +182,7 @@ def main(configurations):
             if slots[each] > limit:
                 failed.append(f"{each} in {dtype}: {slots[each]:.0f} slots on {capability / 10}, more than {limit}")
     # More states, and what Triton may lay out otherwise: channels that 16 does not divide, sizes of 1.
-    for kernel, args, kwargs in record(torch.float32, batch=1, W=1, D=100, N=64):
+    for kernel, args, kwargs in record(torch.float16, batch=1, W=1, D=100, N=64):
         name, compiled = f"{kernel.fn.__name__}, N = 64", compile_for(80, kernel, args, kwargs)
         check_layout(name, compiled)
         instructions, loops, _ = machine_code(compiled)
