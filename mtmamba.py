@@ -460,7 +460,8 @@ class SS2D(nn.Module):
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, BC = projected.split([R, 2 * N], dim=-1)                       # Eq. 6, 7
-        # Two copies, as the GPU kernels read them. Autograd keeps them in place of `projected`.
+        # The GPU kernels read B and C side by side in float32. As copies, these two are all that autograd keeps of
+        # `projected`.
         delta, BC = delta.contiguous(), BC.to(_compute_dtype(BC)).contiguous()
         B, C = BC.chunk(2, dim=-1)                                            # (B, H, W, K, N) each
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
@@ -1212,7 +1213,7 @@ def _numba_kernels(stored: bool):
         step, step_u, y_chunk = stack(single), stack(single), stack(single)
         for unit in range(first, last):
             b, k, d = place(unit, blocks)
-            own = slice(d, d + BLOCK)    # an index d + i might be negative: its check takes a fifth of the time
+            own = slice(d, d + BLOCK)    # d + i as an index would be slower: Numba checks whether it is negative
             for chunk in range(states.shape[2]):
                 steps = min(CHUNK, L - chunk * CHUNK)
                 for t in range(steps):

@@ -64,12 +64,12 @@ for task, output in expected.items():
 """
 
 
-@pytest.mark.parametrize("suffix, code, variant", [("pt2", RUN_PT2, "stm1"), ("onnx", RUN_ONNX, "mtmamba++")])
-def test_exported_file_runs_without_this_project(suffix, code, variant, tmp_path, capsys):
+@pytest.mark.parametrize("suffix, code", [("pt2", RUN_PT2), ("onnx", RUN_ONNX)])
+def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_path, capsys):
     if suffix == "onnx":
         for name in ("onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason="the extra export is not installed")
-    checkpoint, path = save_checkpoint(tmp_path / "last.pt", variant), tmp_path / "exported" / f"model.{suffix}"
+    path = tmp_path / "exported" / f"model.{suffix}"
     evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--img-size", "32", "50"])
     printed = capsys.readouterr().out
     assert "depth: (1, 1, 32, 50), off by" in printed
