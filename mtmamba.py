@@ -1442,8 +1442,6 @@ STEPS = 8                             # whose decays and states are held in regi
 TILE_N = 16                           # states at a time: with more, a thread's tiles do not fit into its registers
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
-# Registers per thread, so that 12 programs fit on a multiprocessor. AMD's compiler has no such option.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 LOG2_E = constexpr and constexpr(math.log2(math.e))
 OLDEST_TRITON = "3.3"                 # comes with PyTorch 2.7; before it there are neither tuples nor tl.gather
 
@@ -1453,6 +1451,12 @@ def has_triton() -> bool:
     def release(version):
         return [int(number) for number in version.split(".")[:2]]
     return triton is not None and release(triton.__version__) >= release(OLDEST_TRITON)
+
+
+def _triton_registers(n: int) -> dict[str, int]:
+    """A limit per thread, so that 12 programs fit on a multiprocessor. With more states than one tile holds it would
+    move registers to memory. AMD's compiler has no such option."""
+    return {} if n > TILE_N or torch.version.hip else {"maxnreg": 168}
 
 
 def _jit(kernel):
@@ -1800,11 +1804,11 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
     with torch.cuda.device_of(x):
         _triton_segments[blocks * segments * triton.cdiv(n, tile) * K * batch,](
             *walk, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
-            **REGISTERS)
+            **_triton_registers(n))
         _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=False, num_warps=1)
         _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **REGISTERS)
+            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **_triton_registers(n))
     return torch.add(*y, out=x.new_empty(x.shape)), states
 
 
@@ -1813,22 +1817,24 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     n, segments = A.shape[-1], states.shape[3]
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
+    block = BLOCK_D if n <= TILE_N else BLOCK_D_ADJOINT    # with more states there are more pointers in registers
     grad_y = grad_y.contiguous()
 
     def empty(*shape):
         return x.new_empty(shape, dtype=torch.float32)
-    gx, gBC, g_delta = empty(2, *x.shape), empty(blocks, 2, *B.shape), x.new_empty(delta.shape, dtype=delta.dtype)
+    gx, gBC = empty(2, *x.shape), empty(triton.cdiv(d, block), 2, *B.shape)
+    g_delta = x.new_empty(delta.shape, dtype=delta.dtype)
     g_parameters = empty(n + 2, K, batch, segments, d)
     g_ends, totals = empty(*states.shape), empty(*states.shape[:4], d)
     chunk_states = empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
     with torch.cuda.device_of(x):
         _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * triton.cdiv(n, tile) * K * batch,](
             *walk, g_ends, totals, grad_y, states, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-            STEPS=STEPS, ADJOINT=True, **REGISTERS)
+            STEPS=STEPS, ADJOINT=True, **_triton_registers(n))
         _triton_combine[blocks * n * K * batch,](g_ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
                                                  AHEAD=8, ADJOINT=True, num_warps=1)
-        _triton_gradients[blocks * segments * 2 * batch,](
-            *walk, D.contiguous(), grad_y, chunk_states, g_ends, gx, g_delta, gBC, g_parameters, **sizes, BLOCK=BLOCK_D,
+        _triton_gradients[triton.cdiv(d, block) * segments * 2 * batch,](
+            *walk, D.contiguous(), grad_y, chunk_states, g_ends, gx, g_delta, gBC, g_parameters, **sizes, BLOCK=block,
             STEPS=STEPS)
     return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
