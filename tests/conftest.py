@@ -8,22 +8,24 @@ sys.modules["matplotlib.figure"] = None    # as if it were not installed: curves
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""    # they would crowd a GPU; with -n 0, the scan's tests run on it
 
-import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import datasets
-from mtmamba import MTMamba
 
 # A Swin with widths 12, 24, 48, 96, which every variant's numbers of heads divide.
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
 NYUD_TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
 PASCAL_TASKS = {"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1}
+COSTS = {}
+
+
+def pytest_collectstart():
+    """In each process that runs tests. The one that hands them out does not wait seconds for PyTorch, so this file
+    imports it in functions alone."""
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,7 +39,23 @@ def pytest_runtest_call(item):
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """torch.compile gives up on code that it has compiled for many models, as the tests together do."""
+    import torch
+
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def costs_counted_once(monkeypatch):
+    """Every run counts its model's cost, which takes half a second, and most tests train one of the same few models."""
+    import evaluate
+
+    def count(model, size):
+        key = str(model), str([(name, t.shape) for name, t in model.state_dict().items()]), tuple(size)
+        if key not in COSTS:
+            COSTS[key] = count_cost(model, size)
+        return COSTS[key]
+    count_cost = evaluate.count_cost
+    monkeypatch.setattr(evaluate, "count_cost", count)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +71,10 @@ def imports(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_model():
     """tiny_model(tasks, **arguments of MTMamba), seeded."""
+    import torch
+
+    from mtmamba import MTMamba
+
     def build(tasks=NYUD_TASKS, **kwargs):
         torch.manual_seed(0)
         return MTMamba(tasks, **{"img_size": (64, 96), "encoder_kwargs": TINY_SWIN, **kwargs})
@@ -79,6 +101,7 @@ def script(tmp_path):
 def forked_pools(monkeypatch):
     """The processes that match boundaries need not import anything, except on Windows, which cannot fork."""
     if hasattr(os, "fork"):
+        import datasets
         from processes import server
         monkeypatch.setattr(datasets, "get_context", lambda method: server())
 
@@ -86,6 +109,8 @@ def forked_pools(monkeypatch):
 @pytest.fixture
 def data(request):
     """data(name): an array archive of tests/data."""
+    import numpy as np
+
     return lambda name: np.load(request.path.parent / "data" / name)
 
 
@@ -93,6 +118,8 @@ def data(request):
 def compare(record_property):
     """compare(ours, expected, rtol, atol): asserts that they are close, as torch.testing.assert_close, and notes for
     audit.py the difference that comes nearest to its tolerance, and that tolerance."""
+    import torch
+
     def compare(ours, expected, rtol, atol):
         ours, expected = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (ours, expected))
         torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
