@@ -130,9 +130,9 @@ def test_variant_trains_and_compiles(tiny_model, variant):
     model = tiny_model(tasks, variant=variant, **({} if variant == "mtmamba" else CONVNEXT))
     model.eval()    # without stochastic depth, which draws anew each time
     image = torch.randn(2, 3, 64, 64)
-    # Dynamo's own backend runs the captured graph as it is: cheap, and a graph break is an error all the same. These
-    # variants have only blocks and heads that are captured in others.
-    captured = variant in ("mtmamba", "mtmamba++", "swin-multi-task", "mfe-wmsa", "gate-wmsa")
+    # Dynamo's own backend runs the captured graph as it is: cheap, and a graph break is an error all the same. All
+    # blocks and heads of the other variants are captured here or in test_plus.py.
+    captured = variant in ("mtmamba", "swin-multi-task", "gate-wmsa")
     run = torch.compile(model, fullgraph=True, backend="eager") if captured else model
     outputs = run(image)
     for task, expected in model(image).items():
@@ -141,18 +141,6 @@ def test_variant_trains_and_compiles(tiny_model, variant):
     sum(output.square().mean() for output in outputs.values()).backward()
     # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-
-
-def test_compiled_gradients_equal_eager(tiny_model):
-    gradients = []
-    for compiled in (False, True):
-        model = tiny_model({"depth": 1}, variant="stm1").eval()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        torch.manual_seed(1)
-        run(torch.randn(1, 3, 32, 64))["depth"].square().mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for eager, compiled in zip(*gradients):
-        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant, encoder, compiled", [
