@@ -43,7 +43,6 @@ import argparse
 import errno
 import importlib
 import inspect
-import json
 import os
 import re
 import signal
@@ -79,7 +78,7 @@ HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
 class DenseDataset(torch.utils.data.Dataset):
-    """The base of all data sets. What a data set says about itself are attributes of its class."""
+    """The base of all data sets. The attributes of its class describe a data set."""
 
     TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
@@ -123,7 +122,7 @@ class DenseDataset(torch.utils.data.Dataset):
 
     @classmethod
     def describe(cls, tasks: TaskTable) -> "Labels":
-        """What pictures of these tasks need to know."""
+        """The Labels of these tasks."""
         def chosen(table, plain):
             return {task: plain(table[task]) for task in tasks if task in table}
         return Labels(dict(tasks), chosen(cls.CLASSES, lambda names: list(map(str, names))),
@@ -613,7 +612,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
-        tasks: names from TASKS, None for all; augment: None for the split "train" only; seed: of the augmentation."""
+        tasks: names from TASKS, None for all; augment: None means in the split "train" only; seed: of augmentation."""
         super().__init__(size or self.SIZE, tasks, seed)
         self.split = split
         self.augment = split == "train" if augment is None else augment
@@ -652,9 +651,9 @@ class LabelledDataset(DenseDataset, abc.ABC):
         image, labels = self.load(index)[0], {task: self.label(index, task) for task in self.tasks}
         size = self.size
         if self.augment:
-            judged = next((task for task, row in task_rows(self.TASKS).items() if row.kind == "classes"), None)
+            cropped_by = next((task for task, row in task_rows(self.TASKS).items() if row.kind == "classes"), None)
             rng = np.random.default_rng([self.seed, epoch, index])
-            image, labels = augment(image, labels, self.rows, size, rng, judged)
+            image, labels = augment(image, labels, self.rows, size, rng, cropped_by)
         else:
             size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
@@ -722,7 +721,7 @@ class FileDataset(LabelledDataset):
     COUNTS = {}             # images by split, as published
     LIST = ""               # the file with a split's image IDs, one per line
     ROOT = ""               # folder, where none is given
-    REFERENCES = False      # the published figures are there to compare with, and scoring a reference takes hours
+    REFERENCES = False      # scoring them takes hours, and most benchmarks have published figures
     UNIT_NORMALS = False    # as in the published runs
 
     def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
@@ -771,13 +770,13 @@ class FileDataset(LabelledDataset):
             found = label.shape[1:] if role == "normal" else label.shape
             expect(found == size, f"the image's size {size}", found, "unpack the archive again")
             if last is not None:
-                right = (label >= 0) & (label <= last)    # nan is not
+                right = (label >= 0) & (label <= last)    # false for nan
                 expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
         return label
 
     def check_split(self) -> list[str]:
         """What is wrong with the split as a whole."""
-        exported = all(name.startswith("synthetic_") for name in self.names)    # by tests/archives.py, any number
+        exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
         return [f"{self.list_path()}: expected {self.COUNTS[self.split]} images, found {len(self)}; unpack the archive "
@@ -870,7 +869,7 @@ class PascalContext(FileDataset):
         return self.path("prepared", name, ".png")    # rename the folder when `pack` changes
 
     def is_prepared(self, name: str) -> bool:
-        """Whether there are prepared labels, and newer ones than the originals."""
+        """Whether prepared labels exist, newer than the originals."""
         path = self.prepared_path(name)
         originals = (self.path(folder, name, ".mat") for folder in ("human_parts", "pascal-context/trainval"))
         return path.exists() and not any(p.exists() and p.stat().st_mtime > path.stat().st_mtime for p in originals)
@@ -889,7 +888,7 @@ class PascalContext(FileDataset):
         return self.read_label(name, "prepared", ".png", "classes") if use else None
 
     def check(self, index):
-        """Of the originals, and whether the prepared labels are theirs."""
+        """Checks the originals, and that the prepared labels were made from them."""
         self.use_prepared, name = False, self.names[index]
         found, path = super().check(index), self.prepared_path(name)
         if path.exists() and not found:
@@ -1292,8 +1291,8 @@ def decode(row: Task, label: np.ndarray) -> Tensor:
 
 
 def check_samples(dataset: DenseDataset, count: int = 16) -> list[str]:
-    """What is odd about the first `count` samples: a message for each label of which no pixel counts, and for each
-    label of yes and no that has no yes. Raises what the data set raises."""
+    """A message for each task without a labelled pixel in the first `count` samples, and for each binary task without a
+    positive one. Raises what the data set raises."""
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     messages = []
     for task, row in dataset.rows.items():
@@ -1311,7 +1310,7 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def normalised(image: Tensor) -> Tensor:
-    """(3, h, w) in 0..1 -> by IMAGE_MEAN and IMAGE_STD, as encoders expect it."""
+    """(3, h, w) in 0..1 -> normalised with IMAGE_MEAN and IMAGE_STD, as encoders expect it."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (image - mean) / std
 
@@ -1387,9 +1386,9 @@ def window(position: float, length: int, size: int) -> slice:
     return slice(start, min(start + size, length))
 
 
-def dominated(semseg: np.ndarray) -> bool:
+def dominated(label: np.ndarray) -> bool:
     """Whether one class covers more than LARGEST_SHARE of the labelled pixels."""
-    counts = np.bincount(semseg.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    counts = np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE]
     return counts.max() > LARGEST_SHARE * counts.sum()
 
 
@@ -1551,8 +1550,8 @@ class Pool:
         if self.executor:
             self.executor.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            raise ChildProcessError("the system has killed one of the processes, often for want of memory; give fewer "
-                                    "--workers") from error
+            raise ChildProcessError("the system has killed one of the processes, often because memory ran out; give "
+                                    "fewer --workers") from error
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -1644,11 +1643,6 @@ def check_writable(folder: Path):
     except OSError as error:
         reason = error.strerror
         raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
-
-
-def write_json(path: Path, content: dict):
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python evaluate.py --checkpoint runs/synthetic/last.pt                       # held-out synthetic scenes
     python evaluate.py --checkpoint X --dataset nyud --data-root data/NYUDv2     # beside the paper's figures
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint X --dataset pascal      # the images are split over eight GPUs
+    torchrun --nproc_per_node=8 evaluate.py --checkpoint X --dataset pascal      # the images are split over eight GPUs
     python evaluate.py --checkpoint X --image a.jpg folder/ --out pictures       # your own pictures
     python evaluate.py --checkpoint X --export model.onnx --img-size 448 576     # a file that runs without this project
     python evaluate.py --cost --checkpoint X                                     # parameters, FLOPs, time and memory
     python evaluate.py --cost --variant all                                      # Tables 2-4: parameters and FLOPs
 
 X is a checkpoint of train.py or of the published implementation. Scores are printed. They are also written to
-results.json, with contact sheets beside it, in the folder evaluation_X beside the checkpoint or in --out.
+results.json, with contact sheets, in the folder evaluation_NAME beside the checkpoint NAME, or in --out.
 """
 
-# Reads: main and its flags; models and checkpoints; scores and tables; pictures and sheets; export; cost; the processes
+# Order: main and its flags; models and checkpoints; scores and tables; pictures and sheets; export; cost; the processes
 # of torchrun, which train.py shares.
 
 import os
@@ -78,7 +78,6 @@ from datasets import (
     replacing,
     to_tensor,
     usable_cpus,
-    write_json,
     writing,
 )
 from metrics import TASKS, Meter, OdsMeter, Task, delta_m, make_meters, rounded, task_rows
@@ -96,7 +95,7 @@ from mtmamba import (
     read_tensors,
 )
 
-EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size; memory grows with both
+EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size
 EVALUATION_PIXELS = 2 ** 20
 REFERENCE_IMAGES = 100           # on which the best constant and an untrained model are scored
 
@@ -168,10 +167,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         "own sizes")
     add("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
     add("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
-    add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="of the images, except with --image (default: as the "
-        "model was trained, or as the data set is scored)")
+    add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the images; not for --image (default: as "
+        "the model was trained, or as the data set is scored)")
     add("--encoder", help="of a published checkpoint or --cost, which do not name it: "
-        f"{', '.join(ENCODERS)} (default) or any hierarchical timm model")
+        f"{', '.join(ENCODERS)} (default), or another timm model")
     add("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
     add = parser.add_argument_group("scores").add_argument
     add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: the one with the "
@@ -183,14 +182,14 @@ def add_arguments(parser: argparse.ArgumentParser):
         "task (NYUDv2: the paper's)")
     add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
     add("--no-references", action="store_true", help="without the best constant, which is scored on the first "
-        f"{REFERENCE_IMAGES} images where no figures of the paper are known")
+        f"{REFERENCE_IMAGES} images (never of the three benchmarks)")
     add("--tf32", action="store_true", help="faster convolutions and linear maps on Ampere GPUs and newer, with inputs "
         "rounded to 10 bits; else scores are in true float32")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     add = parser.add_argument_group("your own pictures").add_argument
     add("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
-    add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="the model sees pictures that are larger reduced "
-        "to N pixels, and their maps are enlarged again (default: %(default)s)")
+    add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="larger pictures are reduced to N pixels for the "
+        "model, and their maps enlarged again (default: %(default)s)")
     add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
     add = parser.add_argument_group("export").add_argument
     add("--export", type=Path, metavar="FILE", help="write the model, for images normalised with ImageNet's mean and "
@@ -201,7 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--cost", action="store_true", help="parameters, FLOPs, time and memory of --checkpoint, or of an untrained "
         "model by --variant, --encoder and --dataset (default: nyud)")
     add("--variant", choices=["all", *VARIANTS], help="all: parameters and FLOPs of Tables 2-4")
-    add("--batch-size", type=int, help="of the images per second (default: 8 on CUDA, else 1)")
+    add("--batch-size", type=int, help="images at a time, to measure images per second (default: 8 on CUDA, else 1)")
 
 
 # The flags that have an effect, by what is asked for. The others are refused.
@@ -284,8 +283,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
     """MTMamba's tasks, variant and output_scale for a published checkpoint, and what its data set says of the tasks.
-    The channels of the heads tell the data set, and with it the order of the tasks. Otherwise the order of the heads
-    counts. Raises ValueError for unknown tasks."""
+    The heads' channels show which data set it is, and so the order of the tasks. If they fit none, the heads' order is
+    used. Raises ValueError for unknown tasks."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     tasks = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
@@ -299,7 +298,7 @@ def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
 
 
 def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
-    """The weights of a read_checkpoint, strictly. Raises ValueError, naming path, where they are not the model's."""
+    """Loads the weights of a read_checkpoint, strictly. Raises ValueError, naming path, if they are not the model's."""
     published, order = "published" in checkpoint, list(checkpoint["config"]["tasks"])
     state = checkpoint["published" if published else "model"]
     if not published and order != list(model.tasks):    # which no shape shows
@@ -360,7 +359,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    # Now, as a run that is going on may replace the file; without the tensors, which would keep it open.
+    # Read now, as a training that is running may replace the file. Without the tensors, which would keep it open.
     origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
               if key not in ("model", "optimizer", "published")} | {"config": config}
     record = {}
@@ -394,7 +393,7 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
-        shown = range(first, min(first + 4, args.save_images, len(dataset)))
+        shown = range(first, min(first + 4, args.save_images))
         print("pictures:", save_contact_sheet(model, dataset, device, path, shown))
     return results
 
@@ -434,8 +433,9 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
 
 
 def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
-    """The primary metrics by task in one or several results.json, as of a network per task. Raises FileNotFoundError,
-    or ValueError for another kind of file or data set, a missing task, and figures of 0, by which delta_m divides."""
+    """The primary metrics by task in one or several results.json, such as those of a network per task. Raises
+    FileNotFoundError, or ValueError for another kind of file or data set, a missing task, and figures of 0, by which
+    delta_m divides."""
     figures = {}
     for path in paths or ():
         try:
@@ -474,12 +474,14 @@ def write_results(path: Path, entries: dict, model: MTMamba, dataset: DenseDatas
     if trained_in == "off":
         trained_in = precision(training.get("tf32"))
     parameters, flops = count_cost(model, dataset.size)
-    write_json(path, entries | dict(
+    content = entries | dict(
         split="val", variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
         encoder_kwargs=config.get("encoder_kwargs"), tasks=list(model.tasks), seed=training.get("seed"),
         iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops, image_size=dataset.size,
         precision=dict(training=trained_in, scoring=record.pop("precision")),
-        versions=dict(training=checkpoint.get("versions"), scoring=versions()), **record))
+        versions=dict(training=checkpoint.get("versions"), scoring=versions()), **record)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def precision(tf32: bool | None) -> str:
@@ -487,7 +489,7 @@ def precision(tf32: bool | None) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes here. commit: None where this folder is no checkout."""
+    """The versions that results depend on. commit: None where this folder is no git checkout."""
     found = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__, commit=None)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
@@ -534,11 +536,11 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     samples = WithTruths(dataset, boundaries, scored)
     first = samples[0]
     H, W = first["image"].shape[1:]
-    size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
-    workers = fit_workers(workers, first, size)
+    batch_size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
+    workers = fit_workers(workers, first, batch_size)
     images = min(len(dataset), limit or len(dataset))
-    batches = [range(i, min(i + size, images)) for i in range(0, images, size)[rank::world]]
-    loader = DataLoader(samples, batch_sampler=batches, collate_fn=of_one_size, num_workers=workers,
+    batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)[rank::world]]
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=collate_by_size, num_workers=workers,
                         worker_init_fn=follow_main)
     meters = meters_for(dataset)
     losses = {task: [torch.zeros(2, 1, device=device)] for task in meters}    # of images, and whether they have a label
@@ -626,9 +628,9 @@ def end_loaders():
             process.kill()
 
 
-def of_one_size(samples: list[dict]) -> list[dict]:
+def collate_by_size(samples: list[dict]) -> list[dict]:
     """The samples in batches of equal size, in order: an image larger than the data set's size is a batch of its own.
-    Tensors are stacked, which also spares open files: a tensor that comes from another process holds one."""
+    Tensors are stacked, which also needs fewer open files: a tensor that comes from another process holds one."""
     batches = []
     for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape):
         group = list(group)
@@ -717,8 +719,8 @@ def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
 
 def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
                 primary_only: bool = False):
-    """One line per metric, the primary one of a task first; one column per set of results. With the paper's figures,
-    that figure and the difference stand beside the first column's."""
+    """One line per metric, the primary one of a task first; one column per set of results. Given the
+    paper's figures, the last two columns show them and what the first column differs by."""
     paper = paper or {}
     titles = [*columns, *(["paper", "difference"] if paper else [])]
     print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))
@@ -807,7 +809,9 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             image = read_picture(path)
             maps, heat = predict_picture(model, image, device, args.max_side, args.probabilities)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
+            # On a CPU, PyTorch has no error of its own for too little memory.
+            full = isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+            if isinstance(error, RuntimeError) and not full:
                 raise
             reason = str(error) or type(error).__name__    # a MemoryError may say nothing
             print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
@@ -857,11 +861,6 @@ def claim_raw(args: argparse.Namespace, labels: Labels, names: list[str], read: 
         claim(args.save_predictions, files, read, args.overwrite, device)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """On a CPU, PyTorch has no error of its own for that."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
-
-
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = []
@@ -896,7 +895,7 @@ def printable(text: object) -> str:
 def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
     if Path(path).exists() and not Path(path).is_file():    # a pipe, from which reading may never end
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file; give the path of a picture")
     return Image.fromarray(read_image(path, turn=True))
 
 
@@ -905,8 +904,8 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
                     max_side: int = MAX_SIDE, probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
     """({task: map as of Meter.predict, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
 
-    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. Where
-    the model's outputs are larger than its images, it sees the picture smaller by as much, as in training.
+    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
+    the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
     probabilities: gives the probability of each class, (C, h, w), in place of the most likely class.
     """
     size, scale = (image.height, image.width), model.output_scale
@@ -942,7 +941,7 @@ def enlarge(values: Tensor, size: tuple[int, int], unit: bool = False) -> Tensor
 # The picture of each kind of task: a map (1 or 3, H, W) -> its colours (H, W, 3), and the lines of its legend, (text,
 # colour). shown: all values that the legend is for, (1 or 3, ...): a sheet's images have one legend.
 
-# Anchors of a colour map of even perceived steps, dark blue over green to yellow, for depth from near to far.
+# Anchors of a perceptually uniform colour map, dark blue over green to yellow, for depth from near to far.
 COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
                        (160, 218, 57), (253, 231, 37)])
 
@@ -1211,7 +1210,7 @@ def peak_memory(device: torch.device) -> str:
 # ------------------------------------------------------------------------ processes of torchrun, shared with train.py
 
 def start(name: str) -> torch.device:
-    """The device, and under torchrun the process group. Raises ValueError for a device that there is not."""
+    """The device, and under torchrun the process group. Raises ValueError for a device that does not exist."""
     distributed = "WORLD_SIZE" in os.environ
     if distributed and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1253,8 +1252,8 @@ def digest_names(dataset: DenseDataset, device: torch.device) -> list:
 
 
 def fit_workers(workers: int, sample: dict, batch: int) -> int:
-    """As many of the loading processes as shared memory has room for. They hand over batches in it, and wait forever or
-    are killed where it is full. Prints a line where that is fewer."""
+    """The number of loading processes that shared memory has room for, `workers` at most. They pass batches through it;
+    where it is full, they hang or are killed. Prints a line where the number is smaller."""
     if not workers or not Path("/dev/shm").is_dir():
         return workers
     free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1268,7 +1267,7 @@ def fit_workers(workers: int, sample: dict, batch: int) -> int:
 
 def allow_open_files(workers: int):
     """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
-    allowed: they would fail amid the run, and wait for each other forever."""
+    allowed: they would fail during the run, and wait for each other forever."""
     if workers == 0 or sys.platform == "win32":    # which has no such limit
         return
     import resource

@@ -15,7 +15,7 @@ two tensors of sums, on the device of the outputs. They add up over batches, dat
 waits for the device. The boundary score odsF has functions of its own.
 """
 
-# Reads: the table of tasks; delta_m; Meter, and a class of it for each kind of task; odsF, from the score down to
+# Order: the table of tasks; delta_m; Meter, and a class of it for each kind of task; odsF, from the score down to
 # thinning and matching.
 
 import math
@@ -253,9 +253,9 @@ class BoundaryMeter(Meter):
     def f_measure(self, sums: Tensor, beta2: float) -> Tensor:
         """(1 + beta^2) P R / (beta^2 P + R) at each threshold in percent, 0 where nothing is found."""
         false_positive, true_positive = sums.flip(1).cumsum(1).flip(1)[:, 1:]
-        found = true_positive.clamp(min=1)
-        precision = found / (true_positive + false_positive).clamp(min=1)
-        recall = found / sums[1].sum().clamp(min=1)
+        positive = true_positive.clamp(min=1)
+        precision = positive / (true_positive + false_positive).clamp(min=1)
+        recall = positive / sums[1].sum().clamp(min=1)
         f = (1 + beta2) * precision * recall / (beta2 * precision + recall)
         return torch.where(true_positive > 0, 100 * f, 0)
 
@@ -309,7 +309,7 @@ class NormalMeter(Meter):
         valid, p, t = (target != IGNORE).all(1), prediction, F.normalize(target.float(), dim=1)
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
-        angle = torch.where(valid, rounded(angle, bits=16), 0)    # 2^37 degrees, as all of PASCAL-Context can have
+        angle = torch.where(valid, rounded(angle, bits=16), 0)    # exact up to 2^37 degrees, all of PASCAL-Context
         squared = target.square().sum(1)    # of the length; PyTorch's norm is 20 times slower
         unit = valid & (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)
         terms = (angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit)
@@ -337,7 +337,7 @@ class NormalMeter(Meter):
 
 
 class DepthMeter(Meter):
-    """RMSE in metres (prediction clamped at 0); with the prediction floored at 1e-9 abs_rel, sq_rel, log_rmse, log10
+    """RMSE in metres (prediction clamped at 0). With the prediction floored at 1e-9: abs_rel, sq_rel, log_rmse, log10
     (mean absolute difference of the logarithms to base 10), SILog (deviation of the difference of natural logarithms,
     times 100) and delta_1, delta_2, delta_3 (share of pixels where the larger of prediction and label is less than
     1.25, 1.25^2, 1.25^3 times the other).
@@ -364,7 +364,7 @@ class DepthMeter(Meter):
         log, ratio = floored.log() - target.log(), torch.maximum(floored / target, target / floored)
         terms = (torch.ones_like(target), (prediction - target) ** 2, (floored - target).abs() / target,
                  (floored - target) ** 2 / target, log ** 2, log, log.abs(), *(ratio < 1.25 ** i for i in (1, 2, 3)))
-        bits = 16 if self.depth_range else 20    # sums to 2^33 square metres, or 2^37 square pixels of all Cityscapes
+        bits = 16 if self.depth_range else 20    # exact to 2^33 m^2, or to 2^37 square pixels: Cityscapes
         return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
     def scores(self, sums):
@@ -424,7 +424,7 @@ class OdsMeter:
         self.collect(self.waiting)
 
     def collect(self, left: int = 0):
-        """Adds the counts of the first images until so many are left."""
+        """Adds the counts of pending images until only `left` are pending."""
         while len(self.pending) > left:
             counts = self.pending.popleft().result()
             self.counts += np.concatenate([counts, counts[[precision_recall(counts)[2].argmax()]]])
@@ -570,7 +570,7 @@ def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
     for i, row in enumerate(on):
         bits[i // 64, :n] |= row.astype(np.uint64) << np.uint64(i % 64)
 
-    changed = np.ones((2, n + 1), bool)    # pixels next to a deletion since the first or second pass last ran
+    changed = np.ones((2, n + 1), bool)    # by pass: pixels next to a deletion since it last ran
     step = 0
     while changed[:, :n].any():
         todo = np.flatnonzero(changed[step, :n])
@@ -638,12 +638,12 @@ def _matchings(on: np.ndarray, points: np.ndarray, truths: np.ndarray, radius: f
     truth_mates, point_mates = [-1] * len(truths), [-1] * len(points)
     before = np.zeros(len(points), bool)
     for now in on:
-        bereft = [point_mates[point] for point in np.flatnonzero(before & ~now).tolist() if point_mates[point] >= 0]
-        for truth in bereft:
+        freed = [point_mates[point] for point in np.flatnonzero(before & ~now).tolist() if point_mates[point] >= 0]
+        for truth in freed:
             point_mates[truth_mates[truth]] = -1
             truth_mates[truth] = -1
         closed = bytearray((~(before & now)).tobytes())
-        for truth in bereft:
+        for truth in freed:
             _extend(truth, near_truth, truth_mates, point_mates, closed)
         closed = bytearray(len(truths))
         for point in np.flatnonzero(now & ~before).tolist():

@@ -28,7 +28,7 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
 
 Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
 SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-cost. The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and the sums of batch norm.
+cost. The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and batch norm over processes.
 """
 
 import copy
@@ -125,8 +125,8 @@ PAPER = DecoderConfig(**VARIANTS["mtmamba"])
 class MTMamba(nn.Module):
     """Figure 1: a shared encoder, three decoder stages, a head per task.
 
-    tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. The order counts: CTM concatenates the
-        tasks' features in it (Eq. 20).
+    tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. Their order matters:
+        CTM concatenates the tasks' features in this order (Eq. 20).
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS; any timm model with features at strides 4, 8, 16 and 32, or a plain ViT; or a module of
         your own, see Encoder. train.py knows encoders by name, so a module is for Python alone.
@@ -232,7 +232,7 @@ class MTMamba(nn.Module):
                 raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C) = "
                                  f"{tuple(z[t].shape)}, with a whole number n; found {tuple(y.shape)}")
             y = y.permute(0, 3, 1, 2)
-            padded = [4 * self.output_scale * n for n in z[t].shape[1:3]]
+            padded = [4 * self.output_scale * h, 4 * self.output_scale * w]
             if list(y.shape[2:]) != padded:
                 # In float32: the gradients are sums over many pixels, and CUDA would add them in y's type.
                 y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
@@ -252,8 +252,8 @@ class MTMamba(nn.Module):
             encoder.train(encoder.training)
 
     def set_grad_checkpointing(self, enable: bool = True):
-        """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes it a second time in
-        the backward pass: less memory, more time, equal gradients.
+        """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes the block again in the
+        backward pass: less memory, more time, equal gradients.
 
         Lite heads are skipped: recomputing them would update batch norm twice.
         """
@@ -298,7 +298,7 @@ def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
-    drop_path: stochastic depth of each block in order. swin_heads: of the blocks of Table 2's Swin rows.
+    drop_path: stochastic depth of each block in order. swin_heads: attention heads of Table 2's Swin rows.
     """
 
     def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], swin_heads: int,
@@ -389,7 +389,7 @@ class STM(nn.Module):
 
 
 def build_gate(dim: int, config: DecoderConfig) -> nn.Module:
-    """(B, H, W, C) -> (B, H, W, D): the linear map of Eq. 16 and 23, or Table 4's window attention before it."""
+    """(B, H, W, C) -> (B, H, W, D): the linear map of Eq. 16 and 23; in Table 4's row, window attention before it."""
     linear = nn.Linear(dim, EXPANSION * dim, bias=False)
     return linear if config.gate == "linear" else nn.Sequential(WindowMSA(dim), linear)
 
@@ -424,8 +424,8 @@ class SS2D(nn.Module):
     """2D selective scan, Eq. 6-8 and 10-12: projects the map to Delta, B and C per direction, then scans. In
     MTMamba++'s cross SS2D they are projected from a second map; all else is equal.
 
-    No outer projections and no LayerNorm. The projections act on each pixel alone, so they commute with the order of
-    the scan: one linear map on the feature map in place serves all directions.
+    No outer projections and no LayerNorm. The projections act on each pixel alone, so the order of the scan
+    does not matter to them: one linear map of the feature map serves all directions.
     dt_rank: R; None takes ceil(d_inner / (16 alpha)), which is ceil(C / 16).
     Differs: the paper gives A the shape L x C; that of Mamba and of the published weights is D x N, per direction.
     """
@@ -442,7 +442,7 @@ class SS2D(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Mamba's initialisation. Every other module of the decoder keeps PyTorch's default."""
+        """Mamba's initialisation. The other modules keep the default of PyTorch or timm, but for LiteHead's conv."""
         nn.init.uniform_(self.x_proj_weight, -self.x_proj_weight.shape[2] ** -0.5, self.x_proj_weight.shape[2] ** -0.5)
         # Keeps the variance of the low-rank step through its expansion to D.
         nn.init.uniform_(self.dt_weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
@@ -460,8 +460,8 @@ class SS2D(nn.Module):
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
         delta, BC = projected.split([R, 2 * N], dim=-1)                       # Eq. 6, 7
-        # The GPU kernels read B and C side by side in float32. As copies, these two are all that autograd keeps of
-        # `projected`.
+        # The GPU kernels read B and C side by side in float32. Both are copies, so that autograd keeps them and not
+        # `projected`, too.
         delta, BC = delta.contiguous(), BC.to(_compute_dtype(BC)).contiguous()
         B, C = BC.chunk(2, dim=-1)                                            # (B, H, W, K, N) each
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
@@ -490,8 +490,8 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 
 def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
-    """The outputs of all steps, (L, ...), by a Python loop. While a model is compiled or exported, by PyTorch's scan
-    operator: one node for any L, so that exported files run without this project."""
+    """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
+    with PyTorch's scan operator. That is one node for any L, and exported files run without this project."""
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
         return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
@@ -522,7 +522,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     x: (B, H, W, D). delta: (B, H, W, K, D), before bias and softplus. A: (K, D, N). B, C: (B, H, W, K, N).
     D, delta_bias: (K, D). Returns (B, H, W, D) in x's type; computed in float32 whatever the types of the inputs and
     autocast (float64 where x is), because the state sums over thousands of steps.
-    dt_weight: (K, D, R), where delta is still (B, H, W, K, R), to be expanded by it.
+    dt_weight: (K, D, R). If it is given, delta is (B, H, W, K, R), and this weight expands it to D channels.
 
     backend: "loop": s6 along explicit index lists; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
@@ -548,7 +548,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)    # old PyTorch has the second
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)    # the older name
     if backend != "loop" and is_exporting():
         raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
@@ -576,12 +576,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias):
-    dtype = _compute_dtype(x)    # autocast changes no type in s6
+    dtype = _compute_dtype(x)    # s6 has no operator whose type autocast changes
     orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
     u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
     directions = torch.arange(K, device=x.device)[:, None]
     delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-    A = A.to(dtype).contiguous()    # as the state, which the scan operator wants to keep its strides
+    A = A.to(dtype).contiguous()    # as the state: the scan operator demands that a step keeps the state's strides
     D, delta_bias = (t[:, None].to(dtype) for t in (D, delta_bias))
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
     y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
@@ -593,8 +593,8 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias):
 class PatchExpand(nn.Module):
     """Linear map, depth to space, LayerNorm: factor times the resolution (Eq. 26; with factor 4 in the head).
 
-    (B, H, W, C_in) -> (B, factor H, factor W, C_out). Swin's pyramid halves C_in at factor 2, which makes the linear
-    map C -> 2C; other encoders' widths need not double from stage to stage.
+    (B, H, W, C_in) -> (B, factor H, factor W, C_out). With Swin, C_out is C_in / 2 at factor 2, so the
+    linear map is C -> 2C. Other encoders' widths need not double from stage to stage.
     """
 
     def __init__(self, dim_in: int, dim_out: int, factor: int):
@@ -637,8 +637,8 @@ class SCTM(nn.Module):
         out^t = z^t + W_o^t (y^t * SiLU(W_g^t u^t))                                              D -> C
 
     In s, no activation or norm follows the linear map and the convolution. These two and the depthwise convolution have
-    a bias; the W have none. CTM (F-CTM in this paper) mixes features. Here the other tasks only influence the step
-    sizes and matrices of a task's own scan.
+    a bias; the W have none. CTM (F-CTM in MTMamba++'s paper) mixes features. Here the other tasks only influence the
+    step sizes and matrices of a task's own scan.
     """
 
     def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
@@ -668,7 +668,7 @@ class SCTM(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """In training, over all processes' images together. nn.SyncBatchNorm needs CUDA, and torch.compile splits at it."""
+    """In training, normalises over the images of all processes. nn.SyncBatchNorm needs CUDA and cannot be compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or _count_processes() == 1:
@@ -740,7 +740,7 @@ def check_heads(dim: int, heads: int):
 def pad_before_shift(module: nn.Module) -> nn.Module:
     """Makes timm's Swin blocks in a module pad the map to whole windows before the cyclic shift. Returns the module.
 
-    Differs from timm, which shifts first and pads then: where the feature map is not a multiple of the window, that
+    Differs from timm, which first shifts and then pads: where the feature map is not a multiple of the window, this
     puts the padding into the middle of the shifted map. Swin for dense prediction pads first, and so do all published
     MTMamba weights.
     """
@@ -827,7 +827,7 @@ class Encoder(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool):
-        """timm's own, set in each stage, which takes one block at a time. The backbone's would take a whole stage."""
+        """timm's own, switched on in each stage: it recomputes a block at a time. The backbone's would take a stage."""
         stages = [m for m in self.backbone.modules() if m is not self.backbone and hasattr(m, "grad_checkpointing")]
         for module in stages or [self.backbone]:
             module.grad_checkpointing = enable
@@ -851,7 +851,7 @@ class FeaturePyramid(nn.Module):
             nn.MaxPool2d(2)])
 
     def resize(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the size at which patches are H/16 x W/16 in number; for patches of 14 it is 14/16 of it."""
+        """Resizes (B, 3, H, W) so that there are H/16 x W/16 patches: to 14/16 of the size for patches of 14 pixels."""
         size = [n * self.patch // 16 for n in image.shape[2:]]
         return image if self.patch == 16 else F.interpolate(image, size, mode="bilinear", align_corners=False)
 
@@ -890,12 +890,9 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
     flat = {key.replace(".", "_"): value for key, value in source.items()}
-    state, missing = {}, []
-    for key, value in backbone.state_dict().items():
-        found = flat.get(key.removeprefix("model.").replace(".", "_"))
-        if found is None or found.shape != value.shape:
-            missing.append(key)
-        state[key] = found
+    own = backbone.state_dict()
+    state = {key: flat.get(key.removeprefix("model.").replace(".", "_")) for key in own}
+    missing = [key for key, value in own.items() if state[key] is None or state[key].shape != value.shape]
     if missing:
         raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
                            f"{missing[0]}; nothing was loaded")
@@ -909,8 +906,8 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
     9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
-    The paper's counter reads SS2D's two projections from a report with four significant digits of their operations (2
-    per multiply-add). Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
+    The paper's counter reads the operations of SS2D's two projections (2 per multiply-add) from a report that gives
+    four significant digits. Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
     Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
     """
     rounding = 0
@@ -933,7 +930,7 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
     meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, meta).eval()    # takes these weights, which hold no numbers, in place of the model's
+    copied = copy.deepcopy(model, meta).eval()    # with these weights, which hold no numbers
     for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
         ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
         ss2d.register_forward_pre_hook(count_rounding)
@@ -946,8 +943,8 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast
 #
-# All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. Saved
-# for the backward pass are the inputs and some of the states, from which it computes the others again.
+# All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. The
+# inputs and some of the states are saved for the backward pass, which computes the other states again.
 
 @torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
 def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
@@ -968,19 +965,18 @@ def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
                       D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
-    """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), which are the N rows of
-    A, D and delta_bias, in float32 or float64; and of dt_weight, if there is one."""
+    """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), N rows of A, one of D
+    and one of delta_bias, in float32 or float64; and of dt_weight, if there is one."""
     _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
         operands = _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
-        grads = [gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters]
+        g_weight = []
         if dt_weight is not None:
-            g_delta = g_delta.flatten(0, 2)
-            g_weight = torch.einsum("mkd,mkr->kdr", g_delta, delta.to(g_delta.dtype).flatten(0, 2))
-            grads.append(g_weight.to(dt_weight.dtype))
-            g_delta = torch.einsum("mkd,kdr->mkr", g_delta, dt_weight.to(g_delta.dtype))
-            grads[1] = g_delta.view(delta.shape).to(delta.dtype)
+            g = g_delta.flatten(0, 2)
+            g_weight = [torch.einsum("mkd,mkr->kdr", g, delta.to(g.dtype).flatten(0, 2)).to(dt_weight.dtype)]
+            g_delta = torch.einsum("mkd,kdr->mkr", g, dt_weight.to(g.dtype)).view(delta.shape)
+        grads = gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters, *g_weight
     return [g.contiguous() for g in grads]
 
 
@@ -1031,14 +1027,14 @@ def _parameter_gradients(gA: Tensor, gD: Tensor, g_bias: Tensor) -> Tensor:
 
 
 def _is_transformed(t: Tensor) -> bool:
-    """Whether by jvp, whose tangents a custom operator would drop in silence, or by torch.func.grad."""
+    """Whether jvp or torch.func.grad differentiates t. A custom operator would drop jvp's tangents in silence."""
     if torch.compiler.is_dynamo_compiling():    # Dynamo knows it of the program, not of a tensor
         return forward_ad._current_level >= 0
     return torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
 def _to_sequences(t: Tensor) -> Tensor:
-    """(B, H, W, K or 1, X), in place -> (L, B, K, X), each direction in its own order; 1 serves all directions."""
+    """A map (B, H, W, K or 1, X) -> sequences (L, B, K, X), each direction in its order. 1: all read the same."""
     orders = scan_orders(*t.shape[1:3], t.device)
     rows = t.flatten(1, 2).transpose(0, 1).expand(-1, -1, K, -1)                               # (L, B, K, X)
     return torch.stack([rows[order, :, k] for k, order in enumerate(orders)], dim=2)
@@ -1093,7 +1089,7 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
         gC[now] = (H[1:] @ gy[now].unsqueeze(4)).squeeze(4)
         gB[now] = (G @ step_u[now].unsqueeze(4)).squeeze(4)
         g_step_u[now] = (B[now].unsqueeze(3) @ G).squeeze(3)
-        G.mul_(A_bar).mul_(H[:-1])    # now of the exponent Delta A in Eq. 5
+        G.mul_(A_bar).mul_(H[:-1])    # from here on of the exponent Delta A in Eq. 5
         g_step[now] = (G * A).sum(3)
         gA += (G * step[now].unsqueeze(3)).sum((0, 1))
     g_delta = (g_step + g_step_u * u) * z.sigmoid()
@@ -1120,7 +1116,7 @@ def _torch_chunk(h, step, u, A, B):
 
 # The backend "numba", for CPUs. A unit of work is one image, one direction and BLOCK channels; PyTorch's number of
 # threads share the units. The maps stay in place: the pixel is computed from the step. A unit works on CHUNK steps at
-# a time, for one of the N states after the other, so that all it reads and writes inside fits into the first cache.
+# a time, for one of the N states after the other, so that all it reads and writes inside fits into the L1 cache.
 # The units, and so all sums, are the same for any number of threads: equal inputs give equal bits.
 BLOCK = 64    # channels, whose loops become vector instructions
 HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where the first scan runs
@@ -1141,7 +1137,7 @@ def _numba_kernels(stored: bool):
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    # Numba does not find stored code again if it is of closures. So what the kernels use is global.
+    # Numba cannot reload stored code that uses closures. So what the kernels use is global.
     global single, integer, log2_e, ln_2, shift, stack, wide_vectors, power_of_2, exp2, softplus, place, pixel
     single, integer = numba.float32, numba.int64
     log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
@@ -1165,13 +1161,13 @@ def _numba_kernels(stored: bool):
         """Allows vectors of 512 bits in a function: a fifth less time. LLVM avoids them, as programs that use few of
         them get slower. `backward` does without, so that its sums have the same bits as on CPUs with 256 bits."""
         def generate(context, builder, signature, arguments):
-            set.add(builder.function.attributes, '"prefer-vector-width"="512"')    # its own `add` knows few names
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')    # attributes.add accepts few names
             return context.get_dummy_value()
         return types.none(), generate
 
     @intrinsic
     def power_of_2(typing_context, shifted):
-        """2 ** (z rounded) of z + shift: its lowest bits, moved to where a float32 has its exponent."""
+        """z + shift -> 2 ** (z rounded): its lowest bits become the exponent of a float32."""
         def generate(context, builder, signature, arguments):
             bits = builder.bitcast(arguments[0], context.get_value_type(types.int32))
             return builder.bitcast(builder.shl(bits, bits.type(23)), arguments[0].type)
@@ -1353,7 +1349,7 @@ def _numba_blocks(t: Tensor) -> Tensor:
 
 
 def _numba_run(name: str, x: Tensor, *tensors: Tensor):
-    """One of _numba_kernels on all units, in several parts per thread, so that a slow thread does fewer of them."""
+    """Runs one of _numba_kernels on all units, in several parts per thread, as some threads are slower."""
     kernels, arrays = _numba_kernels(stored=True), [t.detach().numpy() for t in tensors]
     threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
     parts = min(units, 4 * threads) if threads > 1 else 1
@@ -1371,7 +1367,7 @@ def _numba_run(name: str, x: Tensor, *tensors: Tensor):
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """One per process, because a fork does not copy threads. They do not spin while they wait."""
+    """One per process, because a fork does not copy threads. Its threads do not spin."""
     return ThreadPoolExecutor(threads, "mtmamba")
 
 
@@ -1421,8 +1417,8 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 
 # The backend "triton". The map stays in place: directions k and k + 2, a pair, share an order of the pixels (row-major
 # or column-major), which one walks upwards, the other downwards. That order is cut into segments, which programs work
-# on in parallel. As a state is linear in an earlier one, a segment makes exp(A sum(Delta)) h + e of its start state h,
-# where e is its end state from h = 0. Three passes: e of all segments (_triton_segments), their start states
+# on in parallel. A state is linear in an earlier one: a segment turns its start state h into exp(A sum(Delta)) h + e,
+# where e is its end state for h = 0. Three passes: e of all segments (_triton_segments), their start states
 # (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of the states,
 # against the walk (_triton_gradients), and computes the states again from the start states, which were saved.
 #
@@ -1432,7 +1428,7 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 # - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and up to
 #   TILE_N states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. Lanes exchange data in
 #   _triton_gradients alone: B and C, which it keeps one state per lane, and the sums over channels in their gradients.
-# - What a program writes and reads back (y, gx, g_ends, gA) is its own; a barrier stands between the two.
+# - A program reads back only what it has written itself (y, gx, g_ends, gA), after a barrier.
 # - Lanes beyond the last channel work on zeros and write nothing.
 # - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
 #   how channels lie in threads, and counts what they cost; tests/gpu.py checks and measures them on a GPU.
@@ -1454,15 +1450,15 @@ def has_triton() -> bool:
 
 
 def _triton_registers(n: int) -> dict[str, int]:
-    """A limit per thread, so that 12 programs fit on a multiprocessor. With more states than one tile holds it would
-    move registers to memory. AMD's compiler has no such option."""
+    """A limit per thread, so that 12 programs fit on a multiprocessor. With more states than one tile holds, it
+    would make the compiler spill. AMD's compiler has no such option."""
     return {} if n > TILE_N or torch.version.hip else {"maxnreg": 168}
 
 
 def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
-    # And no other size of the map or batch is worth compiling for again.
+    # Nor does another size of the map or batch need a kernel of its own.
     sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch"]
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
@@ -1497,8 +1493,8 @@ def _triton_next(pixel, ahead, pixels, more):
 
 @_jit
 def _triton_softplus(z):
-    """Delta, Eq. 8: max(z, 0) + log(1 + e) with e = exp(-|z|), and log(1 + e) / e as a polynomial that is best in
-    relative error on [0, 1], 2e-7: the small Delta that training starts from keep their digits, too."""
+    """Delta, Eq. 8: max(z, 0) + log(1 + e) with e = exp(-|z|), and log(1 + e) / e as a polynomial with a
+    relative error of at most 2e-7 on [0, 1]. So the small Delta at the start of training are accurate, too."""
     e = tl.exp2(tl.abs(z) * -LOG2_E)
     series = -0.107681731 + e * (0.0440896391 + e * -0.0085392092)
     series = 0.999999806 + e * (-0.499974054 + e * (0.3327548 + e * (-0.244954639 + e * (0.177452434 + e * series))))
@@ -1547,7 +1543,7 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
                 gy_t = gy_next.to(tl.float32)
             u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
             pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
-            u_next = tl.load(x + pixel * D, mask=d < D, other=0)    # a step ahead, as reading takes its time
+            u_next = tl.load(x + pixel * D, mask=d < D, other=0)    # a step ahead, as loads are slow
             z_next = tl.load(delta + pixel * delta_pixel, mask=d < D, other=0)
             A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
             h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
@@ -1615,7 +1611,7 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
                 y_other = tl.load(y_place, mask=d < tl.where(walk + block_n > 0, D, 0), other=0)
                 u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
                 pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
-                u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as reading takes its time
+                u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as loads are slow
                 z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
                 h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]      # Eq. 5, 3
                 y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                 # Eq. 4, 2
@@ -1625,7 +1621,7 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
 
 @_jit
 def _triton_scatter_sums(values, lane):
-    """Values (32,), whose number is a power of 2, summed over the lanes: lane l gets the sum of value l % their number.
+    """Sums 2^m values (32,) over the lanes: lane l gets the sum of value l % 2^m.
     In each round a lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges
     than a sum of every value on its own."""
     for bit in tl.static_range(5):
@@ -1758,7 +1754,7 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
-    """(what the three kernels that walk begin with, their compile-time arguments)"""
+    """The first arguments of the three kernels that walk, and their compile-time arguments."""
     if not has_triton():
         raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
                            f"found {triton.__version__ if triton else 'none'}; use the backend torch")
@@ -1775,15 +1771,15 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
-        raise ValueError("the scan backend triton counts the numbers of an image in 32 bits; the feature map "
+        raise ValueError("the scan backend triton has indices of 32 bits inside an image; the feature map "
                          f"{tuple(x.shape)} is too large for it. Use the backend torch")
     return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
 
 def _triton_side_by_side(B: Tensor, C: Tensor) -> Tensor:
-    """(B, H, W, K, 2N) in float32, as kernels that convert them at every step issue 10 % more instructions. A copy only
-    where B and C are not the halves of such a tensor, which they are in SS2D."""
+    """B and C as one float32 tensor (B, H, W, K, 2N). In SS2D they are its halves, so nothing is copied. (Converting at
+    every step would cost 10 % more instructions.)"""
     *shape, n = B.shape
     strides = torch.empty(*shape, 2 * n, device="meta").stride()
     if B.dtype == C.dtype == torch.float32 and B.stride() == C.stride() == strides and (
@@ -1794,9 +1790,8 @@ def _triton_side_by_side(B: Tensor, C: Tensor) -> Tensor:
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias):
     batch, _, _, d = x.shape
-    n = A.shape[-1]
-    states = _triton_states(x, n)
-    segments = states.shape[3]
+    states = _triton_states(x, A.shape[-1])
+    _, _, _, segments, n, _ = states.shape
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
@@ -1814,7 +1809,7 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     batch, _, _, d = x.shape
-    n, segments = A.shape[-1], states.shape[3]
+    _, _, _, segments, n, _ = states.shape
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     block = BLOCK_D if n <= TILE_N else BLOCK_D_ADJOINT    # with more states there are more pointers in registers
@@ -1839,7 +1834,7 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
 
-# By backend: the states' size, forward and backward.
+# By backend: what allocates the states, forward and backward.
 _SCANS = {
     "torch": (_torch_states, _torch_forward, _torch_backward),
     "numba": (_numba_states, _numba_forward, _numba_backward),
@@ -1857,9 +1852,7 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
     (r"^backbone\.", r"encoder.backbone."),
     (r"patch_embed\.projection", r"patch_embed.proj"),
-    (r"backbone\.stages\.0\.downsample", r"backbone.layers_1.downsample"),    # timm opens the next stage with it
-    (r"backbone\.stages\.1\.downsample", r"backbone.layers_2.downsample"),
-    (r"backbone\.stages\.2\.downsample", r"backbone.layers_3.downsample"),
+    (r"stages\.(\d)\.downsample", lambda match: f"layers_{int(match[1]) + 1}.downsample"),    # timm's next stage has it
     (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
     (r"attn\.w_msa\.", r"attn."),
     (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
@@ -1869,7 +1862,7 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
     (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
     (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
-    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, as all with block_ctm
+    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, like block_ctm
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
     (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
@@ -1912,9 +1905,10 @@ def published_variant(state: dict[str, Tensor]) -> str:
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
-    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors, all of which
-    were used. Raises FileNotFoundError, or ValueError for another kind of file, tasks in another order (that of its
-    keys), or tensors that are missing, left over or of the wrong shape (all are listed). Then the model is unchanged.
+    checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors; none is left
+    over (timm computes relative_position_index itself). Raises FileNotFoundError, or ValueError for another kind of
+    file, tasks in another order (that of its keys), or tensors that are missing, left over or of the wrong shape (all
+    are listed). Then the model is unchanged.
     """
     source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
@@ -1927,14 +1921,12 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     del own["_extra_state"]    # published files have none
     state = {}
     for key, value in checkpoint.items():
-        if key.endswith("relative_position_index"):    # a constant, which timm computes
-            continue
-        state.update(_convert_published(key, value))
+        if not key.endswith("relative_position_index"):    # a constant, which timm computes
+            state |= _convert_published(key, value)
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            problems.append(f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
+    problems += [f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
+                 for key, value in state.items() if key in own and own[key].shape != value.shape]
     if problems:
         raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
                          f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
@@ -1948,8 +1940,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
 
 
 def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. They are read when they are used: do not write
-    into the file, replace it by another one. Raises FileNotFoundError, or ValueError for other files."""
+    """Reads a file of torch.save that holds tensors and plain values. The tensors are read when they are used, so never
+    write into the file: replace it. Raises FileNotFoundError, or ValueError for other files."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:

@@ -11,7 +11,8 @@
     python train.py --dataset nyud --init-from X --out runs/tuned  # fine-tunes a checkpoint, ours or a published one
 
 Losses, optimiser and schedule are the paper's. Where it is silent, they are the published implementation's. A run
-writes to runs/DATASET, or to --out: last.pt, best.pt, log.jsonl, pictures/, and at its end results.json.
+writes to runs/DATASET, or to --out: last.pt, best.pt, log.jsonl, pictures/, and at its end results.json,
+contact_sheet.png and curves.png.
 """
 
 # Order: recipes; main and its flags; Run, with its set-up, loop, step and files; losses; schedule and batches; weights
@@ -102,13 +103,13 @@ from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 # What each data set is trained with. Flags of the same names override it.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
               batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
-# Small enough to learn six tasks on two CPU cores, of small images in minutes: a narrow encoder trained from scratch
+# Small enough to learn six tasks from small images in minutes on two CPU cores: a narrow encoder trained from scratch
 # (hence the higher learning rate), 1 state instead of 16.
 SMALL = dict(encoder="convnext_atto", pretrained=False,
              encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0), d_state=1,
              iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", save_every=100, log_every=10)
 PRESETS = {
-    # Rendering takes a tenth of the time, and a process of its own would take a core from the network.
+    # No workers: rendering takes a tenth of the time, and a loading process would take a core from the network.
     "synthetic": dict(SMALL, img_size=(64, 96), workers=0, eval_every=0),
     "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
     "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args, held = parser.parse_args(argv), contextlib.ExitStack()
-    if args.resume and args.out:    # the flags that the run was last started with, unless they are given anew
+    if args.resume and args.out:    # the flags that the run was last started with, unless they are given again
         with contextlib.suppress(OSError, ValueError, IndexError):
             lines = (args.out / "log.jsonl").read_text().splitlines()    # after a kill the last one may be cut off
             flags = json.loads([line for line in lines if line.startswith('{"config"')][-1])["config"]
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
             first_prints = contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None)
             with first_prints:
                 run = Run(args, device, held)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:    # the last two: of timm, of TensorBoard
+        except (ValueError, OSError, RuntimeError, ImportError) as error:    # the last: of TensorBoard
             parser.error(" ".join(str(error).split()))
         with first_prints:
             return run.execute()
@@ -230,10 +231,10 @@ def add_arguments(parser: argparse.ArgumentParser):
                        "Ampere GPUs and newer, with inputs rounded to 10 bits; scores stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
-    group = parser.add_argument_group("output, every so many iterations")
-    group.add_argument("--save-every", type=int)
-    group.add_argument("--eval-every", type=int, help="0: only at the end")
-    group.add_argument("--log-every", type=int)
+    group = parser.add_argument_group("output")
+    group.add_argument("--save-every", type=int, help="iterations from one last.pt to the next")
+    group.add_argument("--eval-every", type=int, help="iterations from one evaluation to the next; 0: only at the end")
+    group.add_argument("--log-every", type=int, help="iterations from one line of the log to the next")
     group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against "
                        "at the end, one or one per task (NYUDv2: the paper's)")
     group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model and the "
@@ -252,7 +253,7 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.img_size = tuple(args.img_size)
-    args.baseline = [Path(path) for path in args.baseline or ()]    # as text where the log of a resumed run has them
+    args.baseline = [Path(path) for path in args.baseline or ()]    # text if a resumed run's log has them
     args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
     if args.amp is None and device.type == "cuda":    # GPUs before 8.0 only emulate bf16
         args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
@@ -334,8 +335,8 @@ class Run:
 
         self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
-                                versions=versions(), names=names)    # of a checkpoint
-        self.iteration, self.evaluated = 0, 0    # how many iterations are done, and how many when it was last scored
+                                versions=versions(), names=names)    # part of every checkpoint
+        self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
         self.best = -math.inf                    # delta_m of best.pt
         if checkpoint:
             self.restore(*checkpoint)
@@ -353,7 +354,7 @@ class Run:
             align_gradients(self.model)
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
                                                    gradient_as_bucket_view=True)
-            self.network.broadcast_buffers = False    # `part` differs. The argument of that name is deprecated
+            self.network.broadcast_buffers = False    # `part` differs by process. DDP's argument is deprecated
 
     def execute(self) -> dict[str, Results]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
@@ -373,11 +374,10 @@ class Run:
         wanted = self.train_set.REFERENCES and not args.no_references
         if wanted and self.iteration == 0:
             references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=REFERENCE_IMAGES)
-        constant = None
         if wanted or not self.train_set.SELECTION_BASELINE:
-            references["best constant"] = constant = constant_baseline(self.val_set, odsf=wanted)
-        self.baseline = selection_baseline(self.val_set, constant)
-        print("best.pt will be the evaluation with the highest delta_m against", self.baseline)
+            references["best constant"] = constant_baseline(self.val_set, odsf=wanted)
+        self.compared_with = selection_baseline(self.val_set, references.get("best constant"))
+        print("best.pt will be the evaluation with the highest delta_m against", self.compared_with)
 
         with self.interruption:
             self.train()
@@ -386,10 +386,9 @@ class Run:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; continue with the same command "
                       "and --resume")
                 return {}
-            results = {"trained": trained, **references}
-            self.finish({reference_title(name, self.val_set) if name in references else name: scores
-                         for name, scores in results.items()})
-        return results
+            self.finish({"trained": trained} | {reference_title(name, self.val_set): scores
+                                                for name, scores in references.items()})
+        return {"trained": trained, **references}
 
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
@@ -455,9 +454,8 @@ class Run:
                 # DDP averages the gradients over the processes.
                 total = total_loss(losses, args.loss, self.rows)
                 self.scaler.scale(total / args.accumulate).backward()
-            labelled = [valid_pixels(target).flatten(1).any(1) for target in targets.values()]    # (B,) each
-            sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]),
-                                 torch.stack([images.sum() for images in labelled])])
+            labelled = [valid_pixels(target).flatten(1).any(1).sum() for target in targets.values()]    # images
+            sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]), torch.stack(labelled)])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return add_up(sums)
@@ -515,8 +513,8 @@ class Run:
 
     def keep(self, results: Results):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
-        figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.baseline}
-        score = delta_m(figures, {task: self.baseline[task] for task in figures}, self.rows) if figures else None
+        figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.compared_with}
+        score = delta_m(figures, {task: self.compared_with[task] for task in figures}, self.rows) if figures else None
         self.evaluated, losses = self.iteration, self.record["validation_losses"]
         self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection_delta_m=score,
                       seconds=self.evaluation_seconds),
@@ -583,12 +581,12 @@ class Run:
                                  "another run with --init-from and another --out")
         load_weights(self.model, checkpoint, path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for state in self.optimizer.state.values():    # on a CPU, the file's own tensors, which would keep it open
+        for state in self.optimizer.state.values():    # on a CPU they are the file's, which would stay open
             state.update({key: tensor.clone() for key, tensor in state.items()})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
-        if self.rank == 0 and (log := self.args.out / "log.jsonl").exists():    # without what was done after that
+        if self.rank == 0 and (log := self.args.out / "log.jsonl").exists():    # without later lines
             with contextlib.suppress(ValueError):    # a line may be cut off
                 lines = []
                 for line in log.read_text().splitlines():
@@ -618,7 +616,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, content: dict):
-    """An existing file is replaced only by a whole new one that is on the disk. Raises WriteError."""
+    """Replaces an existing file only when the new one is completely on the disk. Raises WriteError."""
     with replacing(path) as file:
         torch.save(content, file)
         file.flush()
@@ -655,7 +653,7 @@ def draw_curves(folder: Path, rows: Mapping[str, Task]):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
     def curve(axes, key: str, *path: str):
-        """Of line[key], or line[key][path[0]] and so on, where there is a number."""
+        """Draws line[key], or line[key][path[0]] and so on, of each line that has a number there."""
         points = []
         for line in lines:
             value = line.get(key)
@@ -724,7 +722,7 @@ def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:
     Images share nothing: the published runs had one image in each of 8 processes.
 
     semseg, parsing   cross-entropy
-    saliency          cross-entropy; salient pixels have as weight the share of the others in the image, and vice versa
+    saliency          cross-entropy; a salient pixel's weight is the share of the others in the image, and vice versa
     boundary          binary cross-entropy; boundary pixels have the weight 0.95, the others 0.05
     normal            absolute difference of the unit-length prediction, summed over the three channels
     depth             absolute difference
@@ -783,7 +781,7 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
                   world: int) -> Iterator[list]:
     """The indices that this process loads, for each part of each batch from iteration `first` on.
 
-    All samples stand in one order, a pure function of the seed: epoch after epoch, each shuffled anew. An iteration
+    All samples stand in one order, a pure function of the seed: epoch after epoch, each shuffled again. An iteration
     takes the next `batch_size` of them, whatever the number of processes, parts and workers.
     """
     @functools.lru_cache(maxsize=2)
@@ -831,9 +829,10 @@ def load_all_weights(model: MTMamba, path: Path):
 
 
 def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
-    """--init-from with --init-partial: takes the tensors of the same name and shape, and prints which ones remain.
+    """--init-from with --init-partial: takes the tensors of the same name and shape, those of the encoder and of
+    the decoders of tasks that both models have. Prints which ones were not taken.
 
-    These are tensors of the encoder, and of the decoders of tasks that both have. A cross-task block concatenates the
+    A cross-task block concatenates the
     tasks' features, so it is taken only where the tasks and their order are the same. encoder, encoder_kwargs: of a
     published checkpoint, which does not name its own. Raises FileNotFoundError, or ValueError where nothing fits.
     """
@@ -886,8 +885,8 @@ def draw_for_whole_batch(model: MTMamba, parts: int, device: torch.device) -> Te
 
 
 def align_gradients(model: MTMamba):
-    """Gives the gradients of weights like (D, 1, 3, 3) the strides of the weights, by a view. They differ in the
-    dimension of size 1, of which DDP warns."""
+    """Gives the gradients of weights like (D, 1, 3, 3) the strides of the weights, by a view. Else they differ in
+    the dimension of size 1, and DDP warns."""
     for weight in model.parameters():
         if 1 in weight.shape[1:] and weight.requires_grad:
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))

@@ -692,7 +692,7 @@ def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch)
     assert code == 0 and len(files) == 5 * 5 and {"same_sheet.png", "same_2_sheet.png", "a\nb_sheet.png"} <= set(files)
     assert capsys.readouterr().out.count("pictures:") == 5
     files, code = draw(checkpoint, tmp_path / "more", folder / "same.*", folder / "pipe.png")
-    assert code == 1 and len(files) == 2 * 5 and "pipe.png is no file" in capsys.readouterr().err
+    assert code == 1 and len(files) == 2 * 5 and "pipe.png is not a file" in capsys.readouterr().err
     arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image"]
     assert "download the picture" in fails(capsys, *arguments, "https://example.org/a.png")
 
