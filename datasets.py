@@ -107,9 +107,17 @@ class DenseDataset(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
         for task, row in self.rows.items():
-            if len(self.CLASSES.get(task, range(row.channels))) != row.channels:
-                raise ValueError(f"expected the names of {row.channels} classes in {type(self).__name__}.CLASSES"
-                                 f"[{task!r}], found {len(self.CLASSES[task])}")
+            names, colours = (table.get(task) for table in (self.CLASSES, self.COLOURS))
+            if names is not None and not len(names) == len(set(names)) == row.channels:
+                raise ValueError(f"expected the names of {row.channels} classes, each once, in {type(self).__name__}."
+                                 f"CLASSES[{task!r}], found {names}")
+            if colours is not None and (
+                    np.shape(colours) != (row.channels, 3) or not np.isin(colours, range(256)).all()):
+                raise ValueError(f"expected the colours of {row.channels} classes, three of 0..255 each, in "
+                                 f"{type(self).__name__}.COLOURS[{task!r}], found {colours}")
+        if not 0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1:
+            raise ValueError(f"expected {type(self).__name__}.BOUNDARY_TOLERANCE as a fraction of the image's diagonal"
+                             f", found {self.BOUNDARY_TOLERANCE}; divide pixels by sqrt(H^2 + W^2)")
         self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
 
     @property
@@ -612,10 +620,11 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
-        tasks: names from TASKS, None for all; augment: None means in the split "train" only; seed: of augmentation."""
+        tasks: names from TASKS, None for all; augment: None means in the split "train", if LABEL_SCALE is 1; seed: of
+        augmentation."""
         super().__init__(size or self.SIZE, tasks, seed)
         self.split = split
-        self.augment = split == "train" if augment is None else augment
+        self.augment = split == "train" and self.LABEL_SCALE == 1 if augment is None else augment
         if self.augment and self.LABEL_SCALE != 1:
             raise ValueError("expected augment=False, as the labels are larger than the images")
         self._listed = list(self.list_names())    # what read takes
@@ -1481,6 +1490,8 @@ def check(dataset: type[LabelledDataset], root: Path | None, size: Sequence[int]
             earlier |= set(data.names)
         print(f"{split}: {len(data)} images{published}")
         total += sum(print_problems(kind, messages) for kind, messages in problems.items())
+        for message in () if any(problems.values()) else check_samples(data):    # may be meant: some lack a label
+            print(f"  look at {message}")
     print(f"{total or 'no'} problems")
     return total
 

@@ -142,8 +142,7 @@ def main(argv: list[str] | None = None) -> Results:
             raise
         parser.error(message)
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
     if skipped:
         parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
     return {}
@@ -173,8 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser):
         f"{', '.join(ENCODERS)} (default), or another timm model")
     add("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
     add = parser.add_argument_group("scores").add_argument
-    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: the one with the "
-        "model's tasks)")
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: that of the "
+        "training; of a published checkpoint, the one with its tasks)")
     add("--data-root", type=Path, help="where the data set is unpacked")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
@@ -342,7 +341,10 @@ def choose_backend(model: MTMamba, backend: str | None, device: torch.device) ->
 
 def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.device) -> Results:
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
-    name = args.dataset or find_dataset(model.labels.tasks)
+    # Read now, as a training that is running may replace the file. Without the tensors, which would keep it open.
+    origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
+              if key not in ("model", "optimizer", "published")} | {"config": config}
+    name = args.dataset or origin.get("training", {}).get("dataset") or find_dataset(model.labels.tasks)
     dataset = open_dataset(name, model.labels.tasks, config, args.data_root, args.img_size)
     scored = read_boundary_list(args.boundary_list, dataset)
     given = read_baseline(args.baseline, name, dataset)
@@ -359,9 +361,6 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     if workers is None:
         workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    # Read now, as a training that is running may replace the file. Without the tensors, which would keep it open.
-    origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
-              if key not in ("model", "optimizer", "published")} | {"config": config}
     record = {}
     results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
                        probabilities=args.probabilities, label_ids=args.label_ids, tf32=args.tf32, record=record)
@@ -402,7 +401,7 @@ def open_dataset(name: str, tasks: dict, config: dict, root: Path | None, size: 
     """The images to score on. tasks: the model's, as Labels.tasks. Raises ValueError where the data set has other tasks
     than the model, or labels of another size than its outputs."""
     data_set, scale = find_dataset_class(name), config.get("output_scale", 1)
-    if not all(data_set.TASKS.get(task) == value for task, value in tasks.items()):
+    if not task_rows(tasks).items() <= task_rows(data_set.TASKS).items():
         raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {data_set.TASKS}; choose another "
                          "--dataset")
     if scale != data_set.LABEL_SCALE:
@@ -569,7 +568,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
                     maps |= {task: values[i][area] for task, values in shares.items()}
                     save_raw(predictions, name, maps, dataset.labels, probabilities, label_ids)
                 for task, truth in truths.items():
-                    ods[task].update(to_bytes(maps[task][0]), truth)
+                    ods[task].update(to_bytes(maps[task][0]), truth, (batch[task][i][0][area] != IGNORE).numpy())
             bar.update(len(batch["image"]))
         for meter in ods.values():
             meter.collect()
@@ -713,7 +712,8 @@ def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
             meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
         for task, meter in ods.items():
             truth = dataset.boundary_truth(i, task)
-            meter.update(np.full(truth.shape, 255, np.uint8), truth)
+            label = sample[task][0][own_area(sample["image"], sample["size"], dataset.LABEL_SCALE)]
+            meter.update(np.full(truth.shape, 255, np.uint8), truth, (label != IGNORE).numpy())
     return results_of(meters, ods)
 
 
@@ -728,7 +728,7 @@ def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, fl
         row = labels.rows[task]
         for metric in [row.primary(metrics)] if primary_only else metrics:
             primary = metric == row.primary(metrics)
-            line = f"{labels.title(task) if primary else '':<12}{metric:<17}" + "".join(
+            line = f"{labels.title(task) if primary else '':<11} {metric:<17}" + "".join(
                 f"{results[task][metric]:>20.{row.digits}f}" if metric in results.get(task, ()) else 20 * " "
                 for results in columns.values())
             # The paper's maxF is computed as maxF_published.
@@ -953,6 +953,7 @@ def picture_classes(values: np.ndarray, shown: np.ndarray, task: str, labels: La
 
 def picture_depth(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
     known = shown[(shown != IGNORE) & (shown >= 0)]    # disparities that were not measured are negative
+    known = known if known.size else values[values >= 0]    # without a true map
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     steps = np.linspace(low, high, 5)
     lines = [(f"{step:.2f}{labels.unit(task)}", colour) for step, colour in zip(steps, colour_map(steps, low, high))]
@@ -1224,6 +1225,12 @@ def start(name: str) -> torch.device:
     if distributed and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def leave_processes():
+    """At the end, but not after an error: NCCL would wait for the others, which wait for this process."""
+    if sys.exc_info()[0] is None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -86,6 +86,8 @@ TASKS = {
     "depth": Task("depth", "distance", 1, torch.float32, 0, ("RMSE",), True, " m", 4, 1.0, ".npy"),
 }
 TaskTable = Mapping[str, int | tuple[str, int]]    # of a data set: output channels, or (like, channels), by task
+# Other entries of a sample; the sheet beside the tasks' pictures; attributes of the model's heads.
+RESERVED = {"image", "name", "size", "sheet", *dir(torch.nn.ModuleDict())}
 
 
 def task_rows(tasks: TaskTable) -> dict[str, Task]:
@@ -96,9 +98,9 @@ def task_rows(tasks: TaskTable) -> dict[str, Task]:
     """
     rows = {}
     for name, value in tasks.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in ("image", "name", "size"):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in RESERVED:
             raise ValueError(f"expected a task's name of letters, digits, _ and -, found {name!r}; rename the task "
-                             "(image, name and size are the names of other entries of a sample)")
+                             "(image, name, size, sheet and the attributes of torch.nn.ModuleDict have other uses)")
         like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
         row = TASKS.get(like)
         if row is None:
@@ -406,7 +408,7 @@ THRESHOLDS = np.array([0.001, *(np.arange(1, 100) / 100), 0.999])
 
 
 class OdsMeter:
-    """The boundary scores of BSDS in percent. update(prediction_u8, ground_truth) adds an image, compute() gives them.
+    """The boundary scores of BSDS in percent. update(...) adds an image, see boundary_counts; compute() gives them.
 
     odsF: the best F over thresholds that are the same for all images. oisF: F of the counts of each image at its own
     best threshold. AP: the area under the curve of precision over recall, at recalls 0, 0.01 .. 1.
@@ -419,8 +421,8 @@ class OdsMeter:
         self.counts = np.zeros((len(THRESHOLDS) + 1, 4), np.int64)    # the last row: at each image's best threshold
         self.pending = deque()
 
-    def update(self, prediction_u8: np.ndarray, ground_truth: np.ndarray):
-        self.pending.append(self.submit(boundary_counts, prediction_u8, ground_truth, self.max_dist))
+    def update(self, prediction_u8: np.ndarray, ground_truth: np.ndarray, known: np.ndarray | None = None):
+        self.pending.append(self.submit(boundary_counts, prediction_u8, ground_truth, self.max_dist, known))
         self.collect(self.waiting)
 
     def collect(self, left: int = 0):
@@ -458,12 +460,14 @@ def ods_f(counts: np.ndarray) -> float:
     return float(precision_recall(counts)[2].max())
 
 
-def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dist: float) -> np.ndarray:
+def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dist: float,
+                    known: np.ndarray | None = None) -> np.ndarray:
     """Pixels counted at the 101 thresholds: (101, 4) of matched true, true, matched predicted, predicted.
 
     prediction_u8: (H, W) uint8, the probability times 255, truncated, at the image's own size. ground_truth: (H, W)
     bool, thinned (boundary_ground_truth). max_dist: as a fraction of the diagonal, 0.0075 for PASCAL-Context, 0.011 for
-    NYUDv2. Raises ValueError on another dtype, on shapes that differ and on a max_dist outside [0, 1].
+    NYUDv2. known: (H, W) bool, where there is a label; boundaries predicted elsewhere are not counted.
+    Raises ValueError on another dtype, on shapes that differ and on a max_dist outside [0, 1].
 
     A pixel is on where its suppressed value, in float32, is strictly greater than the threshold in float64, as in the
     reference: 51 / 255 in float32 is a little more than 0.2, and on at the threshold 0.2.
@@ -476,6 +480,8 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     value = suppress_non_maxima(prediction_u8)
     active = value > THRESHOLDS[0]
     on = _thin_pixels(value[active] > THRESHOLDS[:, None], active)
+    if known is not None:
+        on &= known[active]
     used = on.any(0)
     truths = np.argwhere(ground_truth)
     matchings = _matchings(on[:, used], np.argwhere(active)[used], truths, max_dist * np.hypot(*ground_truth.shape))

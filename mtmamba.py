@@ -1839,7 +1839,7 @@ _SCANS = {
     "torch": (_torch_states, _torch_forward, _torch_backward),
     "numba": (_numba_states, _numba_forward, _numba_backward),
     "triton": (_triton_states, _triton_forward, _triton_backward),
-    "mamba_ssm": (lambda x, n: x.new_empty(0), _mamba_ssm_forward, _mamba_ssm_backward),
+    "mamba_ssm": (lambda x, n: x.new_empty(0, dtype=_compute_dtype(x)), _mamba_ssm_forward, _mamba_ssm_backward),
 }
 
 

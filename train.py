@@ -85,6 +85,7 @@ from evaluate import (
     evaluate,
     fit_workers,
     keep_inputs,
+    leave_processes,
     load_checkpoint,
     load_weights,
     print_table,
@@ -162,8 +163,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
         parser.exit(1, f"train.py: {message}\n")
     finally:
         held.close()
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
 
 
 def one_line(error: Exception) -> str | None:
@@ -349,6 +349,8 @@ class Run:
         self.network = self.model
         if args.compile:
             self.network = torch.compile(self.model, fullgraph=True, dynamic=False)    # images of one size
+            # Cut into several graphs for DDP, it would draw other random numbers in stochastic depth than one process.
+            torch._dynamo.config.optimize_ddp = False
         if self.world > 1:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
             align_gradients(self.model)
@@ -365,8 +367,12 @@ class Run:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
               f"{self.world} x {self.device.type}, {args.batch_size // self.world} images per process and iteration")
-        if args.accumulate > 1 and any(isinstance(module, BatchNorm) for module in self.model.modules()):
-            print(f"--accumulate: batch norm sees {args.batch_size // args.accumulate} images of a batch at a time")
+        norms = [module for module in self.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        synchronised = all(isinstance(norm, BatchNorm) for norm in norms)
+        seen = args.batch_size // args.accumulate // (1 if synchronised else self.world)
+        if norms and seen < args.batch_size:
+            print(f"{'--accumulate: batch norm' if synchronised else 'the batch norm of the encoder'} sees {seen} "
+                  "images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
@@ -480,6 +486,10 @@ class Run:
         evaluate.evaluate.
         """
         begun, self.record = time.perf_counter(), {}
+        if self.world > 1:    # statistics of an encoder's batch norm differ by process, until now
+            for buffer in self.model.buffers():
+                if buffer is not self.part:
+                    dist.broadcast(buffer, 0)
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
                            stop=lambda: self.interruption.noted, limit=limit, loss=task_loss, record=self.record)
         self.evaluation_seconds = time.perf_counter() - begun

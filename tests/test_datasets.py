@@ -1032,10 +1032,23 @@ def test_what_pictures_need_to_know():
     assert labels.title("semseg") == "classes"
 
 
-def test_the_number_of_class_names_is_checked(monkeypatch):
-    monkeypatch.setattr(Mixed, "CLASSES", {"material": ("wood", "steel")})
-    with pytest.raises(ValueError, match=r"names of 5 classes in Mixed.CLASSES\['material'\], found 2"):
+@pytest.mark.parametrize("attribute, value, message", [
+    ("CLASSES", {"material": ("wood", "steel")}, r"5 classes, each once, in Mixed.CLASSES\['material'\], found \('wo"),
+    ("CLASSES", {"material": (*"abcd", "a")}, "each once"),
+    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 classes, three of 0..255 each, in Mixed.COLOURS\['material'\], f"),
+    ("COLOURS", {"material": np.full((5, 3), 0.4)}, "COLOURS"), ("COLOURS", {"material": ["red"] * 5}, "COLOURS"),
+    ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
+    ("BOUNDARY_TOLERANCE", 2, "Mixed.BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
+def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
+    monkeypatch.setattr(Mixed, attribute, value)
+    with pytest.raises(ValueError, match=message):
         Mixed("val", (6, 8))
+
+
+def test_larger_labels_are_not_augmented(monkeypatch):
+    assert Mixed("train", (6, 8)).augment and not Mixed("val", (6, 8)).augment
+    monkeypatch.setattr(Mixed, "LABEL_SCALE", 2)
+    assert not Mixed("train", (6, 8)).augment
 
 
 @pytest.mark.parametrize("kind", [Synthetic, PascalContext, NYUDv2, Cityscapes])

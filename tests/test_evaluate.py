@@ -125,6 +125,46 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
     assert 0 < results["boundary"]["odsF"] < 100
 
 
+class Edges(datasets.LabelledDataset):
+    TASKS, BOUNDARY_TOLERANCE, unknown = {"boundary": 1}, 0.02, None
+
+    def list_names(self):
+        return ["a", "b"]
+
+    def read(self, name):
+        label = np.zeros((32, 96), np.uint8)
+        label[20, :48] = 1
+        if self.unknown == "half":
+            label[:, 48:] = 255
+        return np.zeros((32, 96, 3), np.uint8), {} if self.unknown == "image" and name == "b" else {"boundary": label}
+
+
+@pytest.mark.parametrize("unknown", ["half", "image"])
+def test_boundaries_count_only_where_there_is_a_label(unknown, monkeypatch):
+    """The true boundaries are predicted, others where no label is: in half of each image, or in all of the second."""
+    class Model(torch.nn.Module):
+        output_scale = 1
+
+        def forward(self, images):
+            y = torch.full((2, 1, 32, 96), -9.0)
+            y[:, :, 20, :48] = 9
+            if unknown == "half":
+                y[:, :, ::8, 52:] = 9
+            else:
+                y[1, :, ::8] = 9
+            return {"boundary": y}
+    without, scores = Edges("val", (32, 96)), []
+    monkeypatch.setattr(Edges, "unknown", unknown)
+    for data in (without, Edges("val", (32, 96))):
+        monkeypatch.setattr(Edges, "unknown", unknown if data is not without else None)
+        scores.append((evaluate.evaluate(Model(), data, torch.device("cpu"))["boundary"],
+                       evaluate.constant_baseline(data)["boundary"]))
+    (all_known, constant), (part_known, constant_known) = scores
+    for metric in ("odsF", "oisF"):
+        assert all_known[metric] < 80 and part_known[metric] > 98
+        assert constant_known[metric] >= constant[metric]
+
+
 def test_scores_are_in_true_float32(checkpoint, nyud, tmp_path, monkeypatch):
     forward, allowed = MTMamba.forward, []
     monkeypatch.setattr(MTMamba, "forward", lambda model, image: (    # "meta": FLOPs are counted
