@@ -107,7 +107,7 @@ class DenseDataset(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
         for task, row in self.rows.items():
-            names, colours = (table.get(task) for table in (self.CLASSES, self.COLOURS))
+            names, colours, ids = (table.get(task) for table in (self.CLASSES, self.COLOURS, self.LABEL_IDS))
             if names is not None and not len(names) == len(set(names)) == row.channels:
                 raise ValueError(f"expected the names of {row.channels} classes, each once, in {type(self).__name__}."
                                  f"CLASSES[{task!r}], found {names}")
@@ -115,6 +115,9 @@ class DenseDataset(torch.utils.data.Dataset):
                     np.shape(colours) != (row.channels, 3) or not np.isin(colours, range(256)).all()):
                 raise ValueError(f"expected the colours of {row.channels} classes, three of 0..255 each, in "
                                  f"{type(self).__name__}.COLOURS[{task!r}], found {colours}")
+            if ids is not None and (np.shape(ids) != (row.channels,) or not np.isin(ids, range(256)).all()):
+                raise ValueError(f"expected {row.channels} numbers of 0..255 in {type(self).__name__}.LABEL_IDS"
+                                 f"[{task!r}], found {ids}")
         if not 0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1:
             raise ValueError(f"expected {type(self).__name__}.BOUNDARY_TOLERANCE as a fraction of the image's diagonal"
                              f", found {self.BOUNDARY_TOLERANCE}; divide pixels by sqrt(H^2 + W^2)")

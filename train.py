@@ -62,6 +62,7 @@ from datasets import (
     IGNORE,
     SIGNALS,
     DenseDataset,
+    Labels,
     Parser,
     WriteError,
     append,
@@ -563,7 +564,7 @@ class Run:
                            boundary_images=len(data_set), results=trained, delta_m=improvement)
             checkpoint = dict(self.description, iteration=self.iteration)
             write_results(out / "results.json", entries, self.model, data_set, checkpoint, self.record)
-            draw_curves(out, self.rows)
+            draw_curves(out, data_set.labels)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)")
             print("results:   ", out / "results.json")
             print("pictures:  ", save_contact_sheet(self.model, data_set, self.device, out / "contact_sheet.png"))
@@ -653,7 +654,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def draw_curves(folder: Path, rows: Mapping[str, Task]):
+def draw_curves(folder: Path, labels: Labels):
     """curves.png from log.jsonl: a column per task, its losses above a score; the last one has what all tasks share."""
     try:
         from matplotlib.figure import Figure
@@ -674,16 +675,16 @@ def draw_curves(folder: Path, rows: Mapping[str, Task]):
         if points:
             axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=key)
 
-    figure = Figure(figsize=(4 * len(rows) + 4, 6), layout="constrained")
-    *tasks, last = figure.subplots(2, len(rows) + 1, sharex=True).T
-    for (task, row), (above, below) in zip(rows.items(), tasks):
+    figure = Figure(figsize=(4 * len(labels.rows) + 4, 6), layout="constrained")
+    *tasks, last = figure.subplots(2, len(labels.rows) + 1, sharex=True).T
+    for (task, row), (above, below) in zip(labels.rows.items(), tasks):
         curve(above, "losses", task)
         curve(above, "validation_losses", task)
-        above.set(title=f"{task}: losses", ylim=(0, None))
+        above.set(title=f"{labels.title(task)}: losses", ylim=(0, None))
         if above.lines:
             above.legend()
         curve(below, "results", task, row.metrics[-1])
-        below.set(title=f"{task}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
+        below.set(title=f"{labels.title(task)}: {row.metrics[-1]}{labels.unit(task)}", xlabel="iteration")
     for axes, key in zip(last, ("lr", "selection_delta_m")):
         curve(axes, key)
         axes.set(title=key, xlabel="iteration")

@@ -1038,6 +1038,8 @@ def test_what_pictures_need_to_know():
     ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 classes, three of 0..255 each, in Mixed.COLOURS\['material'\], f"),
     ("COLOURS", {"material": np.full((5, 3), 0.4)}, "COLOURS"), ("COLOURS", {"material": ["red"] * 5}, "COLOURS"),
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
+    ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"5 numbers of 0..255 in Mixed.LABEL_IDS"),
+    ("LABEL_IDS", {"material": (1,)}, "LABEL_IDS"),
     ("BOUNDARY_TOLERANCE", 2, "Mixed.BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
 def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Mixed, attribute, value)

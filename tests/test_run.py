@@ -630,7 +630,7 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
     axes, curves = pytest.importorskip("matplotlib.axes").Axes, []
     monkeypatch.setattr(axes, "plot", lambda self, x, y, plot=axes.plot, **options: (
         curves.append([*zip(x, y)]), plot(self, x, y, **options)))
-    train.draw_curves(tmp_path, Synthetic(1, tasks=["depth", "semseg"]).rows)
+    train.draw_curves(tmp_path, Synthetic(1, tasks=["depth", "semseg"]).labels)
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
     assert curves[:3] == [[(line["iteration"], line["losses"]["depth"]) for line in losses],
                           [(line["iteration"], line["validation_losses"]["depth"]) for line in scores],
