@@ -719,8 +719,8 @@ def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
 
 def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
                 primary_only: bool = False):
-    """One line per metric, the primary one of a task first; one column per set of results. Given the
-    paper's figures, the last two columns show them and what the first column differs by."""
+    """One line per metric, the primary one of a task first; one column per set of results. Given the paper's figures,
+    the last two columns show them and what the first column differs by."""
     paper = paper or {}
     titles = [*columns, *(["paper", "difference"] if paper else [])]
     print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))

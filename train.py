@@ -843,9 +843,9 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     """--init-from with --init-partial: takes the tensors of the same name and shape, those of the encoder and of
     the decoders of tasks that both models have. Prints which ones were not taken.
 
-    A cross-task block concatenates the
-    tasks' features, so it is taken only where the tasks and their order are the same. encoder, encoder_kwargs: of a
-    published checkpoint, which does not name its own. Raises FileNotFoundError, or ValueError where nothing fits.
+    A cross-task block concatenates the tasks' features, so it is taken only where the tasks and their order are the
+    same. encoder, encoder_kwargs: of a published checkpoint, which does not name its own. Raises FileNotFoundError, or
+    ValueError where nothing fits.
     """
     published = "published" in read_checkpoint(path)
     source, _ = load_checkpoint(path, torch.device("cpu"), *((encoder, encoder_kwargs) if published else ()))
