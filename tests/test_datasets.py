@@ -1016,6 +1016,20 @@ def test_a_task_that_no_sample_has_is_named(monkeypatch):
     assert message.startswith("height: no pixel counts in the first 2 samples, a to b")
 
 
+def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
+    monkeypatch.setattr(Mixed, "left_out", {"a": ("height",), "b": ("height", "depth")})
+    with datasets.Pool(0) as pool:
+        assert datasets.check(Mixed, None, (6, 8), pool) == 0
+    message = "  look at height: no pixel counts in the first 2 samples, a to b: their values are [255.0]"
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images", message, "val: 2 images", message, "no problems"]
+
+
+@pytest.mark.parametrize("name", ["sheet", "size", "type", "values", "training", "_modules", "a b"])
+def test_names_that_have_other_uses_are_refused(name):
+    with pytest.raises(ValueError, match=f"found '{name}'; rename the task"):
+        task_rows({name: ("depth", 1)})
+
+
 def test_what_pictures_need_to_know():
     labels = Mixed("val", (6, 8), ["height", "material", "semseg"]).labels
     stored = dataclasses.asdict(labels)

@@ -125,6 +125,14 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
     assert 0 < results["boundary"]["odsF"] < 100
 
 
+def test_a_distance_without_a_true_map_is_drawn_from_its_least_to_its_largest():
+    labels = datasets.Labels({"height": ("depth", 1)}, {}, {}, {}, {"height": " cm"})
+    values, unknown = np.float32([[[30, 40], [50, 70]]]), np.full((1, 4), 255, np.float32)
+    picture, legend = evaluate.draw(values, unknown, "height", labels)
+    assert [legend[0][0], legend[-1][0]] == ["30.00 cm", "70.00 cm"]
+    assert len({tuple(colour) for colour in picture.reshape(4, 3).tolist()}) == 4
+
+
 class Edges(datasets.LabelledDataset):
     TASKS, BOUNDARY_TOLERANCE, unknown = {"boundary": 1}, 0.02, None
 
