@@ -102,25 +102,20 @@ class DenseDataset(torch.utils.data.Dataset):
     def __init__(self, size, tasks, seed, smallest=1):
         """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
         self.tasks = choose_tasks(self.TASKS, tasks)
-        if len(size) != 2 or min(size) < smallest:
-            raise ValueError(f"expected size (H, W) of at least {smallest} pixels, found {size}; give a larger one")
-        if seed < 0:
-            raise ValueError(f"expected seed of at least 0, found {seed}; give a non-negative integer")
+        expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size,
+               "give a larger one")
+        expect(seed >= 0, "seed of at least 0", seed, "give a non-negative integer")
+        own = type(self).__name__
         for task, row in self.rows.items():
-            names, colours, ids = (table.get(task) for table in (self.CLASSES, self.COLOURS, self.LABEL_IDS))
-            if names is not None and not len(names) == len(set(names)) == row.channels:
-                raise ValueError(f"expected the names of {row.channels} classes, each once, in {type(self).__name__}."
-                                 f"CLASSES[{task!r}], found {names}")
-            if colours is not None and (
-                    np.shape(colours) != (row.channels, 3) or not np.isin(colours, range(256)).all()):
-                raise ValueError(f"expected the colours of {row.channels} classes, three of 0..255 each, in "
-                                 f"{type(self).__name__}.COLOURS[{task!r}], found {colours}")
-            if ids is not None and (np.shape(ids) != (row.channels,) or not np.isin(ids, range(256)).all()):
-                raise ValueError(f"expected {row.channels} numbers of 0..255 in {type(self).__name__}.LABEL_IDS"
-                                 f"[{task!r}], found {ids}")
-        if not 0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1:
-            raise ValueError(f"expected {type(self).__name__}.BOUNDARY_TOLERANCE as a fraction of the image's diagonal"
-                             f", found {self.BOUNDARY_TOLERANCE}; divide pixels by sqrt(H^2 + W^2)")
+            n, names = row.channels, self.CLASSES.get(task, range(row.channels))
+            colours, ids = self.COLOURS.get(task, [(0, 0, 0)] * n), self.LABEL_IDS.get(task, range(n))
+            expect(len(names) == len(set(names)) == n, f"{n} different names in {own}.CLASSES[{task!r}]", names)
+            expect(np.shape(colours) == (n, 3) and np.isin(colours, range(256)).all(),
+                   f"{n} times three numbers of 0..255 in {own}.COLOURS[{task!r}]", colours)
+            expect(np.shape(ids) == (n,) and np.isin(ids, range(256)).all(),
+                   f"{n} numbers of 0..255 in {own}.LABEL_IDS[{task!r}]", ids)
+        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, f"{own}.BOUNDARY_TOLERANCE as a fraction of the image's "
+               "diagonal", self.BOUNDARY_TOLERANCE, "divide pixels by sqrt(H^2 + W^2)")
         self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
 
     @property

@@ -1047,9 +1047,9 @@ def test_what_pictures_need_to_know():
 
 
 @pytest.mark.parametrize("attribute, value, message", [
-    ("CLASSES", {"material": ("wood", "steel")}, r"5 classes, each once, in Mixed.CLASSES\['material'\], found \('wo"),
-    ("CLASSES", {"material": (*"abcd", "a")}, "each once"),
-    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 classes, three of 0..255 each, in Mixed.COLOURS\['material'\], f"),
+    ("CLASSES", {"material": ("wood", "steel")}, r"5 different names in Mixed.CLASSES\['material'\], found \('wood'"),
+    ("CLASSES", {"material": (*"abcd", "a")}, "different names"),
+    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 times three numbers of 0..255 in Mixed.COLOURS\['ma"),
     ("COLOURS", {"material": np.full((5, 3), 0.4)}, "COLOURS"), ("COLOURS", {"material": ["red"] * 5}, "COLOURS"),
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
     ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"5 numbers of 0..255 in Mixed.LABEL_IDS"),
