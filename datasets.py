@@ -233,8 +233,7 @@ class Synthetic(DenseDataset):
 
     def __init__(self, count, size=SIZE, seed=0, tasks=None):
         """count: images; size: (H, W) in pixels, each at least 32; tasks: names from TASKS, None for all."""
-        if count < 1:
-            raise ValueError(f"expected count of at least 1, found {count}; ask for one image or more")
+        expect(count >= 1, "count of at least 1", count, "ask for one image or more")
         super().__init__(size, tasks, seed, smallest=32)
         self.names = [f"synthetic-{i:06d}" for i in range(count)]
 
@@ -733,8 +732,7 @@ class FileDataset(LabelledDataset):
 
     def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
         """As LabelledDataset; root: folder, split: from COUNTS."""
-        if split not in self.COUNTS:
-            raise ValueError(f"expected split from {list(self.COUNTS)}, found {split!r}; choose one of them")
+        expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split), "choose one of them")
         self.root = Path(root or self.ROOT).expanduser()
         self.folders = (self.root,)
         if not self.root.is_dir():
