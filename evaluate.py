@@ -27,11 +27,13 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 import argparse
 import atexit
 import contextlib
+import copy
 import glob
 import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import platform
 import re
@@ -54,6 +56,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from datasets import (
@@ -88,7 +91,6 @@ from mtmamba import (
     SS2D,
     VARIANTS,
     MTMamba,
-    count_cost,
     default_backend,
     load_published_checkpoint,
     published_variant,
@@ -1182,6 +1184,47 @@ def print_cost(args: argparse.Namespace, device: torch.device):
     print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * np.median(times):.1f} ms (median of "
           f"{len(times)}; 90 % within {1e3 * np.quantile(times, 0.9):.1f} ms); {batch} at a time, "
           f"{batch / np.median(batch_times):.3g} images per second; peak memory {peak_memory(device)}")
+
+
+def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
+    """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
+
+    A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
+    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
+    The paper's counter reads the operations of SS2D's two projections (2 per multiply-add) from a report that gives
+    four significant digits. Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
+    Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
+    """
+    rounding = 0
+
+    def count_rounding(ss2d, inputs):
+        nonlocal rounding
+        for columns in (ss2d.dt_rank + 2 * ss2d.d_state, ss2d.dt_rank):
+            operations = 2 * inputs[0].numel() * len(ss2d.D) * columns
+            rounding += int(float(f"{operations:.3e}")) - operations
+
+    def scan(*shapes, **_):
+        x, delta, A, B, C, D, delta_bias, dt_weight = shapes[:8]
+        steps = A[0] * math.prod(x)
+        projection = 0 if dt_weight is None else steps * dt_weight[-1]
+        return 2 * (9 * steps * A[-1] + steps + projection)
+
+    def layer_norm(x, *_, **__):
+        return 2 * 5 * math.prod(x)
+
+    # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
+    meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, meta).eval()    # with these weights, which hold no numbers
+    for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
+        ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
+        ss2d.register_forward_pre_hook(count_rounding)
+    with counter, torch.no_grad():
+        outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
+                                     dtype=next(model.parameters()).dtype))
+    resize = 4 * sum(output.numel() for output in outputs.values())
+    return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
 
 def run_times(model: MTMamba, size: tuple[int, int], batch: int, device: torch.device) -> list[float]:

@@ -27,8 +27,8 @@ Symbols of the paper, their names here and their shapes; every feature map is ch
     D        D              (K, D)                 skip connection                                Eq. 2
 
 Equations, tables and figures are those of the ECCV paper. The order is top-down: MTMamba, decoder stage, CTM, STM, MFE,
-SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder,
-cost. The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and batch norm over processes.
+SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention (for the paper's ablations), encoder.
+The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and batch norm over processes.
 """
 
 import copy
@@ -54,7 +54,6 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 try:    # comes with PyTorch for CUDA; macOS and Windows have none
     import triton
@@ -897,48 +896,6 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
         raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
                            f"{missing[0]}; nothing was loaded")
     backbone.load_state_dict(state)
-
-
-# ----------------------------------------------------------------------------------------------------------- cost
-
-def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
-    """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
-
-    A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
-    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
-    The paper's counter reads the operations of SS2D's two projections (2 per multiply-add) from a report that gives
-    four significant digits. Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
-    Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
-    """
-    rounding = 0
-
-    def count_rounding(ss2d, inputs):
-        nonlocal rounding
-        for columns in (ss2d.dt_rank + 2 * ss2d.d_state, ss2d.dt_rank):
-            operations = 2 * inputs[0].numel() * K * columns
-            rounding += int(float(f"{operations:.3e}")) - operations
-
-    def scan(x, delta, A, B, C, D, delta_bias, dt_weight, *args, out_shape=None, **kwargs):
-        steps = K * math.prod(x)
-        projection = 0 if dt_weight is None else steps * dt_weight[-1]
-        return 2 * (9 * steps * A[-1] + steps + projection)
-
-    def layer_norm(x, *args, out_shape=None, **kwargs):
-        return 2 * 5 * math.prod(x)
-
-    # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
-    counter = FlopCounterMode(display=False, custom_mapping={
-        torch.ops.mtmamba.selective_scan_2d: scan, torch.ops.aten.native_layer_norm: layer_norm})
-    meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, meta).eval()    # with these weights, which hold no numbers
-    for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
-        ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
-        ss2d.register_forward_pre_hook(count_rounding)
-    with counter, torch.no_grad():
-        outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
-                                     dtype=next(model.parameters()).dtype))
-    resize = 4 * sum(output.numel() for output in outputs.values())
-    return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import NYUD_TASKS, TINY_SWIN
-from mtmamba import ENCODERS, MTMamba, count_cost
+from evaluate import count_cost
+from mtmamba import ENCODERS, MTMamba
 
 # Millions of parameters and 1e9 FLOPs as printed, at 448x576 with Swin-Large: the paper cuts after two decimals.
 PAPER = {

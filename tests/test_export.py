@@ -15,7 +15,8 @@ from torch.export import Dim
 import evaluate
 import train
 from conftest import NYUD_TASKS
-from mtmamba import SS2D, MTMamba, count_cost
+from evaluate import count_cost
+from mtmamba import SS2D, MTMamba
 
 ATTO = dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)), d_state=2)
 

@@ -11,6 +11,7 @@ import timm
 import torch
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
+from evaluate import count_cost
 from mtmamba import (
     CTM,
     MFE,
@@ -20,7 +21,6 @@ from mtmamba import (
     VARIANTS,
     MTMamba,
     PatchExpand,
-    count_cost,
     load_published_checkpoint,
 )
 

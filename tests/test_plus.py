@@ -7,8 +7,8 @@ from test_model import published_shapes, published_state
 
 import mtmamba
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
-from evaluate import describe_published, load_checkpoint
-from mtmamba import SS2D, BatchNorm, LiteHead, MTMamba, count_cost, load_published_checkpoint, selective_scan_2d
+from evaluate import count_cost, describe_published, load_checkpoint
+from mtmamba import SS2D, BatchNorm, LiteHead, MTMamba, load_published_checkpoint, selective_scan_2d
 
 CITYSCAPES_TASKS = {"semseg": 19, "depth": 1}
 
