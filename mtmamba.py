@@ -38,7 +38,6 @@ import json
 import math
 import os
 import re
-import typing
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -547,8 +546,9 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)    # the older name
-    if backend != "loop" and is_exporting():
+    # What torch.compiler.is_exporting() returns; Dynamo of PyTorch 2.7 to 2.11 takes that call for True.
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False) or torch.onnx.is_in_onnx_export()
+    if backend != "loop" and exporting:
         raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
         delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
@@ -564,9 +564,9 @@ BACKENDS = ("loop", "torch", "numba", "triton", "mamba_ssm")
 
 
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that selective_scan_2d picks: "triton" on CUDA where has_triton(), "numba" on CPUs where Numba is
-    installed; elsewhere, and in float64, "torch"."""
-    available = {"cuda": "triton" if has_triton() else "torch", "cpu": "numba" if HAS_NUMBA else "torch"}
+    """The backend that selective_scan_2d picks: "triton" on CUDA and "numba" on CPUs, where they are installed;
+    elsewhere, and in float64, "torch"."""
+    available = {"cuda": "triton" if HAS_TRITON else "torch", "cpu": "numba" if HAS_NUMBA else "torch"}
     return "torch" if dtype == torch.float64 else available.get(device.type, "torch")
 
 
@@ -921,7 +921,7 @@ def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
 def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> typing.List[Tensor]:
+                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> list[Tensor]:
     """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), N rows of A, one of D
     and one of delta_bias, in float32 or float64; and of dt_weight, if there is one."""
     _, _, backward = _SCANS[backend]
@@ -1396,14 +1396,7 @@ TILE_N = 16                           # states at a time: with more, a thread's 
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
 LOG2_E = constexpr and constexpr(math.log2(math.e))
-OLDEST_TRITON = "3.3"                 # comes with PyTorch 2.7; before it there are neither tuples nor tl.gather
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed and new enough for the kernels."""
-    def release(version):
-        return [int(number) for number in version.split(".")[:2]]
-    return triton is not None and release(triton.__version__) >= release(OLDEST_TRITON)
+HAS_TRITON = triton is not None
 
 
 def _triton_registers(n: int) -> dict[str, int]:
@@ -1712,9 +1705,9 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """The first arguments of the three kernels that walk, and their compile-time arguments."""
-    if not has_triton():
-        raise RuntimeError(f"the scan backend triton needs Triton {OLDEST_TRITON} or newer, from PyTorch for CUDA, "
-                           f"found {triton.__version__ if triton else 'none'}; use the backend torch")
+    if not HAS_TRITON:
+        raise RuntimeError("the scan backend triton needs Triton, which comes with PyTorch for CUDA, found none; use "
+                           "the backend torch")
     interpreted = not isinstance(_triton_outputs, triton.JITFunction)
     if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
         raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "

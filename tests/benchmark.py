@@ -40,6 +40,7 @@ from metrics import boundary_counts, task_rows
 from mtmamba import (
     CTM,
     HAS_NUMBA,
+    HAS_TRITON,
     SCTM,
     SS2D,
     STM,
@@ -48,7 +49,6 @@ from mtmamba import (
     MTMamba,
     SwinTransformerBlock,
     has_mamba_ssm,
-    has_triton,
     selective_scan_2d,
     triton,
 )
@@ -182,7 +182,7 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     if DEVICE == "cpu":
         backends = backends or dict.fromkeys(["numba"] * HAS_NUMBA + ["torch"], 11) | {"loop": 1}
     else:
-        fast = ["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm()
+        fast = ["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm()
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
     rate, bandwidth = rates()
     speed = "not measured, no Triton" if rate is None else f"{rate / 1e6:.2f} per ns"
@@ -241,7 +241,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
              {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
     if backends is None:
-        backends = (["triton"] * has_triton() + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else
+        backends = (["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else
                     ["numba"] * HAS_NUMBA) + ["torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
