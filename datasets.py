@@ -93,10 +93,9 @@ class DenseDataset(torch.utils.data.Dataset):
     VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size of the samples in training
     PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
     SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken
-    SELECTION_BASELINE = {}      # best.pt is chosen by delta_m against these scores; {}: the best constant's scores
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
     folders = ()                 # folders that the data set reads; nothing may be written there
-    REFERENCES = True            # whether the best constant and the untrained model are scored beside a trained model
+    REFERENCES = True            # whether the untrained model is scored beside a trained one
     UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.UNIT_LENGTH
 
     def __init__(self, size, tasks, seed, smallest=1):
@@ -812,7 +811,6 @@ class PascalContext(FileDataset):
                "parsing": PARTS}
     BOUNDARY_TOLERANCE = 0.0075
     PAPER = paper_rows(TASKS, {("mtmamba", "swin-large"): (81.11, 72.62, 84.14, 14.14, 78.80)})    # Table 1
-    SELECTION_BASELINE = PAPER["mtmamba", "swin-large"]    # the paper has no single-task row
     IMAGE = "JPEGImages", ".jpg"
     COUNTS = {"train": 4998, "val": 5105}
     LIST = "ImageSets/Context/{}.txt"
@@ -941,7 +939,7 @@ class NYUDv2(FileDataset):
         ("fusion-shared", "swin-large"): (54.50, 0.4981, 18.83, 78.20),
         # Second-hand: from publications that compare with MTMamba++ (M2H, arXiv 2510.17363).
         ("mtmamba++", "swin-large"): (57.01, 0.4818, 18.27, 79.40)})
-    SINGLE_TASK = SELECTION_BASELINE = PAPER["swin-single-task", "swin-large"]
+    SINGLE_TASK = PAPER["swin-single-task", "swin-large"]
     IMAGE = "images", ".png"
     COUNTS = {"train": 795, "val": 654}
     LIST = "gt_sets/{}.txt"
@@ -988,7 +986,6 @@ class Cityscapes(FileDataset):
     CLASSES = {"semseg": tuple("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
                                "terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle".split(", "))}
     TITLES, UNITS = {"depth": "disparity"}, {"depth": " px"}
-    SELECTION_BASELINE = {"semseg": 80.0, "depth": 5.0}    # about what to expect, so that both tasks count alike
     LABEL_SCALE = 2
     DEPTH_RANGE = (0, 80)
     IMAGE = "leftImg8bit", "_leftImg8bit.png"

@@ -81,7 +81,6 @@ from evaluate import (
     allow_open_files,
     choose_backend,
     compare,
-    constant_baseline,
     digest_names,
     evaluate,
     fit_workers,
@@ -93,13 +92,12 @@ from evaluate import (
     rank_and_world,
     read_baseline,
     read_checkpoint,
-    reference_title,
     save_contact_sheet,
     start,
     versions,
     write_results,
 )
-from metrics import TASKS, Task, delta_m
+from metrics import TASKS, Task
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What each data set is trained with. Flags of the same names override it.
@@ -238,8 +236,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--log-every", type=int, help="iterations from one line of the log to the next")
     group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against "
                        "at the end, one or one per task (NYUDv2: the paper's)")
-    group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model and the "
-                       f"best constant, of the first {REFERENCE_IMAGES} validation images")
+    group.add_argument("--val-images", type=int, metavar="N", help="score the first N validation images alone, for "
+                       "quick trials (default: all)")
+    group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model, of the "
+                       f"first {REFERENCE_IMAGES} validation images")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 
 
@@ -261,10 +261,10 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.pretrained = args.pretrained and args.init_from is None    # that file has the encoder's weights, too
-    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, eval_every=0,
-                 workers=0, seed=0, weight_decay=0)
+    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, val_images=1,
+                 eval_every=0, workers=0, seed=0, weight_decay=0)
     for name, value in least.items():
-        if not value <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not value <= getattr(args, name) < math.inf:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {getattr(args, name)}")
     if not 0 < args.lr < math.inf:
         raise ValueError(f"expected --lr above 0, found {args.lr}")
@@ -303,6 +303,7 @@ class Run:
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
                                      args.data_root)
         self.rows = self.train_set.rows
+        self.scored = min(len(self.val_set), args.val_images or len(self.val_set))    # validation images
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
         self.train_set.refuse_folder(args.out)
         keep_inputs(args.out / "results.json", args.baseline or ())
@@ -338,7 +339,7 @@ class Run:
         self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
                                 versions=versions(), names=names)    # part of every checkpoint
         self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
-        self.best = -math.inf                    # delta_m of best.pt
+        self.best = -math.inf                    # selection_score of best.pt
         if checkpoint:
             self.restore(*checkpoint)
         check_writable(args.out)
@@ -377,14 +378,9 @@ class Run:
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
-        references = {}
-        wanted = self.train_set.REFERENCES and not args.no_references
-        if wanted and self.iteration == 0:
-            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=REFERENCE_IMAGES)
-        if wanted or not self.train_set.SELECTION_BASELINE:
-            references["best constant"] = constant_baseline(self.val_set, odsf=wanted)
-        self.compared_with = selection_baseline(self.val_set, references.get("best constant"))
-        print("best.pt will be the evaluation with the highest delta_m against", self.compared_with)
+        references, images = {}, min(len(self.val_set), args.val_images or REFERENCE_IMAGES, REFERENCE_IMAGES)
+        if self.train_set.REFERENCES and not args.no_references and self.iteration == 0:
+            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=images)
 
         with self.interruption:
             self.train()
@@ -393,7 +389,7 @@ class Run:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; continue with the same command "
                       "and --resume")
                 return {}
-            self.finish({"trained": trained} | {reference_title(name, self.val_set): scores
+            self.finish({"trained": trained} | {name if images == self.scored else f"{name} ({images})": scores
                                                 for name, scores in references.items()})
         return {"trained": trained, **references}
 
@@ -481,10 +477,10 @@ class Run:
         return bool(flag)
 
     def evaluate(self, description: str, odsf: bool = False, limit: int | None = None) -> Results | None:
-        """Scores the present weights on all validation images, in float32. None where it was interrupted.
+        """Scores the present weights on the validation images, in float32. None where it was interrupted.
 
-        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: as in
-        evaluate.evaluate.
+        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: number of
+        images.
         """
         begun, self.record = time.perf_counter(), {}
         if self.world > 1:    # statistics of an encoder's batch norm differ by process, until now
@@ -492,7 +488,8 @@ class Run:
                 if buffer is not self.part:
                     dist.broadcast(buffer, 0)
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted, limit=limit, loss=task_loss, record=self.record)
+                           stop=lambda: self.interruption.noted, limit=limit or self.scored, loss=task_loss,
+                           record=self.record)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -524,10 +521,9 @@ class Run:
 
     def keep(self, results: Results):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
-        figures = {task: results[task][self.rows[task].metrics[-1]] for task in results if task in self.compared_with}
-        score = delta_m(figures, {task: self.compared_with[task] for task in figures}, self.rows) if figures else None
+        score = selection_score(results, self.rows) if results else None
         self.evaluated, losses = self.iteration, self.record["validation_losses"]
-        self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection_delta_m=score,
+        self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection=score,
                       seconds=self.evaluation_seconds),
                  {**{f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()},
                   **{f"validation_loss/{task}": loss for task, loss in losses.items()}})
@@ -560,12 +556,12 @@ class Run:
                   f"{improvement:+.2f} %")
         self.keep(trained)    # after the table, as writing may fail
         if self.rank == 0:
-            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), images=len(data_set),
-                           boundary_images=len(data_set), results=trained, delta_m=improvement)
+            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), images=self.scored,
+                           boundary_images=self.scored, results=trained, delta_m=improvement)
             checkpoint = dict(self.description, iteration=self.iteration)
             write_results(out / "results.json", entries, self.model, data_set, checkpoint, self.record)
             draw_curves(out, data_set.labels)
-            print("checkpoint:", out / "last.pt", "(the best one: best.pt)")
+            print("checkpoint:", out / "last.pt", "(the best one: best.pt)" if (out / "best.pt").exists() else "")
             print("results:   ", out / "results.json")
             print("pictures:  ", save_contact_sheet(self.model, data_set, self.device, out / "contact_sheet.png"))
 
@@ -685,7 +681,7 @@ def draw_curves(folder: Path, labels: Labels):
             above.legend()
         curve(below, "results", task, row.metrics[-1])
         below.set(title=f"{labels.title(task)}: {row.metrics[-1]}{labels.unit(task)}", xlabel="iteration")
-    for axes, key in zip(last, ("lr", "selection_delta_m")):
+    for axes, key in zip(last, ("lr", "selection")):
         curve(axes, key)
         axes.set(title=key, xlabel="iteration")
     with replacing(folder / "curves.png") as file:
@@ -693,22 +689,16 @@ def draw_curves(folder: Path, labels: Labels):
     print("curves:    ", folder / "curves.png")
 
 
-def selection_baseline(data_set: DenseDataset, constant: Results | None) -> dict[str, float]:
-    """What delta_m is taken against to choose best.pt, by task: the data set's own figures, or the best constant's.
+def selection_score(results: Results, rows: Mapping[str, Task]) -> float:
+    """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) where lower is better.
 
-    A task's last metric counts: boundaries are compared by pixelF, as evaluations during the training lack odsF. Tasks
-    without a figure to divide by are named and left out.
+    So relative improvements count, whatever a metric's unit; to first order it is delta_m against any baseline. A
+    task's last metric counts: boundaries are compared by pixelF, as evaluations during the training lack odsF. A metric
+    of 0, whose logarithm is infinite, counts as 1e-6.
     """
-    if data_set.SELECTION_BASELINE:
-        return {task: figure for task, figure in data_set.SELECTION_BASELINE.items() if task in data_set.tasks}
-    figures = {task: constant.get(task, {}).get(row.metrics[-1]) for task, row in data_set.rows.items()}
-    for task, figure in figures.items():
-        if not figure:
-            metric = data_set.rows[task].metrics[-1]
-            found = "no pixel with a label" if figure is None else f"a {metric} of 0 of the best constant"
-            print(f"{task} plays no part in choosing best.pt: {found} in the validation images. If that is not "
-                  "meant, check their labels; --tasks trains without it")
-    return {task: figure for task, figure in figures.items() if figure}
+    logs = [(-1) ** rows[task].lower_is_better * math.log(max(scores[rows[task].metrics[-1]], 1e-6))
+            for task, scores in results.items()]
+    return sum(logs) / len(logs)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses

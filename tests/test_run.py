@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -30,6 +31,7 @@ import train
 from archives import export
 from conftest import TINY_SWIN
 from datasets import SIGNALS, Synthetic
+from metrics import delta_m, task_rows
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
@@ -196,6 +198,7 @@ def test_sample_order_does_not_depend_on_processes_parts_or_resuming():
     (["--accumulate", "3"], "--batch-size 4 cannot be split over 1 processes x --accumulate 3; give a multiple of 3"),
     (["--accumulate", "0"], "--accumulate of at least 1"),
     (["--eval-every", "-1"], "--eval-every of at least 0"),
+    (["--val-images", "0"], "--val-images of at least 1"),
     (["--lr", "nan"], "--lr above 0"),
     (["--encoder-kwargs", "3"], "--encoder-kwargs"),
     (["--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
@@ -270,7 +273,7 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
     assert calls.pop(0) == 1    # the first iteration whose points are replaced
     assert [call for call in calls if call[0] == "loss/depth"] == [
         ("loss/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
-    scores = log(tmp_path, "selection_delta_m")[0]
+    scores = log(tmp_path, "selection")[0]
     assert ("depth/RMSE", scores["results"]["depth"]["RMSE"], 6) in calls
     assert ("validation_loss/depth", scores["validation_losses"]["depth"], 6) in calls
 
@@ -381,7 +384,7 @@ def test_a_signal_during_an_evaluation(signals, tmp_path):
     assert load(tmp_path / "halves/last.pt")["iteration"] == 3 and not (tmp_path / "halves/best.pt").exists()
     run(tmp_path / "halves", *arguments, "--resume")
     assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
-    halves, straight = ([{**line, "seconds": None} for line in log(tmp_path / name, "selection_delta_m")]
+    halves, straight = ([{**line, "seconds": None} for line in log(tmp_path / name, "selection")]
                         for name in ("halves", "straight"))
     assert halves == straight
 
@@ -409,18 +412,23 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
 
 
-def test_references_are_of_the_first_images_and_can_be_left_out(tmp_path, monkeypatch, capsys):
-    """The trained model is scored on all three."""
-    for module in (evaluate, train):
-        monkeypatch.setattr(module, "REFERENCE_IMAGES", 2)
+def test_the_untrained_model_is_scored_on_the_first_images(tmp_path, monkeypatch, capsys):
+    """The trained one on all three, or as many as a quick trial asks for."""
+    monkeypatch.setattr(train, "REFERENCE_IMAGES", 2)
     results = train.main([*SMALL[:-1], *FEW, "--out", str(tmp_path / "two")])
-    assert "untrained (2)" in capsys.readouterr().out
-    first = Synthetic(2, (32, 64), 1, ["semseg", "depth"])
-    assert results["best constant"] == evaluate.constant_baseline(first)
+    assert "untrained (2)" in capsys.readouterr().out and list(results) == ["trained", "untrained"]
     assert results["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "two/last.pt"), "--no-references"])
-    assert "constant" not in capsys.readouterr().out
+    scored = []
+    monkeypatch.setattr(train, "evaluate", lambda *arguments, limit, **options: scored.append(limit) or (
+        evaluate.evaluate(*arguments, limit=limit, **options)))
     without = run(tmp_path / "without", *FEW, "--no-references")
-    assert without["trained"] == results["trained"] and "untrained" not in without
+    assert without["trained"] == results["trained"] and list(without) == ["trained"] and scored == [3]
+    trial = train.main([*SMALL[:-1], *FEW, "--val-images", "1", "--eval-every", "3", "--out", str(tmp_path / "trial")])
+    assert scored[1:] == [1, 1, 1] and trial["trained"] != results["trained"]
+    content = json.loads((tmp_path / "trial/results.json").read_text())
+    assert content["images"] == content["boundary_images"] == 1
+    monkeypatch.setattr(Synthetic, "open", few_scenes(1))
+    assert trial["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "trial/last.pt"), "--no-references"])
 
 
 def test_a_run_inside_its_data_is_refused(tmp_path, capsys):
@@ -619,9 +627,9 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
     losses = log(tmp_path, "losses")
     assert [line["iteration"] for line in losses] == [2, 4, 6] and list(losses[0]["losses"]) == ["depth", "semseg"]
     assert losses[0]["lr"] == pytest.approx(train.learning_rate(1e-2, 1, 6))
-    scores = log(tmp_path, "selection_delta_m")
+    scores = log(tmp_path, "selection")
     assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
-    assert load(tmp_path / "best.pt")["best"] == max(line["selection_delta_m"] for line in scores)
+    assert load(tmp_path / "best.pt")["best"] == max(line["selection"] for line in scores)
     assert all(loss > 0 for line in scores for loss in line["validation_losses"].values())
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000003.png", "000006.png"}
     assert "pip install -e '.[plot]'" in capsys.readouterr().out and not (tmp_path / "curves.png").exists()
@@ -730,17 +738,27 @@ class WithoutLabels(Synthetic):
         return sample
 
 
-def test_tasks_that_cannot_be_compared_are_named_before_the_first_iteration(tmp_path, monkeypatch, capsys):
+def test_tasks_without_labels_or_with_a_score_of_0_do_not_end_the_run(tmp_path, monkeypatch, capsys):
     few = few_scenes(3).__func__
     monkeypatch.setattr(Synthetic, "open", classmethod(
         lambda cls, split, *arguments, **options: few(cls if split == "train" else WithoutLabels, split, *arguments,
                                                       **options)))
     results = run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "saliency", "depth", "--iterations", 2)
-    printed = capsys.readouterr().out
-    assert "saliency plays no part in choosing best.pt: a maxF of 0 of the best constant" in printed
-    assert "depth plays no part in choosing best.pt: no pixel with a label" in printed
-    assert printed.index("depth plays no part") < printed.index("best.pt will be")
-    assert list(results["trained"]) == ["semseg", "saliency"] and (tmp_path / "best.pt").exists()
+    assert list(results["trained"]) == ["semseg", "saliency"] and results["trained"]["saliency"]["maxF"] == 0
+    mean = (math.log(results["trained"]["semseg"]["mIoU"]) + math.log(1e-6)) / 2
+    assert load(tmp_path / "best.pt")["best"] == pytest.approx(mean) and "best.pt" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_has_the_best_geometric_mean():
+    """To first order its logarithm differs as delta_m does, against any baseline."""
+    rows = task_rows({"semseg": 3, "depth": 1, "boundary": 1})
+    first = {"semseg": {"mIoU": 40.0}, "depth": {"RMSE": 2.0}, "boundary": {"odsF": 1.0, "pixelF": 30.0}}
+    second = {"semseg": {"mIoU": 40.4}, "depth": {"RMSE": 1.99}, "boundary": {"pixelF": 29.97}}
+    gain = train.selection_score(second, rows) - train.selection_score(first, rows)
+    assert gain == pytest.approx((math.log(40.4 / 40) - math.log(1.99 / 2) + math.log(29.97 / 30)) / 3)
+    primary = [{task: scores.get("pixelF", next(iter(scores.values()))) for task, scores in results.items()}
+               for results in (first, second)]
+    assert 100 * gain == pytest.approx(delta_m(primary[1], primary[0], rows), rel=0.01)
 
 
 def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, monkeypatch):
@@ -806,7 +824,7 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
                 pixels = rng.integers(0, 12, shape).astype(kind) * (300 if folder == "depth" else 1)
                 Image.fromarray(pixels).save(tmp_path / "rooms" / split / folder / f"{i}.png")
     results = train.main(["--dataset", "my_rooms.py:Rooms", *OWN, "--out", "run"])
-    assert list(results) == ["trained", "untrained", "best constant"]
+    assert list(results) == ["trained", "untrained"]
     assert list(results["trained"]) == ["semseg", "depth"]
     assert evaluate.main(["--checkpoint", "run/last.pt", "--dataset", "my_rooms.py:Rooms", "--workers", "0"]) == (
         results["trained"])
