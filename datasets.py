@@ -40,15 +40,18 @@ Files of the benchmarks, as their archives have them:
 
 import abc
 import argparse
+import ast
 import errno
 import importlib
 import inspect
+import linecache
 import os
 import re
 import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -696,7 +699,9 @@ class LabelledDataset(DenseDataset, abc.ABC):
         for kind in ("image", *self.tasks):
             try:
                 self.load(index) if kind == "image" else self.label(index, kind)
-            except (OSError, ValueError) as error:
+            except Exception as error:
+                if not is_deliberate(error):
+                    raise
                 message = str(error) if name in str(error) else f"{name}: {error}"
                 if message not in found.values():    # two labels may come from one file
                     found[kind] = message
@@ -830,10 +835,11 @@ class PascalContext(FileDataset):
             return np.where(part == 7, np.uint8(IGNORE), part)
         path, label = self.path("human_parts", name, ".mat"), np.zeros(self.picture(name).shape[:2], np.uint8)
         anno = read_array(path, "anno")
-        with about(path):
+        with reading(path):    # whose structure may be another
             persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
-            for part in [part for person in persons for part in person["parts"].ravel()]:
-                part_name, mask = part["part_name"].item(), part["mask"]
+            parts = [(part["part_name"].item(), part["mask"]) for person in persons for part in person["parts"].ravel()]
+        with about(path):
+            for part_name, mask in parts:
                 expect(mask.shape == label.shape, f"the image's size {label.shape}", mask.shape)
                 expect(part_name in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part_name))
                 label[mask > 0] = PART_NAMES[part_name]
@@ -1102,10 +1108,7 @@ def import_file(path: Path):
         raise FileNotFoundError(f"no file {path}")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    try:
-        module = importlib.import_module(path.stem)
-    except Exception as error:
-        raise ValueError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+    module = importlib.import_module(path.stem)
     if Path(getattr(module, "__file__", None) or "").resolve() != path:
         raise ValueError(f"cannot load {path}: another module is called {path.stem}; rename the file")
     return module
@@ -1126,22 +1129,32 @@ def expect(condition: bool, expected: str, found: object, advice: str = ""):
 
 @contextmanager
 def about(what: object) -> Iterator[None]:
-    """Turns any error into FileNotFoundError or ValueError, with a message that names the file or the label."""
+    """Adds to an Unfit which file or label it is about."""
+    try:
+        yield
+    except Unfit as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Names the file where a library cannot read it. Only calls of such libraries, and what looks up their results,
+    stand inside."""
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no file {what}; restore it from its archive") from error
-    except Unfit as error:
-        raise ValueError(f"{what}: {error}") from error
-    except Exception as error:    # on damaged files the readers raise many kinds
+        raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
+    except Exception as error:    # on damaged files they raise many kinds
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"unreadable file {what} ({reason}); restore it from its archive") from error
+        raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
 
 
 def read_names(path: Path) -> list[str]:
     """The image IDs in a list: UTF-8, one per line."""
+    with reading(path):
+        text = path.read_bytes().decode("utf-8-sig")
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     with about(path):
-        names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
         expect(len(names) > 0, "image IDs, one per line", "none")
     return names
 
@@ -1160,16 +1173,18 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     knows which way up its labels are.
     Raises FileNotFoundError, or ValueError if the file is damaged or holds something else. Both name the file.
     """
-    with about(path), Image.open(path) as image:
+    with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
+        frames = getattr(image, "n_frames", 1)
         image.load()
+    with about(path):
+        expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         if role == "picture":
             return to_rgb(image)
         expect(image.format in LOSSLESS and image.info.get("compression") != "jpeg", "a label without loss, in a file "
                f"of {', '.join(LOSSLESS)}", f"one of {image.format}")
-        expect(getattr(image, "n_frames", 1) == 1, "one frame", getattr(image, "n_frames", 1))
+        expect(frames == 1, "one frame", frames)
         expect(not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0,
                "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
         pixels = np.array(image)
@@ -1212,7 +1227,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def read_array(path: Path, variable: str) -> np.ndarray:
     """The array in a .npy file, or the variable in a MATLAB file. Structures become nested object arrays."""
-    with about(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return np.load(file) if path.suffix == ".npy" else scipy.io.loadmat(file, variable_names=[variable])[variable]
 
 
@@ -1408,7 +1423,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.choices["check"].add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"),
                                            help="half the size of Cityscapes' images, where that is not 512 1024")
     args = parser.parse_args(argv)
-    try:
+    with parser.told():
         dataset = find_dataset_class(args.dataset)
         if args.workers < 1:
             raise ValueError(f"expected --workers of at least 1, found {args.workers}")
@@ -1421,14 +1436,6 @@ def main(argv: list[str] | None = None) -> int:
             found = prepare(args.root, pool) if args.command == "prepare" else check(
                 dataset, args.root, args.img_size, pool)
         return int(found > 0)
-    except KeyboardInterrupt:
-        parser.exit(130, "datasets.py: interrupted\n")
-    except WriteError as error:
-        parser.exit(1, f"datasets.py: {error}; make room, then run it again\n")
-    except ChildProcessError as error:
-        parser.exit(1, f"datasets.py: {error}\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 def prepare(root: Path | None, pool: "Pool") -> int:
@@ -1501,10 +1508,88 @@ def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:
 # ------------------------------------- files, processes and signals, a section that evaluate.py and train.py use, too
 
 class Parser(argparse.ArgumentParser):
-    """Ends a run on bad input with one line and exit code 2."""
+    """Ends a script with one line and exit code 2 on bad input."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    @contextmanager
+    def told(self, on_full_disk: str = "make room, then run it again") -> Iterator[None]:
+        """A script's work is done inside this block. Errors end the script with one line in these cases:
+
+        130  Ctrl-C or SIGTERM
+        1    the machine is the cause, see TROUBLES, or a loss is not finite
+        2    bad input: an OSError, or an error that our code, a library or the user's class raises on purpose
+
+        Anything else is a fault in the code, ours or the user's. It keeps its traceback.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.exit(130, f"{self.prog}: interrupted\n")
+        except Exception as error:
+            for cause in causes(error):
+                text = f"{type(cause).__module__}.{type(cause).__qualname__}: {' '.join(origin(cause)[2].split())}"
+                for pattern, line in TROUBLES.items():
+                    if found := re.search(pattern, text):
+                        line = found.expand(line).replace("MAKE ROOM", on_full_disk)
+                        self.exit(1, f"{self.prog}: {line}\n")
+            if not is_deliberate(error):
+                raise
+            message = " ".join(origin(error)[2].split()) or type(error).__name__
+            self.exit(1 if isinstance(error, FloatingPointError) else 2, f"{self.prog}: {message}\n")
+
+
+# What the machine is to blame for: a pattern of an error's type and text, and the line to print.
+TROUBLES = {
+    r"OSError: (.*(No space left on device|Disk quota exceeded|File too large).*)": r"cannot write \1; MAKE ROOM",
+    r"Too many open files|ancdata":    # the second is how another process learns of it
+        "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
+    r"(DataLoader worker \(pid.*?)[. ]*$": r"\1; if memory is short, give fewer --workers",
+    r"BrokenProcessPool|ChildProcessError":
+        "the system has killed one of the processes, often because memory ran out; give fewer --workers",
+    r"(\w*MemoryError|DefaultCPUAllocator|Cannot allocate memory).*":
+        r"out of memory (\g<0>); try smaller images or a smaller --encoder, in training --accumulate 2 or "
+        "--checkpoint-activations",
+    r"closed by peer": "another process of the run ended",
+    r"^torch\._(dynamo|inductor).*?: (.{,300}).*?(Developer debug context: .{,200})?|^subprocess.CalledProcessError.*":
+        r"--compile failed (\g<0>); train with --no-compile, or, where a compiler is missing, install gcc, g++ and "
+        "python3-dev",
+}
+FAULTS = AttributeError, LookupError, NameError, TypeError, AssertionError, NotImplementedError    # wherever raised
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause, and so on."""
+    while error:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def origin(error: BaseException) -> tuple[str, int, str]:
+    """The file and line of the innermost Python frame of an error, and its message. An error of another process has its
+    traceback in its text (of a DataLoader) or as its cause (of concurrent.futures)."""
+    message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+    remote = str(error.__cause__) if type(error.__cause__).__name__ == "_RemoteTraceback" else message
+    frames = list(re.finditer(r'^ *File "(.+)", line (\d+), in .*\n(?:    .*\n)*', remote, re.M))
+    if frames and (remote is not message or "Original Traceback" in message):
+        if remote is message:    # after the last frame: the type and the true message
+            message = message[frames[-1].end():].partition(": ")[2]
+        return frames[-1][1], int(frames[-1][2]), message
+    frames = [("", 0), *((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__))]
+    return *frames[-1], message
+
+
+def is_deliberate(error: Exception) -> bool:
+    """Whether an error says what is wrong with the input: it is an OSError, or its innermost frame stands at a `raise`.
+    Errors of the kinds FAULTS never do."""
+    file, number, _ = origin(error)
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:    # not Python: some libraries name other sources
+        return False
+    raised = any(isinstance(node, ast.Raise) and node.lineno == number for node in ast.walk(tree))
+    return isinstance(error, OSError) or raised and not isinstance(error, FAULTS)
 
 
 def usable_cpus() -> int:
