@@ -478,8 +478,8 @@ def write_results(path: Path, entries: dict, model: MTMamba, dataset: DenseDatas
     content = entries | dict(
         split="val", variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
         encoder_kwargs=config.get("encoder_kwargs"), tasks=list(model.tasks), seed=training.get("seed"),
-        iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops, image_size=dataset.size,
-        precision=dict(training=trained_in, scoring=record.pop("precision")),
+        training=training or None, iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops,
+        image_size=dataset.size, precision=dict(training=trained_in, scoring=record.pop("precision")),
         versions=dict(training=checkpoint.get("versions"), scoring=versions()), **record)
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
@@ -1263,6 +1263,7 @@ def start(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
         raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # float32 is true float32
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # events and streams belong to the current device
     if distributed and not dist.is_initialized():

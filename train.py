@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import DropPath
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -122,12 +122,6 @@ VARIANT_PRESETS = {    # what a variant changes in these recipes
 }
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
-CHECKPOINT_NAMES = ("last.pt", "best.pt")
-# Flags that may change when a run is resumed. All others decide what is computed, so they must stay as they were.
-CHANGEABLE_FLAGS = {"recipe", "data_root", "device", "backend", "out", "resume", "accumulate", "workers", "save_every",
-                    "eval_every", "log_every", "compile", "checkpoint_activations", "tensorboard", "no_references",
-                    "baseline"}
-
 
 def main(argv: list[str] | None = None) -> dict[str, Results]:
     """The scores on the validation images: {"trained": ...} and what it is compared with. Empty after an interruption.
@@ -187,6 +181,11 @@ def one_line(error: Exception) -> str | None:
     return None
 
 
+# The flags that decide what is computed. They must stay as they were when a run is resumed, and results.json has them.
+DECISIVE = """dataset tasks init_from init_partial variant encoder encoder_kwargs pretrained d_state freeze_encoder
+    img_size iterations batch_size lr weight_decay loss seed amp val_images""".split()
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, your "
@@ -219,15 +218,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--lr", type=float, help="initial learning rate; it falls to 0 as (1 - it / iterations)^0.9")
     group.add_argument("--weight-decay", type=float)
     weights = ", ".join(f"{row.weight:g} {task}" for task, row in TASKS.items())
-    group.add_argument("--loss", choices=("log", "weighted"), help="the total loss of an image. log: the sum of the "
+    group.add_argument("--loss", choices=TOTALS, help="the total loss of an image. log: the sum of the "
                        f"logarithms of its tasks' losses. weighted: the sum of the losses with the weights {weights}")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
     group.add_argument("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability "
                        "8.0; elsewhere off); the scan, norms, softmax and losses stay in float32")
-    group.add_argument("--tf32", action="store_true", help="with --amp off: faster convolutions and linear maps on "
-                       "Ampere GPUs and newer, with inputs rounded to 10 bits; scores stay in float32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
     group = parser.add_argument_group("output")
@@ -290,14 +287,32 @@ class Run:
         self.args, self.device = args, device
         self.rank, self.world = rank_and_world()
         self.interruption = Interruption()
+        self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
+        self.best = -math.inf                    # selection_score of best.pt
         data_set = find_dataset_class(args.dataset)
         complete_flags(args, device, self.world)
         allow_open_files(args.workers)
         if self.rank == 0:
             held.enter_context(locked(args.out))
-        checkpoint = find_checkpoint(args.out) if args.resume else None
-        if not args.resume and any((args.out / name).exists() for name in CHECKPOINT_NAMES):
-            raise ValueError(f"{args.out} holds a run; continue it with --resume, or give another folder with --out")
+        checkpoint = find_checkpoint(args.out, args.resume)
+        self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
+        self.description = dict(training={name: self.flags[name] for name in DECISIVE}, versions=versions())
+        self.build_data(data_set)
+        self.build_model(new=checkpoint is None)
+        self.build_optimizer()
+        if checkpoint:
+            self.restore(checkpoint)
+        check_writable(args.out)
+        if self.rank == 0 and (log := args.out / "log.jsonl").is_file():
+            cut_log(log, self.iteration if checkpoint else -1)
+        self.tensorboard = None
+        if args.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(args.out, purge_step=self.iteration + 1)
+
+    def build_data(self, data_set: type[DenseDataset]):
+        """The images to train and to evaluate on."""
+        args = self.args
         self.train_set = data_set.open("train", args.img_size, args.tasks, args.data_root, seed=args.seed,
                                        count=args.iterations * args.batch_size)
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
@@ -307,18 +322,23 @@ class Run:
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
         self.train_set.refuse_folder(args.out)
         keep_inputs(args.out / "results.json", args.baseline or ())
-        names = {"train": digest_names(self.train_set, device), "val": digest_names(self.val_set, device)}
+        self.description |= dict(labels=dataclasses.asdict(self.train_set.labels), names={
+            "train": digest_names(self.train_set, self.device), "val": digest_names(self.val_set, self.device)})
 
+    def build_model(self, new: bool):
+        """The model and, where the total loss is a module, that; on the device, compiled, and a part of several
+        processes. new: without a checkpoint that gives the weights."""
+        args, device = self.args, self.device
         torch.manual_seed(args.seed)
         config = dict(tasks={task: row.channels for task, row in self.rows.items()}, img_size=args.img_size,
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-        if pretrained := args.pretrained and checkpoint is None:
+        self.description["config"] = config
+        if pretrained := args.pretrained and new:
             require_weights(args.encoder, args.encoder_kwargs or {})
         self.model = MTMamba(**config, pretrained=pretrained)
         self.model.labels = self.train_set.labels
-        if args.init_from and checkpoint is None:
+        if args.init_from and new:
             if args.init_partial:
                 load_fitting_weights(self.model, args.init_from, args.encoder, args.encoder_kwargs)
             else:
@@ -330,23 +350,8 @@ class Run:
             self.model.set_grad_checkpointing()
         if args.freeze_encoder:
             self.model.freeze_encoder()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay,
-                                           betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
-
-        self.flags = json.loads(json.dumps(vars(args), default=str))    # paths as text
-        self.description = dict(config=config, labels=dataclasses.asdict(self.model.labels), training=self.flags,
-                                versions=versions(), names=names)    # part of every checkpoint
-        self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
-        self.best = -math.inf                    # selection_score of best.pt
-        if checkpoint:
-            self.restore(*checkpoint)
-        check_writable(args.out)
-        self.tensorboard = None
-        if args.tensorboard and self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(args.out, purge_step=self.iteration + 1)
+        self.total = make_total(args.loss, self.rows)
+        self.learned = nn.ModuleList([self.total] if isinstance(self.total, nn.Module) else []).to(device)
 
         self.network = self.model
         if args.compile:
@@ -359,6 +364,39 @@ class Run:
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
                                                    gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False    # `part` differs by process. DDP's argument is deprecated
+
+    def build_optimizer(self):
+        """The place for another optimiser, or groups of parameters with rates of their own; learning_rate is that for
+        another schedule."""
+        trained = [p for part in (self.model, self.learned) for p in part.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay,
+                                           betas=(0.9, 0.999), fused=self.device.type in ("cuda", "cpu"))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]    # initial ones
+        # Without fp16, it does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.amp == "fp16")
+
+    def restore(self, checkpoint: dict):
+        """Continues from last.pt. Raises ValueError where it belongs to a run with other flags or images."""
+        path, stored = self.args.out / "last.pt", checkpoint["training"]
+        different = [f"--{name.replace('_', '-')} {stored[name]} (now {value})"
+                     for name, value in self.description["training"].items() if stored[name] != value]
+        if different:
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
+                             "computes (--iterations, the learning rate), so resume with the same ones, or start "
+                             "another run with --init-from and another --out")
+        for split, names in checkpoint["names"].items():
+            if names != self.description["names"][split]:
+                raise ValueError(f"the names of the split {split!r}, or their order, have changed since {path}: "
+                                 f"{names[0]} then, {self.description['names'][split][0]} now; restore them, or start "
+                                 "another run with --init-from and another --out")
+        load_weights(self.model, checkpoint, path)
+        self.learned.load_state_dict(checkpoint["learned"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for state in self.optimizer.state.values():    # on a CPU tensors are the file's, which would stay open
+            state.update({key: value.clone() for key, value in state.items() if isinstance(value, Tensor)})
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
+        print(f"resuming {path} after iteration {self.iteration}")
 
     def execute(self) -> dict[str, Results]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
@@ -440,8 +478,8 @@ class Run:
         number of images with a label. Only these count in a mean.
         """
         args, sums = self.args, 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, self.iteration, args.iterations)
+        for group, initial in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = learning_rate(initial, self.iteration, args.iterations)
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(args.accumulate):
             batch = next(batches)
@@ -455,10 +493,12 @@ class Run:
                     outputs = self.network(batch["image"].to(self.device, non_blocking=True))
                 losses = {task: task_loss(self.rows[task].kind, outputs[task], targets[task]) for task in self.rows}
                 # DDP averages the gradients over the processes.
-                total = total_loss(losses, args.loss, self.rows)
-                self.scaler.scale(total / args.accumulate).backward()
+                self.scaler.scale(self.total(losses) / args.accumulate).backward()
             labelled = [valid_pixels(target).flatten(1).any(1).sum() for target in targets.values()]    # images
             sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]), torch.stack(labelled)])
+        for parameter in self.learned.parameters():    # the total loss is no part of DDP's module
+            if parameter.grad is not None:
+                add_up(parameter.grad).div_(self.world)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return add_up(sums)
@@ -569,38 +609,9 @@ class Run:
         """A checkpoint, with everything that is needed to continue."""
         if self.rank == 0:
             save_checkpoint(self.args.out / name, dict(
-                self.description, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), iteration=self.iteration, evaluated=self.evaluated, best=self.best))
-
-    def restore(self, path: Path, checkpoint: dict):
-        """Continues from a checkpoint. Raises ValueError where it belongs to a run with other flags."""
-        stored = checkpoint["training"]
-        different = [f"--{key.replace('_', '-')} {stored[key]} (now {value})" for key, value in self.flags.items()
-                     if key not in CHANGEABLE_FLAGS and key in stored and stored[key] != value]
-        if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
-                             "computes (--iterations, the learning rate), so resume with the same ones, or start "
-                             "another run with --init-from and another --out")
-        for split, names in checkpoint.get("names", {}).items():    # earlier checkpoints do not have them
-            if names != self.description["names"][split]:
-                raise ValueError(f"the names of the split {split!r}, or their order, have changed since {path}: "
-                                 f"{names[0]} then, {self.description['names'][split][0]} now; restore them, or start "
-                                 "another run with --init-from and another --out")
-        load_weights(self.model, checkpoint, path)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for state in self.optimizer.state.values():    # on a CPU they are the file's, which would stay open
-            state.update({key: tensor.clone() for key, tensor in state.items()})
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
-        print(f"resuming {path} after iteration {self.iteration}")
-        if self.rank == 0 and (log := self.args.out / "log.jsonl").exists():    # without later lines
-            with contextlib.suppress(ValueError):    # a line may be cut off
-                lines = []
-                for line in log.read_text().splitlines():
-                    if json.loads(line)["iteration"] <= self.iteration:
-                        lines.append(line + "\n")
-            with replacing(log) as file:
-                file.write("".join(lines).encode())
+                self.description, model=self.model.state_dict(), learned=self.learned.state_dict(),
+                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                iteration=self.iteration, evaluated=self.evaluated, best=self.best))
 
 
 @contextlib.contextmanager
@@ -630,24 +641,32 @@ def save_checkpoint(path: Path, content: dict):
         os.fsync(file.fileno())
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The run's last checkpoint and its content. Where last.pt is damaged: best.pt. None where there is neither.
+def find_checkpoint(folder: Path, resume: bool) -> dict | None:
+    """The content of the run's last.pt; None where a run begins. Raises ValueError where the folder holds another run,
+    or last.pt cannot be read."""
+    path = folder / "last.pt"
+    if not (resume and path.exists()):
+        if path.exists() or (folder / "best.pt").exists():
+            raise ValueError(f"{folder} holds a run; continue it with --resume, which needs its last.pt, or give "
+                             "another folder with --out")
+        if resume:
+            print(f"nothing to resume in {folder}: starting")
+        return None
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{path} has weights alone; start from it with --init-from {path}")
+    return checkpoint
 
-    Raises ValueError where none of them can be read.
-    """
-    paths = [folder / name for name in CHECKPOINT_NAMES if (folder / name).exists()]
-    for path in paths:
-        try:
-            checkpoint = read_checkpoint(path)
-            if "optimizer" not in checkpoint:
-                raise ValueError(f"{path} has weights alone; start from it with --init-from {path}")
-            return path, checkpoint
-        except ValueError as error:
-            print(f"cannot resume from {path}: {error}", file=sys.stderr)
-    if paths:
-        raise ValueError(f"none of the checkpoints in {folder} can be read; start another run with another --out")
-    print(f"nothing to resume in {folder}: starting")
-    return None
+
+def cut_log(path: Path, last: int):
+    """Leaves the lines up to that iteration. After a kill there may be later ones, and one that is cut off."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["iteration"] <= last:
+                kept.append(line)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
 
 
 def draw_curves(folder: Path, labels: Labels):
@@ -704,14 +723,30 @@ def selection_score(results: Results, rows: Mapping[str, Task]) -> float:
 # ----------------------------------------------------------------------------------------------------------- losses
 
 def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping[str, Task] = TASKS) -> Tensor:
-    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total.
+    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS."""
+    return make_total(kind, rows)(losses)
 
-    "log": sum over tasks of log(loss + 1e-8), as in the published runs. A task counts by its relative improvement, so
-    it needs no weight. The paper does not state the total. "weighted": sum of weight * loss, with the weights of rows.
-    """
-    if kind == "log":
-        return sum(torch.log(loss + 1e-8) for loss in losses.values()).mean()
+
+def make_total(kind: str, rows: Mapping[str, Task]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """TOTALS[kind] for these tasks: a module that is made of its class, or the function."""
+    total = TOTALS[kind]
+    return total(rows) if isinstance(total, type) else functools.partial(total, rows)
+
+
+def log_total(rows: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of log(loss + 1e-8), as in the published runs; the paper does not state the total. A task counts by its
+    relative improvement, so it needs no weight."""
+    return sum(torch.log(loss + 1e-8) for loss in losses.values()).mean()
+
+
+def weighted_total(rows: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of weight * loss, with the weights of the rows."""
     return sum(rows[task].weight * loss for task, loss in losses.items()).mean()
+
+
+# The total losses by --loss: a function of the tasks' rows and losses, or a class of nn.Module that takes the rows and
+# is called with the losses. Its parameters are trained, and saved in checkpoints.
+TOTALS: dict[str, Callable | type[nn.Module]] = {"log": log_total, "weighted": weighted_total}
 
 
 def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:

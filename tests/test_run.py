@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from test_model import published_state
 from test_train import few_scenes
+from timm.optim import create_optimizer_v2
 
 import datasets
 import evaluate
@@ -58,6 +58,9 @@ if __name__ == "__main__":
     if "SLOW" in os.environ:
         step = train.Run.step
         train.Run.step = lambda *arguments: time.sleep(0.4) or step(*arguments)
+    if "LEARNED" in os.environ:
+        from test_run import Uncertainty
+        train.TOTALS["uncertainty"] = Uncertainty
     if "SGD" in os.environ:    # AdamW makes whole steps of gradients that are rounding errors
         torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
         torch.compile = functools.partial(torch.compile, backend="aot_eager")    # less to compile
@@ -116,7 +119,7 @@ def assert_same_state(ours, expected):
 
 
 def assert_same_training(ours, expected):
-    for key in ("model", "optimizer", "scaler", "iteration", "best"):
+    for key in ("model", "learned", "optimizer", "scaler", "iteration", "best"):
         assert_same_state(ours[key], expected[key])
 
 
@@ -164,6 +167,67 @@ def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
         assert list(ours) == list(expected)
         for key, value in expected.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name} {key}: {m}")
+
+
+class Uncertainty(torch.nn.Module):
+    """Kendall, Gal, Cipolla, CVPR 2018: sum over tasks of exp(-s) loss + s, with a learned s."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.s = torch.nn.Parameter(torch.zeros(len(rows)))
+
+    def forward(self, losses):
+        return sum((-s).exp() * loss + s for s, loss in zip(self.s, losses.values())).mean()
+
+
+def test_a_total_loss_with_parameters_is_one_row(driver, signals, tmp_path, monkeypatch):
+    """They are trained, the same on two processes and in parts, and resumed."""
+    monkeypatch.setitem(train.TOTALS, "uncertainty", Uncertainty)
+    arguments = [*SWIN, *FEW, "--loss", "uncertainty", "--lr", 1e-3]
+    run(tmp_path / "one", *arguments)
+    two = driver([*arguments, "--out", tmp_path / "two", "--accumulate", 2], 2, LEARNED="")
+    signals(2, signal.SIGTERM)
+    assert run(tmp_path / "halves", *arguments) == {}
+    run(tmp_path / "halves", *arguments, "--resume")
+    _, error = two.communicate(timeout=300)
+    assert two.returncode == 0, error
+    one, two, halves = (load(tmp_path / name / "last.pt") for name in ("one", "two", "halves"))
+    assert one["learned"]["0.s"].abs().min() > 1e-3    # both have moved
+    assert_same_training(halves, one)
+    torch.testing.assert_close(two["learned"]["0.s"], one["learned"]["0.s"], rtol=1e-4, atol=0)
+    assert json.loads((tmp_path / "one/results.json").read_text())["training"]["loss"] == "uncertainty"
+    # The first step's losses by hand: all s are 0.
+    losses = {"semseg": torch.tensor([1.0, 3.0]), "depth": torch.tensor([0.5, 0.1])}
+    assert train.total_loss(losses, "uncertainty").item() == pytest.approx(2.3)
+
+
+def test_other_optimisers_and_rates(signals, tmp_path, monkeypatch):
+    """A group's own rate is scaled; numbers in an optimiser's state survive resuming."""
+    def build(self):
+        heads = list(self.model.heads.parameters())
+        rest = [*self.model.encoder.parameters(), *self.model.stages.parameters()]
+        groups = dict(params=rest, lr=1e-3), dict(params=heads, lr=4e-3)
+        self.optimizer = create_optimizer_v2(groups, "nadamlegacy")    # keeps a number, m_schedule
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    monkeypatch.setattr(train.Run, "build_optimizer", build)
+    run(tmp_path / "straight", *FEW)
+    signals(3, signal.SIGTERM)
+    run(tmp_path / "halves", *FEW)
+    state = load(tmp_path / "halves/last.pt")["optimizer"]
+    factor = (1 - 3 / 6) ** 0.9
+    assert [group["lr"] for group in state["param_groups"]] == pytest.approx([1e-3 * factor, 4e-3 * factor])
+    assert any(isinstance(value, float) for value in state["state"][0].values())
+    run(tmp_path / "halves", *FEW, "--resume")
+    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
+
+
+def test_every_flag_decides_what_is_computed_or_does_not(tmp_path):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    others = """recipe data_root out resume device workers accumulate backend compile checkpoint_activations save_every
+        eval_every log_every baseline no_references tensorboard""".split()
+    assert sorted([*train.DECISIVE, *others]) == sorted(vars(parser.parse_args([])))
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -407,9 +471,11 @@ def test_what_cannot_be_resumed(tmp_path, capsys):
     assert "continue it with --resume" in fails(capsys, 2, out, *FEW)
     message = fails(capsys, 2, out, *FEW, "--resume", "--lr", 1e-4, "--seed", 3)
     assert "--lr 0.01 (now 0.0001), --seed 0 (now 3)" in message
-    for path in out.glob("*.pt"):
-        path.write_bytes(b"")
-    assert "none of the checkpoints" in fails(capsys, 2, out, *FEW, "--resume")
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
+    assert f"{out / 'last.pt'}" in fails(capsys, 2, out, *FEW, "--resume")
+    (out / "last.pt").unlink()
+    for more in ((), ("--resume",)):
+        assert "which needs its last.pt" in fails(capsys, 2, out, *FEW, *more)
 
 
 def test_the_untrained_model_is_scored_on_the_first_images(tmp_path, monkeypatch, capsys):
@@ -450,6 +516,18 @@ def test_a_second_run_in_the_same_folder_is_refused(driver, tmp_path, capsys):
     first.wait()
     run(tmp_path / "run", *FEW, "--save-every", 1, "--resume")
     assert [line["iteration"] for line in log(tmp_path / "run", "losses")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_of_a_run_that_died_without_a_checkpoint_go(tmp_path):
+    """With and without --resume, also a line that is cut off."""
+    for more in ((), ("--resume",)):
+        out = tmp_path / "run" / "".join(more)
+        out.mkdir(parents=True)
+        (out / "log.jsonl").write_text('{"config": {"iterations": 50}, "iteration": 0}\n'
+                                       '{"iteration": 1, "losses": {}}\n{"iteration": 2, "los')
+        run(out, *FEW, *more)
+        assert [line["config"]["iterations"] for line in log(out, "config")] == [6]
+        assert [line["iteration"] for line in log(out, "losses")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(signals, tmp_path):
@@ -498,35 +576,6 @@ def test_processes_that_list_other_images_are_refused(monkeypatch):
     monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own + 1)
     with pytest.raises(ValueError, match="the processes list different images of Synthetic, or another order: 3 here"):
         evaluate.digest_names(scenes, torch.device("cpu"))
-
-
-def test_a_damaged_last_checkpoint_is_replaced_by_the_best_one(tmp_path, capsys):
-    arguments = [*FEW, "--eval-every", 3]
-    run(tmp_path, *arguments)
-    whole, best = load(tmp_path / "last.pt"), load(tmp_path / "best.pt")["iteration"]
-    path, content = train.find_checkpoint(tmp_path)
-    assert path == tmp_path / "last.pt" and content["iteration"] == 6
-    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:5000])
-    assert "continue it with --resume" in fails(capsys, 2, tmp_path, *arguments)
-    run(tmp_path, *arguments, "--resume")
-    captured = capsys.readouterr()
-    assert f"cannot resume from {tmp_path / 'last.pt'}" in captured.err and "truncated" in captured.err
-    assert f"resuming {tmp_path / 'best.pt'} after iteration {best}" in captured.out
-    if best < 6:
-        assert_same_training(load(tmp_path / "last.pt"), whole)
-
-
-def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, signals):
-    """It has no labels, and beside it lies previous.pt."""
-    run(tmp_path / "straight", *FEW)
-    signals(3, signal.SIGTERM)
-    run(tmp_path / "halves", *FEW)
-    content = load(tmp_path / "halves/last.pt")
-    assert content.pop("labels") == dataclasses.asdict(Synthetic(1, (32, 64), tasks=["semseg", "depth"]).labels)
-    for name in ("last.pt", "previous.pt"):
-        torch.save(content, tmp_path / "halves" / name)
-    run(tmp_path / "halves", *FEW, "--resume")
-    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
 
 
 def test_too_few_open_files_are_lifted_or_refused_before_the_first_iteration(script, tmp_path):
