@@ -1102,6 +1102,15 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
     return found
 
 
+def expect_here(name: str, source: object):
+    """Raises ValueError where path/to/file.py:Class is not in or below the current folder. source, which names it, may
+    come from somebody else: no code runs on its word."""
+    file = name.rpartition(":")[0]
+    if file and not Path(file).expanduser().resolve().is_relative_to(Path.cwd()):
+        raise ValueError(f"{source} names the Python file {file}, which is not in or below the current folder; to run "
+                         f"it, give --dataset {name}")
+
+
 def import_file(path: Path):
     """The module of a user's file. The file's folder is added to sys.path, which new processes get, too."""
     if not path.is_file():
@@ -1510,6 +1519,10 @@ def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:
 class Parser(argparse.ArgumentParser):
     """Ends a script with one line and exit code 2 on bad input."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", Path, lambda text: Path(text).expanduser())    # shells leave --out=~/x as it is
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -1542,7 +1555,8 @@ class Parser(argparse.ArgumentParser):
 
 # What the machine is to blame for: a pattern of an error's type and text, and the line to print.
 TROUBLES = {
-    r"OSError: (.*(No space left on device|Disk quota exceeded|File too large).*)": r"cannot write \1; MAKE ROOM",
+    r"(?:OS|Write)Error: (?:cannot write )?(.*(No space left on device|Disk quota exceeded|File too large).*)":
+        r"cannot write \1; MAKE ROOM",
     r"Too many open files|ancdata":    # the second is how another process learns of it
         "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
     r"(DataLoader worker \(pid.*?)[. ]*$": r"\1; if memory is short, give fewer --workers",

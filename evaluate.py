@@ -333,7 +333,7 @@ def choose_backend(model: MTMamba, backend: str | None, device: torch.device) ->
         if isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in text:    # of Triton
             text = (f"the scan backend {name} cannot be compiled ({text}); install gcc and python3-dev, or give "
                     "--backend torch")
-        raise ValueError(text) from error
+        raise ValueError(text) from None
     if (seconds := time.perf_counter() - begun) > 5:
         print(f"it took {seconds:.0f} s to compile the scan", file=sys.stderr)
     return name

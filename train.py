@@ -32,7 +32,6 @@ import json
 import math
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -64,10 +63,10 @@ from datasets import (
     DenseDataset,
     Labels,
     Parser,
-    WriteError,
     append,
     check_samples,
     check_writable,
+    expect_here,
     find_dataset_class,
     follow_main,
     interrupt,
@@ -130,55 +129,30 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     """
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    args, held = parser.parse_args(argv), contextlib.ExitStack()
-    if args.resume and args.out:    # the flags that the run was last started with, unless they are given again
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            lines = (args.out / "log.jsonl").read_text().splitlines()    # after a kill the last one may be cut off
-            flags = json.loads([line for line in lines if line.startswith('{"config"')][-1])["config"]
-            parser.set_defaults(**{key: flags[key] for key in flags.keys() - {"resume", "out", "device"}})
-            args = parser.parse_args(argv)
-    try:
-        try:
-            device = start(args.device)
-            # Only the first process prints: with None, print does nothing.
-            first_prints = contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None)
-            with first_prints:
-                run = Run(args, device, held)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:    # the last: of TensorBoard
-            parser.error(" ".join(str(error).split()))
-        with first_prints:
-            return run.execute()
-    except KeyboardInterrupt:
-        parser.exit(130, "train.py: interrupted\n")
-    except Exception as error:
-        if (message := one_line(error)) is None:
-            raise
-        parser.exit(1, f"train.py: {message}\n")
-    finally:
-        held.close()
+    args = parser.parse_args(argv)
+    with (parser.told("earlier checkpoints are unchanged; make room, then continue with --resume"),
+          contextlib.ExitStack() as held):
+        if args.resume and args.out:
+            args = take_flags(parser, args, argv)
+        device = start(args.device)
+        # Only the first process prints: with None, print does nothing.
+        held.enter_context(contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None))
+        results = Run(args, device, held).execute()
         leave_processes()
+        return results
 
 
-def one_line(error: Exception) -> str | None:
-    """The message for what stops a run from outside. None for a fault in the code, which needs its traceback."""
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, WriteError):
-        return f"{text}; earlier checkpoints are unchanged. Make room, then continue with --resume"
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return f"{text.splitlines()[0]} Try --checkpoint-activations, --accumulate 2 or a smaller --encoder"
-    if isinstance(error, (torch._dynamo.exc.TorchDynamoException, subprocess.CalledProcessError)):
-        reason = " ".join(text.splitlines()[:2])
-        return (f"--compile failed ({reason}); train with --no-compile, or, where a compiler is missing, install gcc, "
-                "g++ and python3-dev")
-    if "Too many open files" in text or "ancdata" in text:    # the second is how another process learns of it
-        return "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers"
-    if "closed by peer" in text:
-        return "another process of the run ended"
-    if "DataLoader worker" in text:
-        return f"{text.splitlines()[-1].rstrip('. ')}; if memory is short, give fewer --workers"
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return text.splitlines()[-1]    # the lines above are the traceback of a DataLoader's process
-    return None
+def take_flags(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """For --resume: the flags that the run in args.out was last started with, unless they are given again. Raises
+    ValueError where they would make a file run that is neither given by hand nor in or below the current folder."""
+    flags = [line["config"] for line in read_log(args.out / "log.jsonl") if "config" in line]
+    if not flags:
+        return args
+    parser.set_defaults(**{key: flags[-1][key] for key in flags[-1].keys() - {"resume", "out", "device"}})
+    taken = parser.parse_args(argv)
+    if taken.dataset != args.dataset:
+        expect_here(taken.dataset, f"the run in {args.out}")
+    return taken
 
 
 # The flags that decide what is computed. They must stay as they were when a run is resumed, and results.json has them.
@@ -307,7 +281,10 @@ class Run:
             cut_log(log, self.iteration if checkpoint else -1)
         self.tensorboard = None
         if args.tensorboard and self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(f"{error}; pip install tensorboard") from error
             self.tensorboard = SummaryWriter(args.out, purge_step=self.iteration + 1)
 
     def build_data(self, data_set: type[DenseDataset]):
@@ -660,13 +637,18 @@ def find_checkpoint(folder: Path, resume: bool) -> dict | None:
 
 def cut_log(path: Path, last: int):
     """Leaves the lines up to that iteration. After a kill there may be later ones, and one that is cut off."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["iteration"] <= last:
-                kept.append(line)
+    kept = [json.dumps(line) + "\n" for line in read_log(path) if line["iteration"] <= last]
     with replacing(path) as file:
         file.write("".join(kept).encode())
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl, without those that a kill has cut off."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def draw_curves(folder: Path, labels: Labels):
@@ -676,7 +658,7 @@ def draw_curves(folder: Path, labels: Labels):
     except ImportError:
         print("curves.png is not drawn: pip install -e '.[plot]', or draw log.jsonl yourself")
         return
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = read_log(folder / "log.jsonl")
 
     def curve(axes, key: str, *path: str):
         """Draws line[key], or line[key][path[0]] and so on, of each line that has a number there."""

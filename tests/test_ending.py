@@ -79,8 +79,8 @@ def test_training_names_the_file_and_can_be_resumed(name, full_disk, nyud, tmp_p
     full_disk(temporary)
     arguments = [*TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 0, "--out", tmp_path]
     code, output, error = ends(capsys, train.main, *arguments)
-    assert code == 1 and error == (f"train.py: cannot write {path} ({FULL}); earlier checkpoints are unchanged. "
-                                   "Make room, then continue with --resume")
+    assert code == 1 and error == (f"train.py: cannot write {path} ({FULL}); earlier checkpoints are unchanged; "
+                                   "make room, then continue with --resume")
     assert not list(tmp_path.rglob("*.tmp"))
     assert ("odsF" in output) == (name not in ("log.jsonl", "last.pt"))    # the table, before what may fail
     temporary.unlink(missing_ok=True)
