@@ -25,6 +25,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
+import ast
 import atexit
 import contextlib
 import copy
@@ -1254,10 +1255,15 @@ def peak_memory(device: torch.device) -> str:
 # ------------------------------------------------------------------------ processes of torchrun, shared with train.py
 
 def start(name: str) -> torch.device:
-    """The device, and under torchrun the process group. Raises ValueError for a device that does not exist."""
-    distributed = "WORLD_SIZE" in os.environ
+    """The device, and under torchrun the process group. Raises ValueError for a device that does not exist, and for
+    several processes that cannot find each other."""
+    distributed = "RANK" in os.environ
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if missing and (distributed or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise ValueError(f"the environment has RANK or WORLD_SIZE, but not {', '.join(missing)}; start with torchrun, "
+                         "which sets them, or unset RANK and WORLD_SIZE to run one process")
     if distributed and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -1316,9 +1322,25 @@ def fit_workers(workers: int, sample: dict, batch: int) -> int:
     return min(workers, fitting)
 
 
+def expect_main_guard():
+    """Raises ValueError where a script calls this outside of `if __name__ == "__main__":`. The processes that we start
+    import the script, so each would begin the run again."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        path = Path(frame.f_code.co_filename)
+        if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():
+            guards = (node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If)
+                      and "__name__" in ast.unparse(node.test))
+            if not any(node.lineno <= frame.f_lineno <= node.end_lineno for node in guards):
+                raise ValueError(f"line {frame.f_lineno} of {path} starts processes that import this file; put it "
+                                 "below `if __name__ == '__main__':`, or give --workers 0")
+
+
 def allow_open_files(workers: int):
     """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
-    allowed: they would fail during the run, and wait for each other forever."""
+    allowed: they would fail during the run, and wait for each other forever. Also for a script without a main guard."""
+    if workers:
+        expect_main_guard()
     if workers == 0 or sys.platform == "win32":    # which has no such limit
         return
     import resource

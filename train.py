@@ -27,6 +27,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -219,6 +220,10 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
     preset = PRESETS.get(args.dataset, OWN_PRESET)
     preset = preset | (SMALL if args.recipe else VARIANT_PRESETS.get((args.dataset, args.variant), {}))
     preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.init_from and not args.init_partial:
+        if args.pretrained:
+            print(f"--pretrained has no effect: {args.init_from} has the encoder's weights, too")
+        args.pretrained = False
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
     for name, value in preset.items():
@@ -231,7 +236,6 @@ def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
         args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
     args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
-    args.pretrained = args.pretrained and args.init_from is None    # that file has the encoder's weights, too
     least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, val_images=1,
                  eval_every=0, workers=0, seed=0, weight_decay=0)
     for name, value in least.items():
@@ -317,7 +321,11 @@ class Run:
         self.model.labels = self.train_set.labels
         if args.init_from and new:
             if args.init_partial:
-                load_fitting_weights(self.model, args.init_from, args.encoder, args.encoder_kwargs)
+                taken = load_fitting_weights(self.model, args.init_from, args.encoder, args.encoder_kwargs)
+                untrained = {name for name, _ in self.model.named_parameters() if ".backbone." in name} - taken
+                if args.freeze_encoder and untrained and not pretrained:
+                    raise ValueError(f"--freeze-encoder would freeze {len(untrained)} untrained tensors of the encoder "
+                                     f"that {args.init_from} does not have; leave it out, or add --pretrained")
             else:
                 load_all_weights(self.model, args.init_from)
         self.model.to(device)
@@ -399,10 +407,13 @@ class Run:
 
         with self.interruption:
             self.train()
-            trained = self.evaluate("evaluating", odsf=True) if self.iteration == args.iterations else None
-            if trained is None:
+            if self.iteration < args.iterations:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; continue with the same command "
                       "and --resume")
+                return {}
+            trained = self.evaluate("evaluating", odsf=True)
+            if trained is None:
+                print(f"trained; scoring was interrupted. Do it with: python train.py --resume --out {args.out}")
                 return {}
             self.finish({"trained": trained} | {name if images == self.scored else f"{name} ({images})": scores
                                                 for name, scores in references.items()})
@@ -594,14 +605,16 @@ class Run:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other runs out of the folder. The system releases the lock when this process ends, however it ends. Raises
-    ValueError where another run is in the folder."""
+    ValueError where another run is in the folder. Some file systems have no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             if fcntl:    # a lock of this process alone, which the processes that it forks do not hold
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another run writes to {folder}; wait until it ends, or give another --out") from error
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(f"another run writes to {folder}; wait, or give another --out") from error
+            print(f"{folder} cannot be locked ({error.strerror}): let no other run write to it", file=sys.stderr)
         try:
             yield
         finally:
@@ -846,9 +859,9 @@ def load_all_weights(model: MTMamba, path: Path):
         raise ValueError(f"{error}; to take what fits, add --init-partial") from error
 
 
-def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None):
+def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None) -> set[str]:
     """--init-from with --init-partial: takes the tensors of the same name and shape, those of the encoder and of
-    the decoders of tasks that both models have. Prints which ones were not taken.
+    the decoders of tasks that both models have. Returns their names, and prints which ones were not taken.
 
     A cross-task block concatenates the tasks' features, so it is taken only where the tasks and their order are the
     same. encoder, encoder_kwargs: of a published checkpoint, which does not name its own. Raises FileNotFoundError, or
@@ -870,6 +883,7 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
         groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.[\w-]+)|\w+\.[\w-]+(\.\w+)?", key)[0] for key in sorted(keys))
         if groups:
             print(f"  {what}: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+    return taken
 
 
 # ------------------------------------------------------------------- the same run on any number of processes and parts

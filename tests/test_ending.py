@@ -204,7 +204,7 @@ def test_signals_to_all_processes_of_a_final_evaluation(slowly, nyud, tmp_path):
     run, others = slowly("train", *TINY, "--dataset", "nyud", "--data-root", nyud, "--workers", 1, "--out",
                          tmp_path / "run", processes=2, marker="evaluating", SPAWN="")
     code, output, _ = end(run, others, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    assert code == 0 and "stopped after iteration 1 of 1; continue with" in output
+    assert code == 0 and "trained; scoring was interrupted. Do it with: python train.py --resume" in output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "log.jsonl", ".lock"}
 
 

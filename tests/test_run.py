@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -530,6 +531,62 @@ def test_lines_of_a_run_that_died_without_a_checkpoint_go(tmp_path):
         assert [line["iteration"] for line in log(out, "losses")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+    """One warning; only a lock that is held stops a run."""
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    run(tmp_path / "run", *FEW, "--iterations", 1)
+    assert f"{tmp_path / 'run'} cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
+    number = errno.EACCES
+    assert "another run writes to" in fails(capsys, 2, tmp_path / "other", *FEW)
+
+
+def test_scoring_that_is_interrupted_is_no_interrupted_training(signals, tmp_path, capsys):
+    signals(6, signal.SIGTERM, method="evaluate")
+    assert run(tmp_path, *FEW) == {}
+    printed = capsys.readouterr().out
+    assert "stopped after" not in printed
+    command = re.search(r"trained; scoring was interrupted. Do it with: python train.py (.*)", printed)[1]
+    assert set(train.main(command.split())) == {"trained"} and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "4"}, "not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"),
+    ({"RANK": "0"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun"),
+    ({"WORLD_SIZE": "1"}, None)])
+def test_variables_of_a_launcher_without_one(variables, message, tmp_path, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if message:
+        assert message in fails(capsys, 2, tmp_path, *FEW)
+    else:
+        run(tmp_path, *FEW, "--iterations", 1)
+
+
+def test_a_process_without_local_rank_takes_the_first_gpu(monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="cannot use --device cuda:0"):
+        evaluate.start("cuda")
+
+
+def test_a_script_without_a_main_guard_is_named_at_the_start(script, tmp_path):
+    call = f"train.main({[*SMALL, *FEW, '--iterations', '1', '--workers', '1', '--out', str(tmp_path / 'run')]})\n"
+    path = tmp_path / "start.py"
+    path.write_text(f"import train\n{call}")
+    process = script(path)
+    _, error = process.communicate()
+    assert process.returncode == 2 and error.startswith(f"train.py: line 2 of {path} starts processes")
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+    path.write_text(f'import train\nif 3 > 2 and __name__ == "__main__":\n    {call}')
+    process = script(path)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
 def test_the_log_is_cut_back_to_the_checkpoint(signals, tmp_path):
     """After a kill it may have lines of iterations that are done again, and half a line."""
     signals(2, signal.SIGTERM)
@@ -768,6 +825,33 @@ def test_fine_tuning_from_weights_of_other_tasks(tmp_path, capsys):
     assert "new, not in the file: heads.saliency.expand (3)" in printed
     assert "left in the file: stages.0.ctm (" in printed
     assert "name it with --init-from" in fails(capsys, 2, tmp_path / "third", "--init-partial")
+
+
+def test_pretrained_weights_first_then_those_that_fit(tmp_path, capsys):
+    """Of a checkpoint with another encoder; an encoder with untrained tensors is not frozen."""
+    atto = ["--encoder", "convnext_atto", "--encoder-kwargs"]
+    dims = dict(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
+    torch.manual_seed(5)
+    weights = timm.create_model("convnext_atto", **dims).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    kwargs = json.dumps(dims | {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}})
+    run(tmp_path / "first", *FEW, *atto, json.dumps(dict(dims=(8, 8, 12, 8), depths=(1, 1, 1, 1))), "--iterations", 1)
+    first = tmp_path / "first/last.pt"
+    arguments = [*FEW, "--init-from", first, "--init-partial", "--iterations", 1, "--lr", 1e-12]
+    run(tmp_path / "second", *arguments, *atto, kwargs, "--pretrained")
+    old, new = load(first)["model"], load(tmp_path / "second/last.pt")["model"]
+    stem, deep = "stem_0.weight", "stages_2.blocks.0.conv_dw.weight"
+    for ours, expected in ((stem, old[f"encoder.backbone.{stem}"]), (deep, weights[deep.replace("_2", ".2")])):
+        torch.testing.assert_close(new[f"encoder.backbone.{ours}"], expected, rtol=0, atol=1e-9)
+    message = fails(capsys, 2, tmp_path / "third", *arguments, *atto, kwargs, "--freeze-encoder")
+    assert "would freeze" in message and "add --pretrained" in message
+    run(tmp_path / "third", *arguments, *atto, kwargs, "--freeze-encoder", "--pretrained")
+    run(tmp_path / "fourth", *FEW, "--init-from", tmp_path / "second/last.pt", "--iterations", 1, *atto, kwargs,
+        "--pretrained", "--freeze-encoder", "--init-partial", "--no-pretrained")
+    capsys.readouterr()
+    run(tmp_path / "fifth", *FEW, "--init-from", tmp_path / "second/last.pt", "--iterations", 1, *atto, kwargs,
+        "--pretrained")
+    assert "--pretrained has no effect" in capsys.readouterr().out
 
 
 def test_weights_of_tasks_in_another_order_are_refused(tmp_path, capsys):
