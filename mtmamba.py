@@ -48,9 +48,10 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, to_2tuple
+from timm.layers import BatchNormAct2d, DropPath, LayerNorm2d, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -174,6 +175,7 @@ class MTMamba(nn.Module):
             for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
         build_head = DenseHead if config.head == "dense" else LiteHead
         self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
+        synchronise_batch_norm(self)
 
     def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
@@ -346,7 +348,7 @@ class CTM(nn.Module):
         if fusion == "adaptive":
             self.gate = per_task(tasks, lambda: build_gate(dim, config))
         self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -363,7 +365,7 @@ class CTM(nn.Module):
                 if self.fusion == "adaptive":
                     g = torch.sigmoid(self.gate[t](z_ln))                       # Eq. 23   (B, H, W, D)
                     fused = g * fused + (1 - g) * z_shared                      # Eq. 24
-            out[t] = z_t + self.drop_path(self.out[t](fused))                   # Eq. 25   (B, H, W, C)
+            out[t] = z_t + self.drop_path[t](self.out[t](fused))                # Eq. 25   (B, H, W, C)
         return out
 
 
@@ -651,7 +653,7 @@ class SCTM(nn.Module):
         self.cross = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -662,7 +664,7 @@ class SCTM(nn.Module):
             u = self.norm[t](z_t)                                                        # (B, H, W, C)
             y = self.mfe[t](u, self.cross[t](s))                                         # (B, H, W, D)
             g = F.silu(self.gate[t](u))                                                  # (B, H, W, D)
-            out[t] = z_t + self.drop_path(self.out[t](y * g))                            # (B, H, W, C)
+            out[t] = z_t + self.drop_path[t](self.out[t](y * g))                         # (B, H, W, C)
         return out
 
 
@@ -670,16 +672,36 @@ class BatchNorm(nn.BatchNorm2d):
     """In training, normalises over the images of all processes. nn.SyncBatchNorm needs CUDA and cannot be compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or _count_processes() == 1:
-            return super().forward(x)
+        return self.synchronised(x) if self.training and _has_processes() else super().forward(x)
+
+    def synchronised(self, x: Tensor) -> Tensor:
         mean, var, n = _batch_statistics(x)                                                  # (C,), (C,), ()
-        with torch.no_grad():    # with detach() instead, the second compiled step fails (PyTorch 2.14)
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        scale, shift = (t.to(self.weight.dtype)[:, None, None] for t in (scale, self.bias - mean * scale))
+        if self.track_running_stats:
+            with torch.no_grad():    # with detach() instead, the second compiled step fails (PyTorch 2.14)
+                self.num_batches_tracked.add_(1)
+                rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), rate)
+                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), rate)
+        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1)
+        shift = (self.bias if self.affine else 0) - mean * scale
+        scale, shift = (t.to(_compute_dtype(x))[:, None, None] for t in (scale, shift))
         return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+class BatchNormAct(BatchNorm, BatchNormAct2d):
+    """timm's batch norm with an activation inside."""
+
+    def synchronised(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().synchronised(x)))
+
+
+def synchronise_batch_norm(module: nn.Module):
+    """Makes each batch norm in a module one over all processes. What a class of its own does besides, it still does."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, BatchNorm):
+            known = {nn.BatchNorm2d: BatchNorm, BatchNormAct2d: BatchNormAct}
+            # In another class, super().forward becomes BatchNorm's.
+            norm.__class__ = known.get(type(norm)) or type(type(norm).__name__, (type(norm), BatchNorm), {})
 
 
 class LiteHead(nn.Module):
@@ -1930,10 +1952,9 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------- appendix: batch norm over processes
 
-def _count_processes() -> int:
-    """Of torch.distributed; 1 where it does not run."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+def _has_processes() -> bool:
+    """Whether torch.distributed runs. One process of torchrun is treated as several are."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.library.custom_op("mtmamba::sum_over_processes", mutates_args=())
@@ -1945,6 +1966,9 @@ def _sum_over_processes(x: Tensor) -> Tensor:
 
 _sum_over_processes.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
 _sum_over_processes.register_autograd(lambda _, gradient: _sum_over_processes(gradient))
+# All processes must make their sums in the same order. Those of different heads do not depend on each other, so a
+# compiler might choose. With this, each takes a token from the one before, in the forward and in the backward pass.
+_register_effectful_op(torch.ops.mtmamba.sum_over_processes.default, _EffectType.ORDERED)
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -330,7 +330,8 @@ class Run:
                 load_all_weights(self.model, args.init_from)
         self.model.to(device)
         self.backend = choose_backend(self.model, args.backend, device)
-        self.part = draw_for_whole_batch(self.model, args.accumulate * self.world, device)
+        self.part = args.batch_size // args.accumulate // self.world    # images that are computed at a time
+        self.depth, self.dropout = StochasticDepth(self.model, self.part, device), False
         if args.checkpoint_activations:
             self.model.set_grad_checkpointing()
         if args.freeze_encoder:
@@ -341,14 +342,13 @@ class Run:
         self.network = self.model
         if args.compile:
             self.network = torch.compile(self.model, fullgraph=True, dynamic=False)    # images of one size
-            # Cut into several graphs for DDP, it would draw other random numbers in stochastic depth than one process.
-            torch._dynamo.config.optimize_ddp = False
-        if self.world > 1:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        if self.distributed:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
             align_gradients(self.model)
             self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None,
                                                    gradient_as_bucket_view=True)
-            self.network.broadcast_buffers = False    # `part` differs by process. DDP's argument is deprecated
+            self.network.broadcast_buffers = False    # `kept` differs by process. DDP's argument is deprecated
 
     def build_optimizer(self):
         """The place for another optimiser, or groups of parameters with rates of their own; learning_rate is that for
@@ -392,12 +392,8 @@ class Run:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
               f"{self.world} x {self.device.type}, {args.batch_size // self.world} images per process and iteration")
-        norms = [module for module in self.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-        synchronised = all(isinstance(norm, BatchNorm) for norm in norms)
-        seen = args.batch_size // args.accumulate // (1 if synchronised else self.world)
-        if norms and seen < args.batch_size:
-            print(f"{'--accumulate: batch norm' if synchronised else 'the batch norm of the encoder'} sees {seen} "
-                  "images of a batch at a time")
+        if args.accumulate > 1 and any(isinstance(norm, BatchNorm) and norm.training for norm in self.model.modules()):
+            print(f"--accumulate: batch norm sees {self.part * self.world} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
@@ -422,8 +418,7 @@ class Run:
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
         args, self.losses, self.seconds = self.args, {}, 0.0    # of the iterations since the last line of the log
-        part = args.batch_size // args.accumulate // self.world
-        workers = fit_workers(args.workers, self.train_set[0], part)
+        workers = fit_workers(args.workers, self.train_set[0], self.part)
         batches = iter(DataLoader(
             self.train_set, batch_sampler=batch_indices(self.train_set, args, self.iteration, self.rank, self.world),
             num_workers=workers, pin_memory=self.device.type == "cuda", worker_init_fn=follow_main))
@@ -469,16 +464,23 @@ class Run:
         for group, initial in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = learning_rate(initial, self.iteration, args.iterations)
         self.optimizer.zero_grad(set_to_none=True)
+        kept = self.depth.draw(args.seed, self.iteration, args.batch_size)
+        # For an encoder's dropout: the same after resuming, other numbers in each process.
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration, self.rank]).generate_state(1)[0]))
         for i in range(args.accumulate):
             batch = next(batches)
             targets = {task: batch[task].to(self.device, non_blocking=True) for task in self.rows}
-            # What stochastic depth draws is a pure function of (seed, iteration), so nothing has to be stored.
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration]).generate_state(1)[0]))
-            self.part.fill_(i * self.world + self.rank)
+            first = (i * self.world + self.rank) * self.part
+            self.depth.kept.copy_(kept[:, first:first + self.part], non_blocking=True)
             last = i == args.accumulate - 1
-            with contextlib.nullcontext() if last or self.world == 1 else self.network.no_sync():
+            with self.network.no_sync() if self.distributed and not last else contextlib.nullcontext():
+                before = random_state(self.device)
                 with torch.autocast(self.device.type, AMP[args.amp], enabled=args.amp != "off"):
                     outputs = self.network(batch["image"].to(self.device, non_blocking=True))
+                if not self.dropout and not torch.equal(before, random_state(self.device)):
+                    self.dropout = True
+                    print("the network draws random numbers of its own, such as an encoder's dropout: with another "
+                          "number of processes, or another --accumulate, the run is another one")
                 losses = {task: task_loss(self.rows[task].kind, outputs[task], targets[task]) for task in self.rows}
                 # DDP averages the gradients over the processes.
                 self.scaler.scale(self.total(losses) / args.accumulate).backward()
@@ -511,10 +513,6 @@ class Run:
         images.
         """
         begun, self.record = time.perf_counter(), {}
-        if self.world > 1:    # statistics of an encoder's batch norm differ by process, until now
-            for buffer in self.model.buffers():
-                if buffer is not self.part:
-                    dist.broadcast(buffer, 0)
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
                            stop=lambda: self.interruption.noted, limit=limit or self.scored, loss=task_loss,
                            record=self.record)
@@ -888,32 +886,41 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
 
 # ------------------------------------------------------------------- the same run on any number of processes and parts
 
-class BatchDropPath(DropPath):
-    """Stochastic depth that draws for all images of the whole batch, and uses what it drew for the part that is
-    computed. So a run depends neither on the number of processes nor on --accumulate."""
-
-    def __init__(self, drop_prob: float, part: Tensor, parts: int):
-        super().__init__(drop_prob)
-        self.parts = parts
-        self.register_buffer("part", part, persistent=False)
+class DrawnDropPath(DropPath):
+    """Stochastic depth that reads what was drawn outside of the network. Where a block of timm's calls its DropPath
+    several times, it drops all these branches of an image or none."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.drop_prob == 0 or not self.training:
+        """x: (images, ...), or (images * windows, ...) inside some encoders."""
+        if not self.training:
             return x
-        keep = 1 - self.drop_prob
-        kept = x.new_empty(self.parts, len(x), *(1,) * (x.ndim - 1)).bernoulli_(keep).index_select(0, self.part)
-        return x * (kept[0] / keep)
+        kept = self.kept[self.row].repeat_interleave(len(x) // self.kept.shape[1])
+        return torch.where(kept.view(-1, *[1] * (x.ndim - 1)), x / (1 - self.drop_prob), 0)
 
 
-def draw_for_whole_batch(model: MTMamba, parts: int, device: torch.device) -> Tensor:
-    """Replaces every DropPath by a BatchDropPath. Returns the number (1,) of the part that is computed next, which is
-    set in place: it is a tensor, because torch.compile would compile again for another int."""
-    part = torch.zeros(1, dtype=torch.int64, device=device)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is DropPath:
-                setattr(parent, name, BatchDropPath(child.drop_prob, part, parts))
-    return part
+class StochasticDepth:
+    """What all DropPaths of a model draw in an iteration, for the images of the whole batch: a pure function of (seed,
+    iteration), made on the CPU. So nothing has to be stored to resume, and a run depends neither on the device, nor on
+    compilation, the number of processes or --accumulate."""
+
+    def __init__(self, model: MTMamba, images: int, device: torch.device):
+        """images: of a part, which is what the model computes at a time."""
+        paths = [path for path in model.modules() if type(path) is DropPath and path.drop_prob]
+        self.rates = np.array([path.drop_prob for path in paths]).reshape(-1, 1)
+        self.kept = torch.ones(len(paths), images, dtype=torch.bool, device=device)
+        for row, path in enumerate(paths):
+            path.__class__, path.row = DrawnDropPath, row
+            path.register_buffer("kept", self.kept, persistent=False)
+
+    def draw(self, seed: int, iteration: int, images: int) -> Tensor:
+        """Which images of a batch keep which block: bool (blocks, images), on the CPU."""
+        drawn = np.random.default_rng([seed, iteration, 1]).random((len(self.rates), images))
+        return torch.from_numpy(drawn >= self.rates)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Of the generator that a model on this device draws from."""
+    return (torch if device.type == "cpu" else torch.get_device_module(device)).get_rng_state()
 
 
 def align_gradients(model: MTMamba):

@@ -153,21 +153,22 @@ def test_processes_and_parts_change_nothing(tmp_path):
 
 
 def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
-    """MTMamba++'s weights and running statistics after 3 steps; compiled and with --checkpoint-activations, too."""
-    arguments = ["--encoder-kwargs", '{"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}', "--variant", "mtmamba++",
-                 "--tasks", "depth", "--iterations", 3, "--lr", 0.02, "--no-references"]
+    """Weights and running statistics after 3 steps of MTMamba++ on a ResNet; compiled and with
+    --checkpoint-activations, too."""
+    arguments = ["--encoder", "resnet10t", "--encoder-kwargs", '{"channels": [8, 8, 8, 8], "stem_width": 8}',
+                 "--variant", "mtmamba++", "--tasks", "semseg", "depth", "--iterations", 3, "--lr", 0.02]
     options = {"one": [], "two": [], "two compiled": ["--compile", "--checkpoint-activations"]}
     for name, more in options.items():
         process = driver([*arguments, *more, "--out", tmp_path / name], 1 if name == "one" else 2, SGD="1")
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     expected = load(tmp_path / "one/last.pt")["model"]
-    assert any("running_var" in key for key in expected)
+    assert {"heads.depth.norm.running_var", "encoder.backbone.bn1.running_var"} <= set(expected)
     for name in ("two", "two compiled"):
         ours = load(tmp_path / name / "last.pt")["model"]
         assert list(ours) == list(expected)
         for key, value in expected.items():
-            torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name} {key}: {m}")
+            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {key}: {m}")
 
 
 class Uncertainty(torch.nn.Module):
