@@ -196,7 +196,7 @@ def test_a_head_that_does_not_fit_is_named(tiny_model):
 def test_stochastic_depth_falls_linearly(tiny_model):
     model = tiny_model({"depth": 1})
     rates = [p for stage in model.stages for p in
-             [*(block.drop_path.drop_prob for block in stage.blocks["depth"]), stage.ctm.drop_path.drop_prob]]
+             [*(block.drop_path.drop_prob for block in stage.blocks["depth"]), stage.ctm.drop_path["depth"].drop_prob]]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0.2, 0, 9))
     image = torch.randn(8, 3, 64, 64)
     model.train()

@@ -1,9 +1,17 @@
 """MTMamba++: equality with the published implementation, its parts against plain torch, sizes, training and cost."""
 
+import copy
+import operator
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from test_model import published_shapes, published_state
+from timm.layers import BatchNormAct2d
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.effects import with_effects
 
 import mtmamba
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
@@ -168,11 +176,16 @@ def test_batch_norm_in_one_process_is_pytorchs(autocast):
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ends[0].values(), ends[1].values()))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_batch_norm_over_processes_keeps_types_and_precision(autocast, monkeypatch):
-    """Two processes that hold the same images, whose mean is far from 0."""
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Two processes that hold the same images."""
     monkeypatch.setattr(mtmamba, "_has_processes", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batch_norm_over_processes_keeps_types_and_precision(autocast, two_processes):
+    """With images whose mean is far from 0."""
     x = torch.randn(2, 6, 5, 7) + 1000
     x = x.bfloat16() if autocast else x
     ours, expected = BatchNorm(6), torch.nn.BatchNorm2d(6).double()
@@ -183,6 +196,63 @@ def test_batch_norm_over_processes_keeps_types_and_precision(autocast, monkeypat
     torch.testing.assert_close(y.double(), expected(torch.cat([x, x]).double())[:2], **tolerance)
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value.to(ours.state_dict()[key]), rtol=1e-6, atol=0)
+
+
+class Doubled(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("build", [
+    torch.nn.BatchNorm2d, lambda n: torch.nn.BatchNorm2d(n, affine=False, momentum=None),
+    lambda n: torch.nn.BatchNorm2d(n, track_running_stats=False), Doubled, lambda n: BatchNormAct2d(n, act_layer="silu")])
+def test_any_batch_norm_is_synchronised(build, two_processes):
+    """And keeps its names, its activation and its evaluation."""
+    ours, expected = torch.nn.Sequential(build(6)), torch.nn.Sequential(build(6)).double()
+    names = list(ours.state_dict())
+    mtmamba.synchronise_batch_norm(ours)
+    ours = copy.deepcopy(ours)
+    assert list(ours.state_dict()) == names and isinstance(ours[0], BatchNorm)
+    for _ in range(2):
+        x = torch.randn(2, 6, 5, 7, requires_grad=True)
+        doubles = torch.cat([x, x]).detach().double().requires_grad_()
+        y, truth = ours(x), expected(doubles)
+        torch.testing.assert_close(y.double(), truth[:2], rtol=1e-5, atol=1e-5)
+        y.square().sum().backward()
+        truth.square().sum().backward()
+        torch.testing.assert_close(x.grad.double(), doubles.grad[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.eval()(x).double(), expected.eval()(doubles)[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoders_batch_norm_is_synchronised():
+    model = MTMamba({"depth": 1}, encoder="mobilenetv3_small_050", variant="stm1", d_state=1)
+    norms = [m for m in model.encoder.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 20 and all(isinstance(norm, BatchNorm) for norm in norms)
+    plain = timm.create_model("mobilenetv3_small_050", features_only=True)
+    assert list(model.encoder.backbone.state_dict()) == list(plain.state_dict())
+    image = torch.randn(2, 3, 64, 64)
+    plain.load_state_dict(model.encoder.backbone.state_dict())
+    with torch.no_grad():
+        for ours, expected in zip(model.eval().encoder.backbone(image), plain.eval()(image)):
+            assert torch.equal(ours, expected)
+
+
+def test_the_collectives_of_heads_have_one_order(tiny_model, two_processes):
+    """In the compiled graphs, forward and backward, each takes a token that the one before has made."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node for node in graph.graph.nodes if node.target is with_effects])
+        return make_boxed_func(graph.forward)
+    model = tiny_model({"a": 1, "b": 2, "c": 1}, variant="f-ctm-lite", encoder="resnet10t", encoder_kwargs=None,
+                       d_state=1)
+    run = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    sum(output.sum() for output in run(torch.randn(2, 3, 32, 32)).values()).backward()
+    norms = sum(isinstance(module, BatchNorm) for module in model.modules())
+    assert [len(nodes) for nodes in graphs] == [norms, norms] and norms > 10
+    for nodes in graphs:
+        for before, node in zip(nodes, nodes[1:]):
+            assert node.args[0].target is operator.getitem and node.args[0].args == (before, 0)
 
 
 @pytest.mark.parametrize("scale", [0, 1.5, -1])

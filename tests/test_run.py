@@ -232,6 +232,48 @@ def test_every_flag_decides_what_is_computed_or_does_not(tmp_path):
     assert sorted([*train.DECISIVE, *others]) == sorted(vars(parser.parse_args([])))
 
 
+def test_stochastic_depth_is_a_function_of_seed_and_iteration(tiny_model):
+    """Each image keeps each block with its rate, whatever the part that it is computed in."""
+    model = tiny_model({"depth": 1, "semseg": 2}, variant="s-ctm-dense", d_state=1)
+    rates = torch.tensor([m.drop_prob for m in model.modules() if getattr(m, "drop_prob", 0)])
+    depth = train.StochasticDepth(model, 2, torch.device("cpu"))
+    paths = [m for m in model.modules() if isinstance(m, train.DrawnDropPath)]
+    # Two a block of the encoder but the first; of the decoder, two STM for each task, and the SCTM, but its last.
+    assert len(paths) == len(rates) == 2 * 4 + 3 * 2 * 2 + 2 * 2
+    kept = torch.stack([depth.draw(0, i, 8) for i in range(400)])
+    torch.testing.assert_close(kept.double().mean((0, 2)), 1 - rates.double(), rtol=0, atol=0.03)
+    agreeing = (kept[:, :, None] == kept[:, None]).double().mean((0, 3)).fill_diagonal_(0)    # of blocks, by pairs
+    assert agreeing.max() < 0.99 and not torch.equal(kept[:, -1], kept[:, -2])    # SCTM of one task and the other
+    assert torch.equal(depth.draw(0, 5, 8), kept[5])
+    for other in ((1, 5), (0, 6), (5, 0)):
+        assert not torch.equal(depth.draw(*other, 8), kept[5])
+    depth.kept.copy_(kept[5, :, 4:6])
+    for path, row, rate in zip(paths, kept[5, :, 4:6], rates):
+        for windows in (1, 3):    # of each image
+            x = torch.ones(2 * windows, 1, 2, requires_grad=True)
+            expected = (row / (1 - rate)).repeat_interleave(windows).view(-1, 1, 1).expand_as(x)
+            torch.testing.assert_close(path(x), expected)
+            torch.testing.assert_close(torch.autograd.grad(path(x).sum(), x)[0], expected)
+    assert torch.equal(path.eval()(x), x)
+    state = torch.get_rng_state()
+    model.train()(torch.zeros(2, 3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_of_an_encoder_is_told(tmp_path, signals, capsys):
+    """Another number of parts draws other numbers then; the same after resuming."""
+    dropout = [*FEW, *SWIN[2:4], "--encoder-kwargs", json.dumps(TINY_SWIN | {"proj_drop_rate": 0.5}), "--no-pretrained"]
+    run(tmp_path / "straight", *dropout, "--iterations", 2)
+    assert capsys.readouterr().out.count("draws random numbers of its own") == 1
+    signals(0, signal.SIGTERM)
+    run(tmp_path / "halves", *dropout, "--iterations", 2)
+    run(tmp_path / "halves", *dropout, "--iterations", 2, "--resume")
+    assert_same_training(*(load(tmp_path / name / "last.pt") for name in ("halves", "straight")))
+    capsys.readouterr()
+    run(tmp_path / "without", *SWIN, *FEW, "--iterations", 1)
+    assert "random numbers" not in capsys.readouterr().out
+
+
 class Numbered(torch.utils.data.Dataset):
     SHUFFLED = True
 
