@@ -205,7 +205,8 @@ class Doubled(torch.nn.BatchNorm2d):
 
 @pytest.mark.parametrize("build", [
     torch.nn.BatchNorm2d, lambda n: torch.nn.BatchNorm2d(n, affine=False, momentum=None),
-    lambda n: torch.nn.BatchNorm2d(n, track_running_stats=False), Doubled, lambda n: BatchNormAct2d(n, act_layer="silu")])
+    lambda n: torch.nn.BatchNorm2d(n, track_running_stats=False), Doubled,
+    lambda n: BatchNormAct2d(n, act_layer="silu")])
 def test_any_batch_norm_is_synchronised(build, two_processes):
     """And keeps its names, its activation and its evaluation."""
     ours, expected = torch.nn.Sequential(build(6)), torch.nn.Sequential(build(6)).double()
