@@ -26,7 +26,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 
 import argparse
 import ast
-import atexit
 import contextlib
 import copy
 import glob
@@ -35,7 +34,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import platform
 import re
 import shutil
@@ -66,10 +64,10 @@ from datasets import (
     IMAGE_MEAN,
     IMAGE_STD,
     DenseDataset,
+    Helpers,
     Labels,
     NYUDv2,
     Parser,
-    Pool,
     WriteError,
     centred,
     check_writable,
@@ -549,9 +547,9 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     training = model.training
     model.eval()
     begun = time.perf_counter()
-    with (use_tf32(tf32), Pool(workers if boundaries else 0) as pool,
+    with (use_tf32(tf32), Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers,
           tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar):
-        ods = {task: OdsMeter(tolerance, pool.submit, 4 * workers) for task in boundaries}
+        ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
         for batch in itertools.chain.from_iterable(loader):
             if stop and stop():
                 break
@@ -618,16 +616,6 @@ class WithTruths(Dataset):
         sample = self.dataset[index]
         wanted = self.boundaries if self.scored is None or sample["name"] in self.scored else ()
         return sample | {"truths": {task: self.dataset.boundary_truth(index, task) for task in wanted}}
-
-
-@atexit.register
-def end_loaders():
-    """After an error, some loaders may be left. multiprocessing would send them a SIGTERM, which they ignore, and wait
-    for them forever."""
-    if (loaders := [p for p in multiprocessing.active_children() if p.daemon]) and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
-        for process in loaders:
-            process.kill()
 
 
 def collate_by_size(samples: list[dict]) -> list[dict]:
@@ -701,7 +689,7 @@ def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
     images = range(min(len(dataset), REFERENCE_IMAGES))
     meters, statistics = meters_for(dataset), {task: [] for task in dataset.tasks}
     tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
-    ods = {task: OdsMeter(tolerance, Pool(0).submit, 0) for task, row in dataset.rows.items()
+    ods = {task: OdsMeter(tolerance) for task, row in dataset.rows.items()
            if row.kind == "boundary" and tolerance is not None}
     for i in tqdm(images, "labels for the best constant", unit="img", leave=False):
         sample = dataset[i]

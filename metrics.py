@@ -22,7 +22,8 @@ import math
 import numbers
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -412,24 +413,30 @@ class OdsMeter:
 
     odsF: the best F over thresholds that are the same for all images. oisF: F of the counts of each image at its own
     best threshold. AP: the area under the curve of precision over recall, at recalls 0, 0.01 .. 1.
-    submit(function, *arguments): returns a future of the result, computed in another process or at once. At most
-    `waiting` images are pending, so an update may wait for the first of them.
+    executor: whose processes match. At most `waiting` images are pending, so an update may wait for the first of them.
+    None: an update matches at once.
     """
 
-    def __init__(self, max_dist: float, submit: Callable, waiting: int):
-        self.max_dist, self.submit, self.waiting = max_dist, submit, waiting
+    def __init__(self, max_dist: float, executor: Executor | None = None, waiting: int = 0):
+        self.max_dist, self.executor, self.waiting = max_dist, executor, waiting
         self.counts = np.zeros((len(THRESHOLDS) + 1, 4), np.int64)    # the last row: at each image's best threshold
         self.pending = deque()
 
     def update(self, prediction_u8: np.ndarray, ground_truth: np.ndarray, known: np.ndarray | None = None):
-        self.pending.append(self.submit(boundary_counts, prediction_u8, ground_truth, self.max_dist, known))
-        self.collect(self.waiting)
+        arguments = prediction_u8, ground_truth, self.max_dist, known
+        if self.executor is None:
+            self.add(boundary_counts(*arguments))
+        else:
+            self.pending.append(self.executor.submit(boundary_counts, *arguments))
+            self.collect(self.waiting)
+
+    def add(self, counts: np.ndarray):
+        self.counts += np.concatenate([counts, counts[[precision_recall(counts)[2].argmax()]]])
 
     def collect(self, left: int = 0):
         """Adds the counts of pending images until only `left` are pending."""
         while len(self.pending) > left:
-            counts = self.pending.popleft().result()
-            self.counts += np.concatenate([counts, counts[[precision_recall(counts)[2].argmax()]]])
+            self.add(self.pending.popleft().result())
 
     def compute(self) -> dict[str, float]:
         self.collect()

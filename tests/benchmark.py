@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from archives import export
-from datasets import DATASETS, PascalContext, Pool, Synthetic, prepare
+from datasets import DATASETS, PascalContext, Synthetic
 from metrics import boundary_counts, task_rows
 from mtmamba import (
     CTM,
@@ -447,10 +447,7 @@ def data(images: int = 24, epochs: int = 2):
                     dataset[epoch, i]
             return epochs * images / (time.process_time() - start)
 
-        originals = rate()
-        with Pool(0) as pool:
-            prepare(root, pool)
-        print(f"training samples per CPU second: {originals:.0f} from the originals, {rate():.0f} prepared")
+        print(f"training samples per CPU second: {rate():.0f}")
 
 
 def boundary(size: tuple[int, int] = (321, 481)):

@@ -1,12 +1,13 @@
 """odsF against the original C++ matcher's results (data/boundary_*.npz), brute force and hand-computed cases."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from datasets import Pool
+from datasets import Helpers
 from metrics import (
     THRESHOLDS,
     OdsMeter,
@@ -224,8 +225,8 @@ def test_ods_f_by_hand():
 @pytest.mark.parametrize("workers, waiting, repeats", [(0, 0, 1), (1, 4, 5), (2, 8, 1)])    # more than wait; fewer
 def test_the_meter_adds_up_the_images_counts(workers, waiting, repeats, chain_counts, forked_pools):
     expected = repeats * chain_counts["pascal"].sum(0)
-    with Pool(workers) as pool:
-        meter = OdsMeter(0.0075, pool.submit, waiting)
+    with Helpers(workers) if workers else nullcontext() as helpers:
+        meter = OdsMeter(0.0075, helpers, waiting)
         for i in "01" * repeats:
             meter.update(CHAIN[f"{i}_pred_u8"], CHAIN[f"{i}_gt_pascal"])
             assert len(meter.pending) <= waiting
@@ -277,5 +278,5 @@ def test_errors_say_what_to_do(forked_pools):
     with pytest.raises(ValueError, match=r"\(thresholds, 4\), found \(2, 101, 4\)"):
         ods_f(np.zeros((2, 101, 4)))
     with pytest.raises(ValueError, match="uint8, found float64"):    # as it comes back from another process
-        with Pool(1) as pool:
-            pool.submit(boundary_counts, prediction / 255, truth, 0.0075).result()
+        with Helpers(1) as helpers:
+            helpers.submit(boundary_counts, prediction / 255, truth, 0.0075).result()

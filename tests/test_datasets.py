@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import errno
-import hashlib
 import json
 import locale
 import os
@@ -17,7 +16,6 @@ import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from traceback import format_exc
@@ -622,42 +620,6 @@ def test_exported_mat_files_are_nested_as_the_originals(pascal):
     assert scipy.io.loadmat(path)["LabelMap"].dtype == np.uint16
 
 
-def state(root):
-    return {path: (hashlib.sha1(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for path in root.rglob("*") if path.is_file()}
-
-
-def test_prepared_labels_equal_the_originals(pascal, tmp_path, monkeypatch, capsys):
-    root = shutil.copytree(pascal, tmp_path / "copy")
-    command = ["prepare", "--dataset", "pascal", "--root", str(root), "--workers", "1"]
-    plain, before = everything(root), state(root)
-    assert main(command) == 0
-    after = state(root)
-    assert {p: s for p, s in after.items() if "prepared" not in p.parts} == before and len(after) == len(before) + 10
-
-    assert main(command) == 0 and state(root) == after           # nothing is left to do
-    lost, stale = sorted((root / "prepared").iterdir())[:2]
-    lost.rename(lost.with_suffix(".123.tmp"))                    # as an interrupted run leaves it
-    os.utime(root / "human_parts" / f"{stale.stem}.mat")         # newer than what was made of it
-    half = everything(root)
-    assert main(command) == 0
-    assert {p.name for p, s in state(root).items() if after.get(p) != s} == {
-        lost.name, stale.name, f"{stale.stem}.mat", lost.with_suffix(".123.tmp").name}
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("an original was read")
-    monkeypatch.setattr(scipy.io, "loadmat", refuse)
-    for one, other, third in zip(plain, half, everything(root), strict=True):
-        assert_equal(one, other)
-        assert_equal(one, third)
-
-
-def everything(root):
-    splits = [PascalContext(root, "train", size=(32, 40)), PascalContext(root, "train", augment=False),
-              PascalContext(root, "val")]
-    return [{**data[i], "truth": torch.from_numpy(data.boundary_truth(i))} for data in splits for i in range(len(data))]
-
-
 # ----------------------------------------------------------------------------------------------------- what is wrong
 
 def shortened(path):
@@ -744,28 +706,6 @@ def test_check_counts_and_shows_the_first_few(pascal, tmp_path, capsys):
     assert "  parsing: 1 problems" in lines and "synthetic_val_00001.mat" in lines[-2]
 
 
-def test_prepared_files_are_checked_too(pascal, tmp_path, capsys):
-    root = shutil.copytree(pascal, tmp_path / "copy")
-    arguments = ["--dataset", "pascal", "--workers", "1", "--root", str(root)]
-    damaged = root / "human_parts/synthetic_val_00000.mat"
-    content = damaged.read_bytes()
-    shortened(damaged)
-    assert main(["prepare", *arguments]) == 1
-    assert str(damaged) in capsys.readouterr().out and len(list((root / "prepared").iterdir())) == 9
-    damaged.write_bytes(content)
-    assert main(["prepare", *arguments]) == 0 and main(["check", *arguments]) == 0
-    broken, other = (root / f"prepared/synthetic_train_0000{i}.png" for i in (0, 1))
-    shortened(broken)
-    save(other, np.asarray(Image.open(other)) ^ 8)
-    with pytest.raises(ValueError, match=f"unreadable file .*prepared/{broken.name}"):
-        PascalContext(root)[0]
-    capsys.readouterr()
-    assert main(["check", *arguments]) == 1
-    printed = capsys.readouterr().out
-    assert "  prepared: 2 problems" in printed and f"unusable file {broken}" in printed
-    assert f"unusable file {other}, damaged or of other originals; delete it" in printed
-
-
 def test_an_image_larger_than_the_evaluation_size_is_padded_to_a_multiple_of_32(tmp_path):
     """In the dimension in which it is larger."""
     files = {"images/a.png": np.zeros((33, 10, 3), np.uint8), "segmentation/a.png": np.ones((33, 10), np.uint8),
@@ -819,22 +759,9 @@ def test_lists_are_utf8_whatever_the_locale(tmp_path):
         PascalContext(tmp_path, "val")
 
 
-def test_prepared_labels_older_than_their_originals_are_not_used(pascal, tmp_path, capsys):
-    root = shutil.copytree(pascal, tmp_path / "copy")
-    arguments = ["--dataset", "pascal", "--workers", "1", "--root", str(root)]
-    assert main(["prepare", *arguments]) == 0
-    scipy.io.savemat(root / "pascal-context/trainval/synthetic_train_00000.mat", {"LabelMap": MASK})
-    os.utime(root / "pascal-context/trainval/synthetic_train_00000.mat", (2e9, 2e9))
-    data = PascalContext(root, augment=False)
-    assert (inner(data[0], "boundary") == 0).all() and inner(data[1], "boundary").any()
-    assert main(["check", *arguments]) == 1
-    assert "damaged or of other originals" in capsys.readouterr().out
-
-
 def test_check_names_each_kind_of_problem_in_a_line(pascal, nyud, tmp_path, capsys):
     """One of each, each in an image of its own."""
     root = shutil.copytree(pascal, tmp_path / "pascal")
-    assert main(["prepare", "--dataset", "pascal", "--root", str(root), "--workers", "1"]) == 0
     listed = root / "ImageSets/Context/train.txt"
     listed.write_text(listed.read_text() + "synthetic_val_00000\n")
     files = {f"{folder}/synthetic_train_0000{i}.{kind}": content for i, (folder, kind, content) in enumerate([
@@ -848,15 +775,13 @@ def test_check_names_each_kind_of_problem_in_a_line(pascal, nyud, tmp_path, caps
     for path, content in files.items():
         content(root / path) if callable(content) else content.save(root / path, "PNG")
     scipy.io.savemat(root / "pascal-context/trainval/synthetic_train_00006.mat", {"LabelMap": np.dstack([MASK] * 3)})
-    os.utime(root / "human_parts/synthetic_train_00007.mat", (2e9, 2e9))
-    capsys.readouterr()
     assert main(["check", "--dataset", "pascal", "--root", str(root), "--workers", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    names = *files, "trainval/synthetic_train_00006.mat", "prepared/synthetic_train_00007.png"
+    names = *files, "trainval/synthetic_train_00006.mat"
     names = [name.replace("normals_distill/synthetic_train_00005.png", "train_00005, normal") for name in names]
     for name, message in zip(names, (
             "8 bits per channel", "an upright image", "a label without loss", "0 and 1 or 0 and 255, found 7",
-            "three channels, RGB", "vectors of length 1", "(40, 48, 3)", "of other originals")):
+            "three channels, RGB", "vectors of length 1", "(40, 48, 3)")):
         assert sum(name in line and message in line for line in lines) == 1, (name, message, lines)
     assert any("synthetic_val_00000 occurs in the lists of both splits" in line for line in lines)
     root = shutil.copytree(nyud, tmp_path / "nyud")
@@ -1023,8 +948,8 @@ def test_a_task_that_no_sample_has_is_named(monkeypatch):
 
 def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
     monkeypatch.setattr(Mixed, "left_out", {"a": ("height",), "b": ("height", "depth")})
-    with datasets.Pool(0) as pool:
-        assert datasets.check(Mixed, None, (6, 8), pool) == 0
+    monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Mixed)
+    assert main(["check", "--dataset", "Mixed", "--workers", "0"]) == 0
     message = "  look at height: no pixel counts in the first 2 samples, a to b: their values are [255.0]"
     assert capsys.readouterr().out.splitlines() == ["train: 2 images", message, "val: 2 images", message, "no problems"]
 
@@ -1236,8 +1161,8 @@ def test_your_own_class_is_found_by_its_file(mine):
 def test_your_own_data_set_goes_to_a_new_process(mine):
     """With what the file's own classes made; the process knows nothing of the file."""
     data = find_dataset_class(f"{mine}:A")("val", (8, 8))
-    with datasets.Pool(1) as pool:
-        names, module, kept = pool.submit(describe, data).result()
+    with datasets.Helpers(1) as helpers:
+        names, module, kept = helpers.submit(describe, data).result()
     assert names == ["x", "y"] and module == type(data).__module__ and kept == "Pair"
     assert_equal(copy.copy(data)[1], data[1])
 
@@ -1325,59 +1250,86 @@ def test_check_keeps_the_traceback_of_a_fault(tmp_path):
         main(["check", "--dataset", f"{tmp_path}/faulty.py:Broken", "--workers", "1"])
 
 
-def killed(data, index):
+HANDLES = """
+from datasets import LabelledDataset
+import numpy as np
+import os
+import zipfile
+
+KEPT = {}
+
+class Own(LabelledDataset):
+    TASKS = {"semseg": 255}
+    def list_names(self):
+        return [f"{i:02d}" for i in range(24)]
+    def read(self, name):
+        where = self.where()
+        if "file" not in where:
+            where["file"] = open(os.path.join(os.path.dirname(__file__), "labels"), "rb", buffering=0)
+            where["pid"] = os.getpid()
+        assert where["pid"] == os.getpid(), "opened by another process"
+        where["file"].seek(20_000 * int(name))
+        label = np.frombuffer(b"".join(where["file"].read(5_000) for _ in range(4)), np.uint8).reshape(100, 200)
+        return np.zeros((100, 200, 3), np.uint8), {"semseg": label}
+
+class OfSelf(Own):
+    def where(self):
+        return self.__dict__
+
+class OfModule(Own):
+    def where(self):
+        return KEPT
+
+class Early(Own):    # opened before any process is started
+    def list_names(self):
+        self.file, self.pid = open(os.path.join(os.path.dirname(__file__), "labels"), "rb", buffering=0), None
+        return super().list_names()
+    def read(self, name):
+        self.pid = os.getpid()
+        return super().read(name)
+    def where(self):
+        return self.__dict__
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("name", ["OfSelf", "OfModule", "Early"])
+def test_no_process_reads_from_what_another_has_opened(name, tmp_path, capsys):
+    """While each moves the position in its file. Samples that the main process needs come first."""
+    (tmp_path / "handles.py").write_text(HANDLES)
+    labels = np.arange(24, dtype=np.uint8).repeat(20_000)
+    labels.tofile(tmp_path / "labels")
+    data = find_dataset_class(f"{tmp_path}/handles.py:{name}")("val", (100, 200))
+    first = datasets.fetch(data, [3, 1], 2)
+    assert [sample["name"] for sample in first] == ["03", "01"] and (first[1]["semseg"] == 1).all()
+    loading = datasets.loader(data, [[i] for i in range(24)], 4)
+    assert [batch["semseg"].unique().tolist() for batch in loading] == [[i] for i in range(24)]
+    if name != "Early":
+        assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "3"]) == 0, capsys.readouterr()
+
+
+def test_a_data_set_that_cannot_be_sent_to_a_process_is_told_before(monkeypatch):
+    data = Own("val")
+    data.turn = lambda image: image
+    monkeypatch.setattr(datasets, "get_start_method", lambda: "spawn")
+    with pytest.raises(ValueError, match="Own cannot be sent to a loading process .*lambda.*--workers 0"):
+        datasets.fetch(data, [0], 1)
+    assert len(datasets.fetch(data, [0], 0)) == 1
+
+
+def killed():
     os.kill(os.getpid(), signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_ends_the_script_in_one_line(mine, forked_pools):
-    message = "killed one of the processes.*fewer --workers"
-    with pytest.raises(ChildProcessError, match=message), datasets.Pool(1) as pool:
-        pool.map(partial(killed, Own("val")), range(1), "testing")
-
-
-def test_a_pool_without_processes_and_errors_in_one(monkeypatch, forked_pools):
-    with datasets.Pool(0) as pool:
-        assert pool.submit(divmod, 7, 3).result() == (2, 1)
-    with datasets.Pool(1) as pool, pytest.raises(ZeroDivisionError):
-        pool.submit(divmod, 7, 0).result()
+def test_helpers_that_fail(forked_pools, monkeypatch):
+    with pytest.raises(BrokenProcessPool), datasets.Helpers(1) as helpers:
+        helpers.submit(killed).result()
+    with datasets.Helpers(1) as helpers, pytest.raises(ZeroDivisionError):
+        helpers.submit(divmod, 7, 0).result()
     assert 1 <= datasets.usable_cpus() <= os.cpu_count()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(100)), raising=False)
     monkeypatch.setattr(sys, "platform", "win32")
     assert datasets.usable_cpus() <= 61
-
-
-class Large(Own):
-    """So many images that to send the names with each one takes minutes."""
-
-    def list_names(self):
-        return range(40_000)
-
-
-def test_a_large_data_set_is_sent_to_processes_few_times(monkeypatch, forked_pools):
-    pickled = []
-    monkeypatch.setattr(Large, "__reduce_ex__", lambda self, protocol: pickled.append(1) or object.__reduce_ex__(
-        self, protocol))
-    with datasets.Pool(1) as pool:
-        found = pool.map(partial(index_of, Large("val")), range(40_000), "testing")
-    assert found == list(range(40_000)) and len(pickled) <= 32
-
-
-def index_of(data, index):
-    return index
-
-
-def test_files_are_read_once_per_sample(pascal, nyud, monkeypatch):
-    read = []
-    for module, name in ((Image, "open"), (scipy.io, "loadmat"), (np, "load")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda file, *rest, original=original, **others: read.append(
-            str(file.name if hasattr(file, "read") else file)) or original(file, *rest, **others))
-    for data, files in ((PascalContext(pascal), 6), (NYUDv2(nyud), 5)):
-        data[0]
-        first = len(read)
-        data.boundary_truth(0)
-        assert len(read) == first == len(set(read)) == files, read
-        read.clear()
 
 
 def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
@@ -1430,22 +1382,9 @@ def test_incomplete_trees_are_refused(pascal, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def test_processes_and_the_script_itself(pascal, tmp_path):
-    root = shutil.copytree(pascal, tmp_path / "copy")
-    script = Path(datasets.__file__)
-    run = subprocess.run([sys.executable, script, "prepare", "--dataset", "pascal", "--root", root, "--workers", "2"],
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and "8/8" in run.stderr, run.stderr
-    alone = shutil.copytree(pascal, tmp_path / "alone")
-    main(["prepare", "--dataset", "pascal", "--root", str(alone), "--workers", "1"])
-    for path in (alone / "prepared").iterdir():
-        assert (root / "prepared" / path.name).read_bytes() == path.read_bytes()
-
-
 @pytest.mark.parametrize("arguments, message", [
-    (["prepare", "--dataset", "pascal", "--root", "nowhere"], "no folder nowhere"),
-    (["prepare", "--dataset", "pascal", "--root", ".", "--workers", "1"], "no file ImageSets/Context/train.txt"),
-    (["check", "--dataset", "pascal", "--root", ".", "--workers", "0"], "--workers of at least 1, found 0"),
+    (["prepare", "--dataset", "pascal"], "invalid choice: 'prepare'"),
+    (["check", "--dataset", "pascal", "--root", ".", "--workers", "-1"], "--workers of at least 0, found -1"),
     (["check", "--dataset", "coco"], "path/to/file.py:Class (no other dot in the file's name), found 'coco'"),
     (["check", "--dataset", "synthetic"], "synthetic has no files"),
     ([], "required: command"),
@@ -1512,9 +1451,3 @@ def test_archives_are_not_written_over_files(arguments, message, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["some.txt"]
     assert archives.main(["nyud", "new", "--count", "1", "--size", "32", "40"]) == 0
     assert len(NYUDv2("new")) == 1 and len(NYUDv2("new", "val")) == 2
-
-
-def test_nyudv2_needs_no_preparation(nyud, capsys):
-    before = state(nyud)
-    assert main(["prepare", "--dataset", "nyud", "--root", str(nyud)]) == 0
-    assert "nothing to prepare" in capsys.readouterr().out and state(nyud) == before

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import signal
 import time
@@ -131,18 +130,7 @@ def test_pictures_and_exports_name_their_file(small_files, trained, tmp_path, ca
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jpg", "out", "photos"]
 
 
-def test_preparing_and_exporting_name_the_file(full_disk, tmp_path, capsys):
-    root = tmp_path / "data"
-    export("pascal", root, 4, (40, 48))
-    full_disk(root / f"prepared/synthetic_train_00002.{os.getpid()}.tmp")
-    command = "prepare", "--dataset", "pascal", "--root", root, "--workers", 1
-    code, _, error = ends(capsys, datasets.main, *command)
-    path = root / "prepared/synthetic_train_00002.png"
-    assert code == 1 and error == f"datasets.py: cannot write {path} ({FULL}); make room, then run it again"
-    assert len(list((root / "prepared").iterdir())) == 2
-    assert datasets.main(list(map(str, command))) == 0
-    stored = len(list((root / "prepared").glob("*.png")))
-    assert stored > 3 and re.search(rf"^{stored} files .* {root / 'prepared'};", capsys.readouterr().out, re.M)
+def test_an_archive_names_the_file(full_disk, tmp_path):
     with pytest.raises(datasets.WriteError, match=rf"cannot write .*a.mat \({FULL}\)"):
         full_disk(tmp_path / "a.tmp")
         save_file(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 3))})
@@ -156,10 +144,10 @@ import datasets, evaluate, metrics, train
 if "SPAWN" in os.environ:    # as without the tests, which fork them
     datasets.get_context = multiprocessing.get_context
 evaluate.EVALUATION_BATCH = 1
-own_area, suppress, pack = evaluate.own_area, metrics.suppress_non_maxima, datasets.PascalContext.pack
+own_area, suppress, check = evaluate.own_area, metrics.suppress_non_maxima, datasets.PascalContext.check
 evaluate.own_area = lambda *arguments: time.sleep(1.5) or own_area(*arguments)
 metrics.suppress_non_maxima = lambda prediction: time.sleep(1.5) or suppress(prediction)
-datasets.PascalContext.pack = lambda *arguments: time.sleep(0.2) or pack(*arguments)
+datasets.PascalContext.check = lambda *arguments: time.sleep(0.2) or check(*arguments)
 if __name__ == "__main__":
     import signal
     signal.signal(signal.SIGTERM, datasets.interrupt)
@@ -218,10 +206,9 @@ def test_signals_to_all_processes_end_a_script_in_one_line(numbers, slowly, nyud
 
     root = tmp_path / "data"
     export("pascal", root, 60, (40, 48))
-    run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", root, "--workers", 2, processes=2,
-                         marker="preparing")
+    run, others = slowly("datasets", "check", "--dataset", "pascal", "--root", root, "--workers", 2, processes=2,
+                         marker="checking")
     assert end(run, others, *numbers)[::2] == (130, "datasets.py: interrupted")
-    assert 0 < len(list((root / "prepared").glob("*.png"))) < 75 and not list(root.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
@@ -231,7 +218,7 @@ def test_no_process_outlives_a_main_one_that_is_killed(slowly, nyud, trained, tm
     run.kill()
     end(run, others)
     export("pascal", tmp_path / "data", 60, (40, 48))
-    run, others = slowly("datasets", "prepare", "--dataset", "pascal", "--root", tmp_path / "data", "--workers", 2,
-                         processes=2, marker="preparing")
+    run, others = slowly("datasets", "check", "--dataset", "pascal", "--root", tmp_path / "data", "--workers", 2,
+                         processes=2, marker="checking")
     run.kill()
     end(run, others)
