@@ -1478,11 +1478,11 @@ class Parser(argparse.ArgumentParser):
             self.exit(130, f"{self.prog}: interrupted\n")
         except Exception as error:
             for cause in causes(error):
-                text = f"{type(cause).__module__}.{type(cause).__qualname__}: {' '.join(origin(cause)[2].split())}"
+                text = f"{type(cause).__module__}.{type(cause).__qualname__}: {origin(cause)[2]}"
                 for pattern, line in TROUBLES.items():
                     if found := re.search(pattern, text):
                         line = found.expand(line).replace("MAKE ROOM", on_full_disk)
-                        self.exit(1, f"{self.prog}: {line}\n")
+                        self.exit(1, f"{self.prog}: {' '.join(line.split())}\n")
             if not is_deliberate(error):
                 raise
             message = " ".join(origin(error)[2].split()) or type(error).__name__
@@ -1497,16 +1497,17 @@ TROUBLES = {
         r"cannot write \1; MAKE ROOM",
     r"Too many open files|ancdata":    # the second is how another process learns of it
         "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
-    r"(DataLoader worker \(pid.*?)[. ]*$": r"\1; if memory is short, give fewer --workers",
+    r"(DataLoader worker \(pid.*?)[. ]*\n?$": r"\1; if memory is short, give fewer --workers",
     r"BrokenProcessPool|ChildProcessError":
         "the system has killed one of the processes, often because memory ran out; give fewer --workers",
     r"(\w*MemoryError|DefaultCPUAllocator|Cannot allocate memory).*":
         r"out of memory (\g<0>); try smaller images or a smaller --encoder, in training --accumulate 2 or "
         "--checkpoint-activations",
     r"closed by peer": "another process of the run ended",
-    r"^torch\._(dynamo|inductor).*?: (.{,300}).*?(Developer debug context: .{,200})?|^subprocess.CalledProcessError.*":
-        r"--compile failed (\g<0>); train with --no-compile, or, where a compiler is missing, install gcc, g++ and "
-        "python3-dev",
+    r"^subprocess.CalledProcessError.*|.*C(\+\+)? compiler.*":
+        r"a compiler is missing or fails (\g<0>); install gcc, g++ and python3-dev, or train with --no-compile",
+    r"^torch\._(?:dynamo|inductor)\S+ (?:(?s:.*)Developer debug context: (.+)|(.+\n?.*))":
+        r"--compile failed (\1\2); train with --no-compile",
 }
 FAULTS = AttributeError, LookupError, NameError, TypeError, AssertionError, NotImplementedError    # wherever raised
 

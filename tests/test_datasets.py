@@ -1302,10 +1302,10 @@ def test_no_process_reads_from_what_another_has_opened(name, tmp_path, capsys):
     data = find_dataset_class(f"{tmp_path}/handles.py:{name}")("val", (100, 200))
     first = datasets.fetch(data, [3, 1], 2)
     assert [sample["name"] for sample in first] == ["03", "01"] and (first[1]["semseg"] == 1).all()
-    loading = datasets.loader(data, [[i] for i in range(24)], 4)
+    loading = datasets.loader(data, [[i] for i in range(24)], 2)
     assert [batch["semseg"].unique().tolist() for batch in loading] == [[i] for i in range(24)]
     if name != "Early":
-        assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "3"]) == 0, capsys.readouterr()
+        assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "2"]) == 0, capsys.readouterr()
 
 
 def test_a_data_set_that_cannot_be_sent_to_a_process_is_told_before(monkeypatch):
@@ -1420,7 +1420,8 @@ def raised(error, cause=None):
     (MemoryError(), None, 1, "out of memory (MemoryError"),
     (RuntimeError("Connection closed by peer [::1]"), None, 1, "another process of the run ended"),
     (torch._dynamo.exc.Unsupported("no such branch\n  Developer debug context: is_x()", None), None, 1,
-     "Developer debug context: is_x()); train with --no-compile"),
+     "script.py: --compile failed (is_x()); train with --no-compile"),
+    (torch._dynamo.exc.Unsupported("no branch\nin here\nat all", None), None, 1, "failed (no branch in here);"),
     (subprocess.CalledProcessError(1, "gcc"), None, 1, "install gcc, g++ and python3-dev"),
     (FloatingPointError("the loss of depth is nan"), None, 1, "the loss of depth is nan"),
     (ValueError("expected 1,\nfound 2"), None, 2, "expected 1, found 2"),
