@@ -104,6 +104,7 @@ class DenseDataset(Dataset):
     VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size of the samples in training
     PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
     SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken
+    RECIPE = {}                  # flags of train.py that it is trained with, dict(iterations=20_000, lr=3e-4)
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
     folders = ()                 # folders that the data set reads; nothing may be written there
     REFERENCES = True            # whether the untrained model is scored beside a trained one
@@ -239,6 +240,9 @@ class Synthetic(DenseDataset):
     TASKS = {"semseg": 8, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
     BOUNDARY_TOLERANCE = 0.02    # 4 pixels at 128x160
     SIZE = (128, 160)
+    # The main job's. No workers: rendering takes a tenth of the time, and a loading process would take a core from the
+    # network.
+    RECIPE = dict(recipe="small", img_size=(64, 96), workers=0, eval_every=0)
     SHUFFLED = False             # every training image is new
 
     def __init__(self, count, size=SIZE, seed=0, tasks=None):
@@ -829,6 +833,7 @@ class PascalContext(FileDataset):
     LIST = "ImageSets/Context/{}.txt"
     ROOT = "data/PASCALContext"
     SIZE = VAL_SIZE = (512, 512)
+    RECIPE = dict(eval_every=5000)
 
     def read_semseg(self, name):
         in_voc = self.path("semseg/VOC12", name, ".png").exists()

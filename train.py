@@ -100,26 +100,21 @@ from evaluate import (
 from metrics import TASKS, Task
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
-# What each data set is trained with. Flags of the same names override it.
+# What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
-              batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50)
+              batch_size=8, lr=1e-4, weight_decay=1e-5, loss="log", workers=8, save_every=1000, log_every=50,
+              eval_every=2000)
+# What the published runs have in its place, by data set or (data set, variant).
+PAPER = {
+    "cityscapes": dict(iterations=40_000, weight_decay=1e-6),
+    ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
+    ("pascal", "mtmamba++"): dict(iterations=40_000, lr=8e-5, weight_decay=1e-6),
+}
 # Small enough to learn six tasks from small images in minutes on two CPU cores: a narrow encoder trained from scratch
 # (hence the higher learning rate), 1 state instead of 16.
 SMALL = dict(encoder="convnext_atto", pretrained=False,
              encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0), d_state=1,
              iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", save_every=100, log_every=10)
-PRESETS = {
-    # No workers: rendering takes a tenth of the time, and a loading process would take a core from the network.
-    "synthetic": dict(SMALL, img_size=(64, 96), workers=0, eval_every=0),
-    "nyud": dict(RECIPE, img_size=(448, 576), eval_every=2000),
-    "pascal": dict(RECIPE, img_size=(512, 512), eval_every=5000),
-    "cityscapes": dict(RECIPE, img_size=(512, 1024), iterations=40_000, weight_decay=1e-6, eval_every=2000),
-}
-OWN_PRESET = dict(RECIPE, img_size=(480, 640), eval_every=2000)    # for path/to/file.py:Class
-VARIANT_PRESETS = {    # what a variant changes in these recipes
-    ("nyud", "mtmamba++"): dict(iterations=40_000, lr=2e-5, weight_decay=1e-6, loss="weighted"),
-    ("pascal", "mtmamba++"): dict(iterations=40_000, lr=8e-5, weight_decay=1e-6),
-}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -163,7 +158,7 @@ DECISIVE = """dataset tasks init_from init_partial variant encoder encoder_kwarg
 
 def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(PRESETS)}, or path/to/file.py:Class, your "
+    add("--dataset", default="synthetic", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class, your "
         "own subclass of LabelledDataset (default: synthetic)")
     add("--recipe", choices=["small"], help="the model and the optimisation of the default run, for any data set: on "
         "CPUs, or to try out your own data (default: by the data set)")
@@ -215,10 +210,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 
 
-def complete_flags(args: argparse.Namespace, device: torch.device, world: int):
+def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
-    preset = PRESETS.get(args.dataset, OWN_PRESET)
-    preset = preset | (SMALL if args.recipe else VARIANT_PRESETS.get((args.dataset, args.variant), {}))
+    preset = dict(RECIPE, img_size=data_set.SIZE)
+    if unknown := data_set.RECIPE.keys() - preset.keys() - {"recipe"}:
+        raise ValueError(f"expected flags of {', '.join(preset)} in {data_set.__name__}.RECIPE, found {unknown}")
+    preset |= data_set.RECIPE | PAPER.get(args.dataset, {}) | PAPER.get((args.dataset, args.variant), {})
+    preset |= SMALL if "small" in (args.recipe, preset.pop("recipe", None)) else {}
     preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.init_from and not args.init_partial:
         if args.pretrained:
@@ -268,7 +266,7 @@ class Run:
         self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
         self.best = -math.inf                    # selection_score of best.pt
         data_set = find_dataset_class(args.dataset)
-        complete_flags(args, device, self.world)
+        complete_flags(args, data_set, device, self.world)
         allow_open_files(args.workers)
         if self.rank == 0:
             held.enter_context(locked(args.out))

@@ -71,7 +71,7 @@ def check_flags(folder: Path, argv: list[str]):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     args = parser.parse_args(argv)
-    train.complete_flags(args, torch.device("cpu"), 1)
+    train.complete_flags(args, Synthetic, torch.device("cpu"), 1)
     wanted = json.loads(json.dumps({name: getattr(args, name) for name in train.DECISIVE}, default=str))
     different = [f"--{name.replace('_', '-')} {flags.get(name)} (here {value})" for flags in found[-1:]
                  for name, value in wanted.items() if flags.get(name) != value]

@@ -400,12 +400,11 @@ def memory(images: tuple[int, ...] = (1, 2, 4, 8), cards: tuple[int, ...] = (24,
 
     What fits: the sum, and a tenth of the card for CUDA, work space and fragments.
     """
-    from train import PRESETS
     columns = ["GiB", "parameters, gradients, Adam", f"kept for the backward pass, {listed(images)} images",
                "with `--checkpoint-activations`", f"images that fit on {listed(cards)} GB", "with it"]
     print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
     for name, variant in (("nyud", "mtmamba"), ("pascal", "mtmamba"), ("cityscapes", "mtmamba++")):
-        data_set, size = DATASETS[name], PRESETS[name]["img_size"]
+        data_set, size = DATASETS[name], DATASETS[name].SIZE
         with torch.device("meta"):
             network = MTMamba({task: row.channels for task, row in task_rows(data_set.TASKS).items()}, size,
                               variant=variant, output_scale=data_set.LABEL_SCALE, backend="triton")
@@ -483,7 +482,7 @@ data = datasets.Synthetic.open("val", (64, 96))
 evaluate.evaluate(model, data, torch.device("cpu"))    # warm
 start = time.perf_counter()
 evaluate.evaluate(model, data, torch.device("cpu"))
-images = train.PRESETS["synthetic"]["batch_size"] * (len(times) - 2)    # of which the times are known
+images = train.SMALL["batch_size"] * (len(times) - 2)    # of which the times are known
 print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() - start))
 """
     root = Path(__file__).parents[1]

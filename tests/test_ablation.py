@@ -24,7 +24,7 @@ def runs(tmp_path):
                 parser = argparse.ArgumentParser()
                 train.add_arguments(parser)
                 args = parser.parse_args([*flags, "--seed", str(seed)])
-                train.complete_flags(args, torch.device("cpu"), 1)
+                train.complete_flags(args, Synthetic, torch.device("cpu"), 1)
                 results = {task: {TASKS[task].metrics[0]: rng.uniform(1, 9)} for task in tasks}
                 for task, scores in results.items():
                     figures.setdefault((row, task), []).extend(scores.values())

@@ -347,7 +347,7 @@ def test_a_backend_that_cannot_be_compiled(error, message, backward, tmp_path, m
     def fail(gradient):
         raise error
     monkeypatch.setattr(mtmamba, "selective_scan_2d", scan)
-    monkeypatch.setitem(train.PRESETS["synthetic"], "d_state", 16)
+    monkeypatch.setitem(train.SMALL, "d_state", 16)
     assert message in fails(capsys, 2, tmp_path, *FEW)
 
 
@@ -757,15 +757,19 @@ def test_activations_are_recomputed_and_change_nothing(tmp_path):
     assert_same_state(*(load(tmp_path / name / "last.pt")["model"] for name in ("recomputed", "kept")))
 
 
+def completed(*arguments, device="cpu", data_set=Synthetic):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    train.complete_flags(args, datasets.DATASETS.get(args.dataset, data_set), torch.device(device), 1)
+    return args
+
+
 @pytest.mark.parametrize("device, capability, expected", [
     ("cpu", None, "off"), ("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("cuda", (12, 0), "bf16")])
 def test_default_precision(device, capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    args = parser.parse_args([])
-    train.complete_flags(args, torch.device(device), 1)
-    assert args.amp == expected
+    assert completed(device=device).amp == expected
 
 
 def test_bf16_trains(tmp_path):
@@ -812,14 +816,63 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
     assert len(curves) == 8 and curves[-2] == [(line["iteration"], line["lr"]) for line in losses]
 
 
-@pytest.mark.parametrize("dataset", ["rooms.py:Rooms", "nyud"])
-def test_the_small_recipe_fits_any_data_set(dataset):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    args = parser.parse_args(["--dataset", dataset, "--recipe", "small", "--variant", "mtmamba++", "--d-state", "4"])
-    train.complete_flags(args, torch.device("cpu"), 1)
+@pytest.mark.parametrize("dataset, size", [("rooms.py:Rooms", (96, 128)), ("nyud", (448, 576))])
+def test_the_small_recipe_fits_any_data_set(dataset, size):
+    class Own(datasets.LabelledDataset):
+        SIZE = (96, 128)
+        RECIPE = dict(lr=1e-3, iterations=77)
+    flags = ["--dataset", dataset, "--variant", "mtmamba++", "--d-state", "4"]
+    args = completed(*flags, "--recipe", "small", data_set=Own)
     assert (args.encoder, args.lr, args.pretrained, args.loss, args.d_state) == ("convnext_atto", 1e-2, False, "log", 4)
-    assert args.img_size == train.PRESETS.get(dataset, train.OWN_PRESET)["img_size"]
+    assert args.img_size == size
+    if dataset != "nyud":
+        args = completed(*flags, "--lr", "0.5", data_set=Own)
+        assert (args.lr, args.iterations, args.img_size) == (0.5, 77, size) and "swin_large" in args.encoder
+        Own.RECIPE = dict(pose=3)
+        with pytest.raises(ValueError, match="in Own.RECIPE, found {'pose'}"):
+            completed(*flags, data_set=Own)
+
+
+# The published runs, as the papers and their configurations have them; other variants on Cityscapes as these.
+PUBLISHED = {("nyud", "mtmamba"): (50_000, 1e-4, 1e-5, "log", (448, 576)),
+             ("pascal", "mtmamba"): (50_000, 1e-4, 1e-5, "log", (512, 512)),
+             ("nyud", "mtmamba++"): (40_000, 2e-5, 1e-6, "weighted", (448, 576)),
+             ("pascal", "mtmamba++"): (40_000, 8e-5, 1e-6, "log", (512, 512)),
+             ("cityscapes", "mtmamba"): (40_000, 1e-4, 1e-6, "log", (512, 1024)),
+             ("cityscapes", "mtmamba++"): (40_000, 1e-4, 1e-6, "log", (512, 1024))}
+
+
+@pytest.mark.parametrize("dataset, variant", PUBLISHED)
+def test_recipes_are_those_of_the_published_runs(dataset, variant):
+    args = completed("--dataset", dataset, "--variant", variant)
+    assert (args.iterations, args.lr, args.weight_decay, args.loss, args.img_size) == PUBLISHED[dataset, variant]
+    assert args.encoder == "swin_large_patch4_window12_384" and args.encoder_kwargs is None
+    assert (args.pretrained, args.d_state, args.batch_size, args.seed) == (True, 16, 8, 0)
+
+
+def test_the_main_job_is_the_one_in_the_readme(tmp_path):
+    """350 iterations of 8 images of 64x96, MTMamba with 3.01 million parameters, most of them by its encoder's widths
+    and depths; and the optimiser of all recipes."""
+    args = completed()
+    assert (args.iterations, args.batch_size, args.img_size) == (350, 8, (64, 96))
+    assert (args.lr, args.weight_decay, args.loss, args.d_state, args.pretrained) == (1e-2, 1e-5, "log", 1, False)
+    assert (args.save_every, args.log_every, args.eval_every, args.workers) == (100, 10, 0, 0)
+    args.out = tmp_path
+    with contextlib.ExitStack() as held:
+        run = train.Run(args, torch.device("cpu"), held)
+    assert [len(m.blocks) for m in run.model.encoder.modules() if hasattr(m, "blocks")] == [1, 1, 3, 2]
+    assert sum(p.numel() for p in run.model.parameters()) == pytest.approx(3.01e6, abs=5e3)
+    assert not any(getattr(module, "drop_prob", 0) for module in run.model.encoder.modules())
+    group, = run.optimizer.param_groups
+    assert type(run.optimizer) is torch.optim.AdamW and len(group["params"]) == len(list(run.model.parameters()))
+    assert (group["betas"], group["eps"], group["weight_decay"], group["lr"]) == ((0.9, 0.999), 1e-8, 1e-5, 1e-2)
+
+
+def test_shared_memory_is_reckoned_for_the_images_that_a_process_computes_at_a_time(tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr(train, "fit_workers", lambda workers, sample, images: parts.append((workers, images)) or 0)
+    run(tmp_path, *FEW, "--batch-size", 12, "--accumulate", 3, "--iterations", 1, "--workers", 2)
+    assert parts == [(2, 4)]
 
 
 def test_encoder_weights_offline_and_by_hand(tmp_path, monkeypatch, capsys):
