@@ -1510,7 +1510,8 @@ TROUBLES = {
         "--checkpoint-activations",
     r"closed by peer": "another process of the run ended",
     r"^subprocess.CalledProcessError.*|.*C(\+\+)? compiler.*":
-        r"a compiler is missing or fails (\g<0>); install gcc, g++ and python3-dev, or train with --no-compile",
+        r"a compiler is missing or fails (\g<0>); install gcc, g++ and python3-dev, or give --no-compile or --backend "
+        "torch",
     r"^torch\._(?:dynamo|inductor)\S+ (?:(?s:.*)Developer debug context: (.+)|(.+\n?.*))":
         r"--compile failed (\1\2); train with --no-compile",
 }

@@ -90,6 +90,7 @@ from mtmamba import (
     SS2D,
     VARIANTS,
     MTMamba,
+    check_scan,
     default_backend,
     load_published_checkpoint,
     published_variant,
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> Results:
         rank, _ = rank_and_world()
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
             model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
-            print("scan backend:", choose_backend(model, args.backend, device))
+            print("scan backend:", choose_backend(model, args.backend))
             if not args.image:
                 return score(args, model, config, device)
             # add_up also waits for all processes: torchrun ends the others when one has failed.
@@ -314,27 +315,20 @@ def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     print(f"loaded {count}/{count} tensors of {path}")
 
 
-def choose_backend(model: MTMamba, backend: str | None, device: torch.device) -> str:
-    """Sets the backend of the model's scans (None: by the device) and returns its name. Tries it on one pixel, in
-    training mode also backward; raises ValueError where that fails."""
-    scans, name = [m for m in model.modules() if isinstance(m, SS2D)], backend or default_backend(device)
-    for scan in scans:
+def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | None = None, compiled: bool = False,
+                   images: tuple[int, int, int] | None = None) -> str:
+    """Sets the backend of the model's scans (None: by the device) and returns its name, once the scan has proved itself
+    on this device; arguments as in check_scan. Raises ValueError where it is wrong or cannot run."""
+    name = backend or default_backend(next(model.parameters()).device)
+    for scan in (m for m in model.modules() if isinstance(m, SS2D)):
         scan.backend = backend
     begun = time.perf_counter()
     try:
-        for scan in scans[:1]:
-            pixel = torch.zeros(1, 1, 1, len(scan.D[0]), device=device, requires_grad=model.training)
-            y = scan(pixel)
-            if model.training:
-                torch.autograd.grad(y.sum(), pixel)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in text:    # of Triton
-            text = (f"the scan backend {name} cannot be compiled ({text}); install gcc and python3-dev, or give "
-                    "--backend torch")
-        raise ValueError(text) from None
+        check_scan(model, dtype or torch.float32, compiled, images)
+    except RuntimeError as error:    # also of the machine, such as a GPU for which PyTorch has no kernels
+        raise ValueError(" ".join(str(error).split())) from error
     if (seconds := time.perf_counter() - begun) > 5:
-        print(f"it took {seconds:.0f} s to compile the scan", file=sys.stderr)
+        print(f"it took {seconds:.0f} s to compile the scan and to check it", file=sys.stderr)
     return name
 
 
@@ -1044,7 +1038,7 @@ def export(args: argparse.Namespace):
     random image are those of the model. Raises ValueError where they are not, or what it needs is not installed."""
     keep_inputs(args.export, [args.checkpoint])
     model, config = load_checkpoint(args.checkpoint, torch.device("cpu"), args.encoder, args.encoder_kwargs)
-    choose_backend(model, "loop", torch.device("cpu"))
+    choose_backend(model, "loop")
     size = args.img_size or config.get("img_size")
     if size is None:
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
@@ -1163,7 +1157,7 @@ def print_cost(args: argparse.Namespace, device: torch.device):
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
     if everything:
         return
-    backend, batch = choose_backend(model, args.backend, device), args.batch_size or (8 if device.type == "cuda" else 1)
+    backend, batch = choose_backend(model, args.backend), args.batch_size or (8 if device.type == "cuda" else 1)
     encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
     print(f"encoder {encoder:.4f} ({config['encoder']}), decoder {parameters / 1e6 - encoder - heads:.4f}, heads "
           f"{heads:.4f} ({', '.join(model.tasks)}); images of {size[0]}x{size[1]}")

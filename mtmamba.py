@@ -38,6 +38,8 @@ import json
 import math
 import os
 import re
+import sys
+import warnings
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -568,8 +570,12 @@ BACKENDS = ("loop", "torch", "numba", "triton", "mamba_ssm")
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that selective_scan_2d picks: "triton" on CUDA and "numba" on CPUs, where they are installed;
     elsewhere, and in float64, "torch"."""
-    available = {"cuda": "triton" if HAS_TRITON else "torch", "cpu": "numba" if HAS_NUMBA else "torch"}
-    return "torch" if dtype == torch.float64 else available.get(device.type, "torch")
+    if dtype != torch.float64:
+        if device.type == "cuda" and HAS_TRITON:
+            return "triton"
+        if device.type == "cpu" and has_numba():
+            return "numba"
+    return "torch"
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -931,12 +937,12 @@ def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     """Arguments as in selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
     _, forward, _ = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        y, states = forward(*_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
+        y, states = forward(*_scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
     return y.to(x.dtype), states
 
 
 @_scan_op.register_fake
-def _(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+def _scan_fake(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
     empty_states, _, _ = _SCANS[backend]
     return torch.empty_like(x, memory_format=torch.contiguous_format), empty_states(x, A.shape[-1])
 
@@ -948,7 +954,7 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
     and one of delta_bias, in float32 or float64; and of dt_weight, if there is one."""
     _, _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        operands = _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
+        operands = _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
         g_weight = []
         if dt_weight is not None:
@@ -960,7 +966,7 @@ def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, 
 
 
 @_scan_backward_op.register_fake
-def _(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight, backend):
+def _scan_backward_fake(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight, backend):
     parameters = A.new_empty(A.shape[2] + 2, *A.shape[:2], dtype=_compute_dtype(x))
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, dt_weight) if t is not None]
     return [*grads[:2], B.new_empty(2, *B.shape), parameters, *grads[2:]]
@@ -989,7 +995,7 @@ _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
 
 
-def _operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
+def _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
     if backend != "triton":    # whose kernels read these in any type
@@ -1024,6 +1030,84 @@ def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
     orders = scan_orders(H, W, t.device).argsort(dim=1)
     rows = torch.stack([t[order, :, k] for k, order in enumerate(orders)], dim=2)
     return rows.transpose(0, 1).unflatten(1, (H, W))
+
+
+@torch.inference_mode(False)
+def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False,
+               images: tuple[int, int, int] | None = None):
+    """Runs the scan of a model's SS2Ds on its device and compares y and, in training mode, all gradients with `loop` in
+    float64 on the CPU. Raises RuntimeError where they differ. The inputs are fixed, PyTorch's random numbers untouched.
+
+    dtype: of autocast; float32 is compared in any case. compiled: compares the scan behind torch.compile, too.
+    images: (B, H, W) of the batches that an MTMamba is trained with. "triton" is compared with segments of each length,
+        and its gradients with those that the stages take for these batches (None: each).
+    """
+    global SEGMENTS
+    usual = SEGMENTS
+    for ss2d in {m.d_state: m for m in model.modules() if isinstance(m, SS2D)}.values():
+        segments = {usual: True}    # whether their gradients are compared
+        if (ss2d.backend or default_backend(ss2d.D.device)) == "triton":
+            trained = _triton_lengths(model, *images) if images else usual
+            segments = {(length,): length in trained for length in usual}
+        cases = [(kind, *case, False) for kind in {torch.float32, dtype} for case in segments.items()]
+        cases += [(dtype, usual, True, True)] * compiled
+        try:
+            for kind, lengths, gradients, behind_compile in cases:
+                SEGMENTS = lengths
+                _scan_compare(ss2d, kind, gradients and ss2d.training, behind_compile)
+        finally:
+            SEGMENTS = usual
+
+
+def _scan_compare(ss2d: SS2D, kind: torch.dtype, gradients: bool, compiled: bool):
+    inputs, gradient, expected = _scan_reference(ss2d.d_state)
+    device, tolerance = ss2d.D.device, 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
+    backend = ss2d.backend or default_backend(device)
+    scan = torch.compile(selective_scan_2d, fullgraph=True, dynamic=False) if compiled else selective_scan_2d
+    with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+        given = {name: t.to(kind if name in ("x", "delta") else torch.float32).to(device) for name, t in inputs.items()}
+        results = _scan_results(scan, backend, given, gradient if gradients else None)
+    for name, result in results.items():
+        difference = ((result - expected[name]).abs().max() / expected[name].abs().max()).item()
+        if not difference <= tolerance:
+            where = [f"{kind}", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                     f"PyTorch {torch.__version__}", *["compiled"] * compiled]
+            if backend in ("numba", "triton", "mamba_ssm"):
+                where += [f"{backend} {sys.modules[backend].__version__}"]
+            if backend == "triton":
+                where += [f"segments of {SEGMENTS} steps"]
+            raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
+                               f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} "
+                               f"({', '.join(where)}); give {'--no-compile or ' * compiled}--backend "
+                               f"{'loop' if backend == 'torch' else 'torch'}")
+
+
+CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
+
+
+def _scan_results(scan, backend: str, inputs: dict[str, Tensor], gradient: Tensor | None) -> dict[str, Tensor]:
+    """y and, if its gradient is given, those of the inputs, in float64 on the CPU."""
+    leaves = {name: t.clone().requires_grad_(gradient is not None) for name, t in inputs.items()}
+    with torch.set_grad_enabled(gradient is not None):
+        results = {"y": scan(**leaves, backend=backend)}
+        if gradient is not None:
+            gradients = torch.autograd.grad(results["y"], [*leaves.values()], gradient.to(results["y"]))
+            results |= {f"the gradient of {name}": g for name, g in zip(leaves, gradients)}
+    return {name: t.detach().cpu().double() for name, t in results.items()}
+
+
+@functools.cache
+def _scan_reference(N: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Arguments of selective_scan_2d, a gradient of y, and what `loop` makes of them."""
+    generator, (B, H, W, D) = torch.Generator().manual_seed(0), CHECKED
+
+    def normal(*shape):    # numbers that are the same in each float type
+        return torch.randn(shape, generator=generator).bfloat16().double()
+    inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
+                  B=normal(B, H, W, K, N), C=normal(B, H, W, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
+                  delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
+    gradient = normal(B, H, W, D)
+    return inputs, gradient, _scan_results(selective_scan_2d, "loop", inputs, gradient)
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk, everything but the recurrence itself is done for
@@ -1098,7 +1182,34 @@ def _torch_chunk(h, step, u, A, B):
 # a time, for one of the N states after the other, so that all it reads and writes inside fits into the L1 cache.
 # The units, and so all sums, are the same for any number of threads: equal inputs give equal bits.
 BLOCK = 64    # channels, whose loops become vector instructions
-HAS_NUMBA = importlib.util.find_spec("numba") is not None    # imported where the first scan runs
+
+
+@functools.cache
+def _import_fault(*modules: str) -> str | None:
+    """Why one of the modules cannot be imported; None where all can."""
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    except Exception as error:    # besides ImportError, what a package built for another NumPy or LLVM raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _numba_fault() -> str | None:
+    """Why Numba cannot run here. A warning tells it, once, where Numba is installed. It is imported when the first scan
+    runs, as that takes a moment."""
+    fault = _import_fault("numba") or (
+        "NUMBA_DISABLE_JIT is set" if sys.modules["numba"].config.DISABLE_JIT else None)
+    if fault and importlib.util.find_spec("numba"):
+        warnings.warn(f"the backend torch, several times slower, scans on CPUs, as numba cannot be used: {fault}",
+                      stacklevel=2)
+    return fault
+
+
+@torch.compiler.assume_constant_result
+def has_numba() -> bool:
+    return _numba_fault() is None
 
 
 @functools.cache
@@ -1313,10 +1424,9 @@ def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
 
 
 def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
-    if not HAS_NUMBA or x.device.type != "cpu" or x.dtype != torch.float32:
-        raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16 where the "
-                           f"package numba is installed, found {x.dtype} on {x.device}, numba "
-                           f"{'' if HAS_NUMBA else 'not '}installed; use the backend torch")
+    if _numba_fault() or x.device.type != "cpu" or x.dtype != torch.float32:
+        raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16, found "
+                           f"{_numba_fault() or f'{x.dtype} on {x.device}'}; use the backend torch")
     x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
     x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
     return x, delta, A, B.contiguous(), C.contiguous(), delta_bias
@@ -1350,17 +1460,20 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "mtmamba")
 
 
+def _mamba_ssm_fault() -> str | None:
+    """Why mamba-ssm or its kernel, which new releases leave out unless told otherwise, cannot be imported."""
+    return _import_fault("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface")
+
+
 def has_mamba_ssm() -> bool:
-    """Whether mamba-ssm and its kernel are installed; new releases leave the kernel out unless told otherwise."""
-    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "selective_scan_cuda"))
+    return _mamba_ssm_fault() is None
 
 
 def _check_mamba_ssm(x: Tensor):
-    if not has_mamba_ssm():
-        raise RuntimeError("the scan backend mamba_ssm was asked for, but mamba-ssm with its CUDA kernel "
-                           "(selective_scan_cuda) is not installed. Run\n  MAMBA_KEEP_CUDA_BUILD=TRUE "
-                           "MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d\n"
-                           "on a machine with the CUDA toolkit, or use the backend torch")
+    if fault := _mamba_ssm_fault():
+        raise RuntimeError(f"the scan backend mamba_ssm needs mamba-ssm with its CUDA kernel, found {fault}. Run\n"
+                           "  MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation "
+                           "mamba-ssm causal-conv1d\non a machine with the CUDA toolkit, or use the backend torch")
     if x.device.type != "cuda" or x.dtype == torch.float64:
         raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
                            f"{x.dtype} on {x.device}; use the backend torch")
@@ -1411,9 +1524,9 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 # - Lanes beyond the last channel work on zeros and write nothing.
 # - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
 #   how channels lie in threads, and counts what they cost; tests/gpu.py checks and measures them on a GPU.
-SEGMENT_MIN, SEGMENT_MAX = 16, 128    # powers of 2; at 128 and N = 16 the saved states are as large as x in bfloat16
+SEGMENTS = (16, 32, 64, 128)          # steps; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
-STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENT_MIN
+STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENTS
 TILE_N = 16                           # states at a time: with more, a thread's tiles do not fit into its registers
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
@@ -1712,10 +1825,14 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
 
 def _triton_segment(batch: int, L: int, D: int) -> int:
     """Steps per segment: long ones save memory, short ones give more programs to a small map."""
-    segment = SEGMENT_MAX
-    while segment > SEGMENT_MIN and batch * L * D < SEGMENT_CHANNELS * segment:
-        segment //= 2
-    return segment
+    return max([s for s in SEGMENTS if SEGMENT_CHANNELS * s <= batch * L * D], default=SEGMENTS[0])
+
+
+def _triton_lengths(model: MTMamba, batch: int, H: int, W: int) -> set[int]:
+    """The steps per segment that the stages of a model take for such images."""
+    H, W = (round_up(n, ENCODER_STRIDES[-1]) for n in (H, W))
+    return {_triton_segment(batch, (H // stride) * (W // stride), ss2d.D.shape[1])
+            for stride, stage in zip((16, 8, 4), model.stages) for ss2d in stage.modules() if isinstance(ss2d, SS2D)}
 
 
 def _triton_states(x: Tensor, n: int) -> Tensor:

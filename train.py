@@ -327,8 +327,9 @@ class Run:
             else:
                 load_all_weights(self.model, args.init_from)
         self.model.to(device)
-        self.backend = choose_backend(self.model, args.backend, device)
         self.part = args.batch_size // args.accumulate // self.world    # images that are computed at a time
+        images = self.part, *args.img_size
+        self.backend = choose_backend(self.model, args.backend, AMP[args.amp], args.compile, images)
         self.depth, self.dropout = StochasticDepth(self.model, self.part, device), False
         if args.checkpoint_activations:
             self.model.set_grad_checkpointing()

@@ -39,7 +39,6 @@ from datasets import DATASETS, PascalContext, Synthetic
 from metrics import boundary_counts, task_rows
 from mtmamba import (
     CTM,
-    HAS_NUMBA,
     HAS_TRITON,
     SCTM,
     SS2D,
@@ -49,6 +48,7 @@ from mtmamba import (
     MTMamba,
     SwinTransformerBlock,
     has_mamba_ssm,
+    has_numba,
     selective_scan_2d,
     triton,
 )
@@ -180,7 +180,7 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     sizes = sizes or ([(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else
                       [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
     if DEVICE == "cpu":
-        backends = backends or dict.fromkeys(["numba"] * HAS_NUMBA + ["torch"], 11) | {"loop": 1}
+        backends = backends or dict.fromkeys(["numba"] * has_numba() + ["torch"], 11) | {"loop": 1}
     else:
         fast = ["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm()
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
@@ -242,7 +242,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
     size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
     if backends is None:
         backends = (["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else
-                    ["numba"] * HAS_NUMBA) + ["torch"]
+                    ["numba"] * has_numba()) + ["torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
     for backend in backends:

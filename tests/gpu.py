@@ -63,7 +63,7 @@ ODD = [(2, 5, 9, 3, 3), (1, 1, 1, 2, 3), (3, 1, 33, 70, 3), (1, 40, 1, 1, 3)]   
 STATES = [(2, 5, 4, 16, 1), (1, 13, 7, 66, 18), (1, 3, 5, 66, 64)]              # each N is compiled anew
 if DRY:
     BATCHES, N, ODD, STATES, STAGES = (1,), 1, [(1, 1, 2, 3, 1)], [(1, 1, 2, 3, 2)], [(1, 2, 4)]
-    mtmamba.SEGMENT_MIN, mtmamba.STEPS = 4, 2
+    mtmamba.SEGMENTS, mtmamba.STEPS = (4, *mtmamba.SEGMENTS), 2
     torch.set_num_threads(1)
 
 

@@ -25,7 +25,7 @@ import mtmamba
 TESTS = Path(__file__).parent
 sys.modules["matplotlib.figure"] = None    # as in conftest.py
 
-if mtmamba.HAS_NUMBA:    # the scan is compiled once, and not by each process that is forked from this one
+if mtmamba.has_numba():    # the scan is compiled once, and not by each process that is forked from this one
     pixel, each, matrix = (torch.zeros(shape) for shape in ((1, 1, 1, 1), (1, 1, 1, 4, 1), (4, 1, 1)))
     inputs = pixel, each, matrix, each, each, matrix[:, 0], matrix[:, 0], None, "numba"
     mtmamba._scan_backward_op(*mtmamba._scan_op(*inputs), *inputs)

@@ -78,7 +78,7 @@ def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_p
     assert "depth: (1, 1, 32, 50), off by" in printed and f"exported: {path}\n" in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
-    evaluate.choose_backend(model, "torch", torch.device("cpu"))
+    evaluate.choose_backend(model, "torch")
     image = torch.randn(1, 3, 32, 50)
     if of_pictures:
         image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 32, 50, 3), np.uint8))

@@ -2,9 +2,10 @@
 
 import errno
 import functools
-import importlib.machinery
+import importlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import types
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from gpu import LAYOUTS
+from test_export import save_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import mtmamba
+import train
 from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns; for
@@ -29,7 +33,7 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 64, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3),
 # Several images, segments and chunks, some cut short; rows, columns, a pixel; two blocks of channels or of 16 states.
 TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 10, 1, 1, 2), (1, 1, 2, 2, 18)]
 needs_triton = pytest.mark.skipif(not mtmamba.HAS_TRITON, reason="needs Triton")
-needs_numba = pytest.mark.skipif(not mtmamba.HAS_NUMBA, reason="needs Numba")
+needs_numba = pytest.mark.skipif(not mtmamba.has_numba(), reason="needs Numba")
 NUMBA, TRITON = pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
 
@@ -42,7 +46,7 @@ def device_of(backend):
 def small_blocks(monkeypatch):
     """The interpreter takes milliseconds per step. A GPU's warps need the real sizes."""
     if DEVICE == "cpu":
-        for name, value in dict(SEGMENT_MIN=4, STEPS=2).items():
+        for name, value in dict(SEGMENTS=(4, 8), STEPS=2).items():
             monkeypatch.setattr(mtmamba, name, value)
 
 
@@ -246,19 +250,45 @@ def test_a_diverged_input_gives_no_finite_output(backend, i, value):
 
 
 @needs_numba
-def test_numba_refuses_what_it_cannot_run(monkeypatch):
-    inputs = random_inputs(1, 4, 5, 3, 2)
-    with pytest.raises(RuntimeError, match="found torch.float64 on cpu, numba installed; use the backend torch"):
-        selective_scan_2d(*inputs, backend="numba")
-    monkeypatch.setattr(mtmamba, "HAS_NUMBA", False)
-    with pytest.raises(RuntimeError, match="numba not installed"):
-        selective_scan_2d(*(t.float() for t in inputs), backend="numba")
+def test_numba_refuses_what_it_cannot_run():
+    with pytest.raises(RuntimeError, match="found torch.float64 on cpu; use the backend torch"):
+        selective_scan_2d(*random_inputs(1, 4, 5, 3, 2), backend="numba")
+
+
+@pytest.fixture
+def fresh_faults():
+    """What cannot be imported is looked for once per process."""
+    yield
+    mtmamba._import_fault.cache_clear()
+    mtmamba._numba_fault.cache_clear()
+
+
+BROKEN = {"needs NumPy 2.4 or less": "raise ImportError('Numba needs NumPy 2.4 or less')",
+          "no libllvmlite.so": "raise OSError('no libllvmlite.so')",
+          "NUMBA_DISABLE_JIT is set": "import types; config = types.SimpleNamespace(DISABLE_JIT=1)"}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_numba_that_is_installed_and_cannot_run(reason, tmp_path, monkeypatch, fresh_faults):
+    """Another backend, and one warning, also while the scan is compiled."""
+    (tmp_path / "numba.py").write_text(BROKEN[reason])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    mtmamba._import_fault.cache_clear()
+    mtmamba._numba_fault.cache_clear()
+    module, x = SS2D(4, d_state=2), torch.randn(1, 2, 3, 4)
+    with pytest.warns(UserWarning, match=reason) as warned:
+        y = [module(x), torch.compile(module, fullgraph=True, backend="eager")(x), module(x)]
+    assert torch.equal(y[0], y[2]) and sum("numba cannot be used" in str(each.message) for each in warned) == 1
+    assert mtmamba.default_backend(torch.device("cpu")) == "torch"
+    with pytest.raises(RuntimeError, match=f"the scan backend numba runs on CPU.*{reason}; use the backend torch"):
+        SS2D(4, backend="numba")(x)
 
 
 def test_default_backends(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     for has_numba, has_triton in ((True, True), (False, False)):
-        monkeypatch.setattr(mtmamba, "HAS_NUMBA", has_numba)
+        monkeypatch.setattr(mtmamba, "has_numba", lambda: has_numba)
         monkeypatch.setattr(mtmamba, "HAS_TRITON", has_triton)
         for dtype in (torch.float32, torch.bfloat16):
             assert mtmamba.default_backend(cpu, dtype) == ("numba" if has_numba else "torch")
@@ -484,7 +514,7 @@ def test_opcheck(backend, dtype, rank, small_blocks):
 def test_computes_in_float32_under_autocast():
     x, *parameters = (t.detach().float() for t in random_inputs(1, 6, 7, 4, 8))
     expected = selective_scan_2d(x.bfloat16().float(), *parameters, backend="torch")
-    for backend in ("torch", "loop", "numba")[:2 + mtmamba.HAS_NUMBA]:
+    for backend in ("torch", "loop", "numba")[:2 + mtmamba.has_numba()]:
         with torch.autocast("cpu", torch.bfloat16):
             y = selective_scan_2d(x.bfloat16(), *parameters, backend=backend)
         assert y.dtype == torch.bfloat16
@@ -515,7 +545,7 @@ def test_ss2d_does_not_store_the_expanded_step_size(backend):
     """At most 3 times x, beside the projection (low-rank step size, B, C), the states and the parameters."""
     module = SS2D(64, d_state=1, backend=backend).to(device_of(backend))
     x = torch.randn(1, 4, 8, 64, device=device_of(backend))
-    states = K * 1 * 64 * (4 * 8 // (mtmamba.SEGMENT_MIN if backend == "triton" else mtmamba.CHUNK))
+    states = K * 1 * 64 * (4 * 8 // (mtmamba.SEGMENTS[0] if backend == "triton" else mtmamba.CHUNK))
     projected = 4 * 8 * K * (module.dt_rank + 2)
     parameters = 2 * sum(p.numel() for p in module.parameters())    # A is stored beside A_log
     assert stored_bytes(lambda: module(x)) // 4 <= 3 * x.numel() + projected + states + parameters
@@ -541,6 +571,84 @@ def test_compiles_where_dynamo_takes_every_call_for_an_export(monkeypatch):
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
 
 
+@pytest.fixture
+def compiled_quickly(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop", NUMBA, TRITON])
+def test_the_scan_proves_itself(backend, monkeypatch, compiled_quickly):
+    interpreted = backend == "triton" and DEVICE == "cpu"    # a step takes milliseconds
+    if interpreted:
+        for name, value in dict(SEGMENTS=(4,), STEPS=2, CHECKED=(1, 1, 5, 2)).items():
+            monkeypatch.setattr(mtmamba, name, value)
+    mtmamba._scan_reference.cache_clear()
+    module = SS2D(4, d_state=1 if interpreted else 3, backend=backend).to(device_of(backend))
+    before = torch.get_rng_state()
+    for dtype in (torch.float32,) if interpreted else (torch.bfloat16, torch.float16):
+        with torch.inference_mode():
+            mtmamba.check_scan(module, dtype, compiled=backend != "loop" and dtype != torch.float16)
+    assert torch.equal(torch.get_rng_state(), before)
+    mtmamba._scan_reference.cache_clear()
+
+
+def spoil(monkeypatch, backend, part):
+    """A backend that is off by 1e-3 in one number: of y, or of a gradient."""
+    states, *functions = mtmamba._SCANS[backend]
+
+    def spoilt(*operands):
+        first, *others = results = functions[part == "backward"](*operands)
+        wrong = others[2] if part == "backward" else first    # the gradients of the parameters, or y
+        wrong[-1].flatten()[wrong[-1].abs().argmax()] *= 1.001
+        return results
+    monkeypatch.setitem(mtmamba._SCANS, backend, (states, *(
+        spoilt if name == part else function for name, function in zip(("forward", "backward"), functions))))
+
+
+@pytest.mark.parametrize("part, named", [("forward", "y"), ("backward", "the gradient of delta_bias")])
+def test_a_scan_that_computes_something_else_ends_a_run_before_it_starts(part, named, tmp_path, monkeypatch, capsys):
+    """Training in either part, scoring in the forward one."""
+    checkpoint, out = save_checkpoint(tmp_path / "last.pt", "stm1"), str(tmp_path / "out")
+    spoil(monkeypatch, "torch", part)
+    for main, flags in [(train.main, ["--iterations", "1", "--img-size", "32", "32", "--no-references"]),
+                        (evaluate.main, ["--checkpoint", str(checkpoint), "--image", str(tmp_path)])]:
+        if part == "forward" or main is train.main:
+            with pytest.raises(SystemExit) as exit:
+                main([*flags, "--device", "cpu", "--backend", "torch", "--out", out])
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert exit.value.code == 2 and not (tmp_path / "out").exists()
+            assert re.search(rf"the scan backend torch computes .*: {named} is off by .*e-0[34] of its largest value, "
+                             rf"more than 1e-04 \(torch.float32, cpu, PyTorch .*\); give --backend loop", error), error
+
+
+def test_scoring_notices_only_what_it_computes(monkeypatch):
+    """In eval mode nothing is differentiated. A difference behind torch.compile names --no-compile, too."""
+    module, plain = SS2D(4, d_state=2, backend="torch").eval(), mtmamba._scan_compare
+    spoil(monkeypatch, "torch", "backward")
+    mtmamba.check_scan(module)
+    with pytest.raises(RuntimeError, match="the gradient of"):
+        mtmamba.check_scan(module.train())
+    monkeypatch.setattr(mtmamba, "_scan_compare", lambda *case: plain(*case) if case[3] else None)
+    monkeypatch.setattr(torch, "compile", lambda scan, **_: lambda **inputs: scan(**inputs) * 1.001)
+    with pytest.raises(RuntimeError, match="compiled.*give --no-compile or --backend loop"):
+        mtmamba.check_scan(module.eval(), compiled=True)
+
+
+def test_triton_proves_the_segments_of_the_model(monkeypatch):
+    """y in every length, gradients in those that the paper's model takes at 448x576: by hand, of B L D / 2^17."""
+    with torch.device("meta"):
+        model = mtmamba.MTMamba({"depth": 1}, encoder="swin-large", variant="stm1", backend="triton")
+    cases = []
+    monkeypatch.setattr(mtmamba, "_scan_compare", lambda ss2d, kind, gradients, compiled: cases.append(
+        (kind, mtmamba.SEGMENTS, gradients, compiled)))
+    usual = mtmamba.SEGMENTS
+    mtmamba.check_scan(model, torch.bfloat16, True, (4, 448, 576))    # 47, 94, 189
+    assert sorted(cases, key=str) == sorted([
+        (kind, (length,), length != 16, False) for kind in (torch.float32, torch.bfloat16)
+        for length in (16, 32, 64, 128)] + [(torch.bfloat16, usual, True, True)], key=str)
+    assert mtmamba._triton_lengths(model, 1, 440, 570) == {16, 32} and mtmamba.SEGMENTS == usual == (16, 32, 64, 128)
+
+
 def test_ss2d_initialisation():
     torch.manual_seed(0)
     module = SS2D(64, d_state=16)
@@ -563,26 +671,21 @@ def test_rejects_what_does_not_fit():
         selective_scan_2d(x, delta, A, B, C, skip, bias, backend="cuda")
 
 
-def test_mamba_ssm_is_never_replaced_silently(monkeypatch):
+def test_mamba_ssm_is_never_replaced_silently(monkeypatch, fresh_faults):
+    """It is not installed, or without its kernel, or for another PyTorch; or it is given CPU tensors."""
     inputs = random_inputs(1, 4, 5, 3, 2, torch.float32)
-    monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: False)
-    with pytest.raises(RuntimeError, match="pip install"):
-        selective_scan_2d(*inputs, backend="mamba_ssm")
-    monkeypatch.setattr(mtmamba, "has_mamba_ssm", lambda: True)
-    with pytest.raises(RuntimeError, match="CUDA tensors"):
-        selective_scan_2d(*inputs, backend="mamba_ssm")
 
-
-def test_mamba_ssm_needs_its_kernel_too(monkeypatch):
-    for name, installed in [("mamba_ssm", True), ("selective_scan_cuda", False)]:
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        if installed:
-            monkeypatch.setitem(sys.modules, name, module)
-    assert not mtmamba.has_mamba_ssm()
-    kernel = types.ModuleType("selective_scan_cuda")
-    kernel.__spec__ = importlib.machinery.ModuleSpec("selective_scan_cuda", None)
-    monkeypatch.setitem(sys.modules, "selective_scan_cuda", kernel)
+    def refused(reason):
+        mtmamba._import_fault.cache_clear()
+        with pytest.raises(RuntimeError, match=reason):
+            selective_scan_2d(*inputs, backend="mamba_ssm")
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", types.ModuleType("interface"))
+    for kernel in (None, "raise ImportError('undefined symbol: _ZN3c10')"):
+        monkeypatch.setattr(importlib, "import_module", lambda name: exec(kernel or f"import {name}"))
+        refused(f"found .*{'undefined symbol' if kernel else 'No module named'}(.|\n)*pip install")
+        assert not mtmamba.has_mamba_ssm()
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+    refused("CUDA tensors")
     assert mtmamba.has_mamba_ssm()
 
 
