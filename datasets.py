@@ -101,6 +101,7 @@ class DenseDataset(Dataset):
     DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.DepthMeter
     LABEL_SCALE = 1              # size of the labels relative to the image: MTMamba's output_scale
     SIZE = (480, 640)            # (H, W) of the samples, where none is given
+    RECIPE = {}                  # flags of train.py where they are not the paper's: {"iterations": 20_000, "lr": 5e-5}
     VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size of the samples in training
     PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
     SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken

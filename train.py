@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 try:
@@ -68,9 +67,10 @@ from datasets import (
     check_samples,
     check_writable,
     expect_here,
+    fetch,
     find_dataset_class,
-    follow_main,
     interrupt,
+    loader,
     replacing,
     usable_cpus,
 )
@@ -386,7 +386,7 @@ class Run:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
         args = self.args
         for split, data_set in (("train", self.train_set), ("val", self.val_set)):    # labels that would train nothing
-            for message in check_samples(data_set):
+            for message in check_samples(data_set, args.workers):
                 print(f"look at the {split} labels: {message}")
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
@@ -417,10 +417,9 @@ class Run:
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
         args, self.losses, self.seconds = self.args, {}, 0.0    # of the iterations since the last line of the log
-        workers = fit_workers(args.workers, self.train_set[0], self.part)
-        batches = iter(DataLoader(
-            self.train_set, batch_sampler=batch_indices(self.train_set, args, self.iteration, self.rank, self.world),
-            num_workers=workers, pin_memory=self.device.type == "cuda", worker_init_fn=follow_main))
+        workers = fit_workers(args.workers, *fetch(self.train_set, [0], args.workers), self.part)
+        indices = batch_indices(self.train_set, args, self.iteration, self.rank, self.world)
+        batches = iter(loader(self.train_set, indices, workers, pin_memory=self.device.type == "cuda"))
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
         stopping = False
