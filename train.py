@@ -40,9 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -313,19 +311,10 @@ class Run:
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
         self.description["config"] = config
-        if pretrained := args.pretrained and new:
-            require_weights(args.encoder, args.encoder_kwargs or {})
-        self.model = MTMamba(**config, pretrained=pretrained)
+        self.model = MTMamba(**config, pretrained=args.pretrained and new)
         self.model.labels = self.train_set.labels
         if args.init_from and new:
-            if args.init_partial:
-                taken = load_fitting_weights(self.model, args.init_from, args.encoder, args.encoder_kwargs)
-                untrained = {name for name, _ in self.model.named_parameters() if ".backbone." in name} - taken
-                if args.freeze_encoder and untrained and not pretrained:
-                    raise ValueError(f"--freeze-encoder would freeze {len(untrained)} untrained tensors of the encoder "
-                                     f"that {args.init_from} does not have; leave it out, or add --pretrained")
-            else:
-                load_all_weights(self.model, args.init_from)
+            init_weights(self.model, args)
         self.model.to(device)
         self.part = args.batch_size // args.accumulate // self.world    # images that are computed at a time
         images = self.part, *args.img_size
@@ -829,30 +818,20 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
 
 # -------------------------------------------------------------------------------------------- weights to start from
 
-def require_weights(encoder: str, encoder_kwargs: dict):
-    """For --pretrained. Raises ValueError where the weights are not on this machine and the Hub does not answer. timm
-    would try for a minute, and not say what to do."""
-    source = timm.models.get_pretrained_cfg_value(ENCODERS.get(encoder, encoder), "hf_hub_id")
-    names = "model.safetensors", "pytorch_model.bin"
-    if not source or any(key.startswith("pretrained_cfg") for key in encoder_kwargs) or any(
-            isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in names):
-        return
-    try:
-        huggingface_hub.HfApi().model_info(source, timeout=10)
-    except Exception as error:    # of what kind depends on the library's version
-        if getattr(error, "response", None) is None:    # else the Hub has answered, and timm tells what
-            raise ValueError(
-                f"cannot download the weights of {encoder} ({type(error).__name__}). Without them: --no-pretrained. By "
-                f"hand: get {names[0]} from https://huggingface.co/{source}, and add --encoder-kwargs "
-                f"'{{\"pretrained_cfg_overlay\": {{\"file\": \"{names[0]}\"}}}}'") from error
-
-
-def load_all_weights(model: MTMamba, path: Path):
-    """--init-from. Raises FileNotFoundError, or ValueError where the weights do not fit."""
-    try:
-        load_weights(model, read_checkpoint(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+def init_weights(model: MTMamba, args: argparse.Namespace):
+    """--init-from. Raises FileNotFoundError, or ValueError where the weights do not fit, and where an encoder would be
+    frozen that is not trained."""
+    path = args.init_from
+    if not args.init_partial:
+        try:
+            return load_weights(model, read_checkpoint(path), path)
+        except ValueError as error:
+            raise ValueError(f"{error}; to take what fits, add --init-partial") from error
+    taken = load_fitting_weights(model, path, args.encoder, args.encoder_kwargs)
+    untrained = {name for name, _ in model.named_parameters() if ".backbone." in name} - taken
+    if args.freeze_encoder and untrained and not args.pretrained:
+        raise ValueError(f"--freeze-encoder would freeze {len(untrained)} tensors of the encoder that are not trained: "
+                         f"{path} does not have them; leave it out, or add --pretrained")
 
 
 def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwargs: dict | None) -> set[str]:
