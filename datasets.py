@@ -248,17 +248,19 @@ class Synthetic(DenseDataset):
 
     def __init__(self, count, size=SIZE, seed=0, tasks=None):
         """count: images; size: (H, W) in pixels, each at least 32; tasks: names from TASKS, None for all."""
-        expect(count >= 1, "count of at least 1", count, "ask for one image or more")
         super().__init__(size, tasks, seed, smallest=32)
-        self.names = [f"synthetic-{i:06d}" for i in range(count)]
+        self.set_length(count)
 
     @classmethod
-    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
-        """As LabelledDataset.open. count: images to train on. Even seeds are for training, odd ones for evaluation."""
+    def open(cls, split, size=None, tasks=None, root=None, seed=0):
+        """As LabelledDataset.open, with 100 images. Even seeds are for training, odd ones for evaluation."""
         if root is not None:
             raise ValueError(f"the synthetic scenes need no files, found the folder {root}; leave it out")
-        size = size or cls.SIZE
-        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(100, size, 1, tasks)
+        return cls(100, size or cls.SIZE, 2 * seed if split == "train" else 1, tasks)
+
+    def set_length(self, count: int):
+        expect(count >= 1, "count of at least 1", count, "ask for one image or more")
+        self.names = [f"synthetic-{i:06d}" for i in range(count)]
 
     def __getitem__(self, index):
         maps = self.render(index)
@@ -644,12 +646,14 @@ class LabelledDataset(DenseDataset, abc.ABC):
             self.names = file_names(self._listed)
 
     @classmethod
-    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
-        """The data set as train.py and evaluate.py use it. root: a folder, which only the benchmarks take; count: used
-        by Synthetic alone."""
-        if root is not None:
+    def open(cls, split, size=None, tasks=None, root=None, seed=0):
+        """The data set as the scripts use it. root: of its files, for a class whose __init__ takes it."""
+        wanted = inspect.signature(cls).parameters.get("root")
+        if wanted is None and root is not None:
             raise ValueError(f"{cls.__name__} knows its files itself, found the folder {root}; leave it out")
-        return cls(split=split, size=size, tasks=tasks, seed=seed)
+        if wanted and wanted.default is wanted.empty and root is None:
+            raise ValueError(f"{cls.__name__} needs the folder of its files; name it")
+        return cls(split=split, size=size, tasks=tasks, seed=seed, **({"root": root} if wanted else {}))
 
     @abc.abstractmethod
     def list_names(self) -> Sequence[str]:
@@ -747,7 +751,7 @@ class FileDataset(LabelledDataset):
     REFERENCES = False      # scoring them takes hours, and most benchmarks have published figures
     UNIT_NORMALS = False    # as in the published runs
 
-    def __init__(self, root=None, split="train", tasks=None, size=None, augment=None, seed=0):
+    def __init__(self, root=None, split="train", tasks=None, size=None, seed=0):
         """As LabelledDataset; root: folder, split: from COUNTS."""
         expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split), "choose one of them")
         self.root = Path(root or self.ROOT).expanduser()
@@ -755,11 +759,7 @@ class FileDataset(LabelledDataset):
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder {self.root}; unpack the archive of {type(self).__name__} there, or "
                                     "name another folder")
-        super().__init__(split, size, tasks, augment, seed)
-
-    @classmethod
-    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
-        return cls(root, split, tasks, size, seed=seed)
+        super().__init__(split, size, tasks, seed=seed)
 
     def list_path(self) -> Path:
         return self.root / self.LIST.format(self.split)
@@ -947,7 +947,7 @@ class Cityscapes(FileDataset):
     semseg     19 classes; all other label IDs are IGNORE.
     depth      disparity in pixels of the file's image: (p - 1) / 256, where p are its 16 bits. It is -1 where p is 0
                or 1, which means not measured, and 0 on label ID 10, rail track. Only values inside DEPTH_RANGE are
-               scored, but all of them train; mask_invalid makes the pixels at -1 IGNORE.
+               scored, but all of them train. With MASK_INVALID, those at -1 do not.
     """
 
     TASKS = {"semseg": 19, "depth": 1}
@@ -961,15 +961,12 @@ class Cityscapes(FileDataset):
     TITLES, UNITS = {"depth": "disparity"}, {"depth": " px"}
     LABEL_SCALE = 2
     DEPTH_RANGE = (0, 80)
+    MASK_INVALID = False
     IMAGE = "leftImg8bit", "_leftImg8bit.png"
     COUNTS = {"train": 2975, "val": 500}
     LIST = "leftImg8bit/{}"
     ROOT = "data/Cityscapes"
     SIZE = (512, 1024)
-
-    def __init__(self, root=None, split="train", tasks=None, size=None, seed=0, mask_invalid=False):
-        super().__init__(root, split, tasks, size, augment=False, seed=seed)
-        self.mask_invalid = mask_invalid
 
     def list_names(self):
         folder, suffix = self.list_path(), self.IMAGE[1]
@@ -988,7 +985,7 @@ class Cityscapes(FileDataset):
         sample = {"image": normalised(to_tensor(np.array(image)))}
         for task, row in self.rows.items():
             sample[task] = torch.tensor(self.label(index, task), dtype=row.dtype)[None]
-        if self.mask_invalid and "depth" in self.tasks:
+        if self.MASK_INVALID and "depth" in self.tasks:
             sample["depth"][sample["depth"] < 0] = IGNORE
         return sample | {"name": self.names[index], "size": self.size}
 
@@ -1063,7 +1060,9 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
                          f"{path}, found {found}")
     try:
         choose_tasks(found.TASKS, None)
-        inspect.signature(found).bind(split="train", size=None, tasks=None, seed=0)
+        signature = inspect.signature(found)
+        signature.bind(split="train", size=None, tasks=None, seed=0,
+                       **{key: None for key in ("root",) if key in signature.parameters})
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot use {class_name} of {path}: {error}; see datasets.LabelledDataset") from error
     return found

@@ -290,8 +290,9 @@ class Run:
     def build_data(self, data_set: type[DenseDataset]):
         """The images to train and to evaluate on."""
         args = self.args
-        self.train_set = data_set.open("train", args.img_size, args.tasks, args.data_root, seed=args.seed,
-                                       count=args.iterations * args.batch_size)
+        self.train_set = data_set.open("train", args.img_size, args.tasks, args.data_root, args.seed)
+        if not self.train_set.SHUFFLED:
+            self.train_set.set_length(args.iterations * args.batch_size)
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
                                      args.data_root)
         self.rows = self.train_set.rows

@@ -569,7 +569,8 @@ def test_workers_do_not_change_the_data(kind, pascal, nyud):
 # ------------------------------------------------------------------------------------------- export and preparation
 
 def test_exported_pascal_files_hold_the_scenes(pascal):
-    data, people = PascalContext(pascal, augment=False), 0
+    data, people = PascalContext(pascal), 0
+    data.augment = False
     for i, sample in enumerate(data):
         shape = SIZE[::-1] if i == 3 or i == 7 else SIZE
         maps = Synthetic(8, shape).render(i)
@@ -590,7 +591,8 @@ def test_exported_pascal_files_hold_the_scenes(pascal):
 
 def test_exported_nyudv2_files_hold_the_scenes(nyud):
     for split, seed in (("train", 0), ("val", 1)):
-        data = NYUDv2(nyud, split, augment=False)
+        data = NYUDv2(nyud, split)
+        data.augment = False
         assert len(data) == 2
         for i, sample in enumerate(data):
             maps = Synthetic(2, SIZE, seed).render(i)
@@ -1020,7 +1022,8 @@ def test_the_papers_rows_give_its_delta_m(variant, published):
 def test_data_sets_are_opened_alike(pascal, nyud):
     """As train.py and evaluate.py do it."""
     assert list(datasets.DATASETS) == ["synthetic", "pascal", "nyud", "cityscapes"]
-    train, val = (Synthetic.open(split, (32, 40), ["depth"], seed=3, count=7) for split in ("train", "val"))
+    train, val = (Synthetic.open(split, (32, 40), ["depth"], seed=3) for split in ("train", "val"))
+    train.set_length(7)
     assert (len(train), train.seed, len(val), val.seed) == (7, 6, 100, 1) and val.tasks == {"depth": 1}
     assert train.names[6] == train[6]["name"] == "synthetic-000006"
     data = NYUDv2.open("train", (32, 64), ["depth"], nyud, seed=2)
@@ -1032,6 +1035,14 @@ def test_data_sets_are_opened_alike(pascal, nyud):
     for kind in (Own, Synthetic):
         with pytest.raises(ValueError, match="found the folder data; leave it out"):
             kind.open("val", (32, 64), root=Path("data"))
+
+    class Rooted(Own):
+        def __init__(self, root, **arguments):
+            self.root = root
+            super().__init__(**arguments)
+    assert Rooted.open("val", root=Path("data")).root == Path("data")
+    with pytest.raises(ValueError, match="Rooted needs the folder of its files"):
+        Rooted.open("val")
 
 
 @pytest.mark.parametrize("names, message", [

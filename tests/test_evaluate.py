@@ -33,8 +33,8 @@ CONFIG = dict(tasks=NYUD_TASKS, img_size=(64, 64), encoder="convnext_atto", vari
 class SmallNYUDv2(datasets.NYUDv2):
     PAPER = {("stm1", "convnext_atto"): datasets.NYUDv2.PAPER["mtmamba", "swin-large"]}    # as if it had such a row
 
-    def __init__(self, root, split, tasks=None, size=None, augment=None, seed=0):
-        super().__init__(root, split, tasks, (48, 64), augment, seed)
+    def __init__(self, root, split, tasks=None, size=None, seed=0):
+        super().__init__(root, split, tasks, (48, 64), seed)
 
 
 @pytest.fixture(autouse=True)
