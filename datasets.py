@@ -17,8 +17,8 @@ Every data set yields one dictionary per image:
     "size"      (h, w)              of the image in the middle of (H, W), see centred; the rest is padding
 
 It has the labels of the chosen tasks only. A task with a name of your own has the form of the one that it is like.
-Cityscapes' labels are twice as large as its images, (2H, 2W). Its depth is disparity, in pixels. Pixels labelled IGNORE
-count neither in losses nor in metrics.
+Cityscapes' labels are twice as large as its images, (2H, 2W). Its depth is disparity, in pixels. Unknown pixels are
+IGNORE, 255, in maps of classes and NaN in maps of numbers. They count neither in losses nor in metrics.
 
 Files of the benchmarks, as their archives have them:
 
@@ -34,15 +34,14 @@ Files of the benchmarks, as their archives have them:
 """
 
 # Order: what every data set says about itself; Synthetic and its renderer; LabelledDataset, the three benchmarks, and
-# how a data set is found by its name; reading files; forms of labels; augmentation; the commands, from main on; files,
-# processes and signals, a section that evaluate.py and train.py use, too.
+# how a data set is found by its name; reading files; from files to samples; augmentation; the commands, from main on;
+# files, processes and signals, a section that evaluate.py and train.py use, too.
 
 import abc
 import argparse
 import ast
 import atexit
 import errno
-import importlib
 import inspect
 import linecache
 import multiprocessing
@@ -59,8 +58,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from math import ceil, cos, pi, sin
 from multiprocessing import get_context, get_start_method, parent_process
 from pathlib import Path, PurePath
@@ -80,7 +78,21 @@ try:
 except ImportError:    # on Windows, which forks no processes
     fcntl = None
 
-from metrics import IGNORE, UNIT_LENGTH, Task, TaskTable, boundary_ground_truth, boundary_pixels, task_rows, thin
+from metrics import (
+    IGNORE,
+    Classes,
+    Kind,
+    Labels,
+    TaskTable,
+    Unfit,
+    boundary_ground_truth,
+    boundary_pixels,
+    expect,
+    find_class,
+    plain,
+    task_rows,
+    thin,
+)
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -97,8 +109,9 @@ class DenseDataset(Dataset):
     COLOURS = {}                 # (r, g, b) of the classes by task; PASCAL VOC's colours where there are none
     TITLES = {}                  # what pictures and tables call a task, where that is not its name
     UNITS = {}                   # unit of a task, where that is not its row's
+    FLIP_PAIRS = {}              # by task: pairs of classes that a mirror exchanges, ("left arm", "right arm")
     BOUNDARY_TOLERANCE = None    # of odsF, as a fraction of the image's diagonal; without it odsF is not computed
-    DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.DepthMeter
+    DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.Depth
     LABEL_SCALE = 1              # size of the labels relative to the image: MTMamba's output_scale
     SIZE = (480, 640)            # (H, W) of the samples, where none is given
     RECIPE = {}                  # flags of train.py where they are not the paper's: {"iterations": 20_000, "lr": 5e-5}
@@ -113,39 +126,22 @@ class DenseDataset(Dataset):
 
     def __init__(self, size, tasks, seed, smallest=1):
         """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
-        self.tasks = choose_tasks(self.TASKS, tasks)
+        self.labels = self.describe(choose_tasks(self.TASKS, tasks))
+        self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size,
                "give a larger one")
         expect(seed >= 0, "seed of at least 0", seed, "give a non-negative integer")
-        own = type(self).__name__
-        for task, row in self.rows.items():
-            n, names = row.channels, self.CLASSES.get(task, range(row.channels))
-            colours, ids = self.COLOURS.get(task, [(0, 0, 0)] * n), self.LABEL_IDS.get(task, range(n))
-            expect(len(names) == len(set(names)) == n, f"{n} different names in {own}.CLASSES[{task!r}]", names)
-            expect(np.shape(colours) == (n, 3) and np.isin(colours, range(256)).all(),
-                   f"{n} times three numbers of 0..255 in {own}.COLOURS[{task!r}]", colours)
-            expect(np.shape(ids) == (n,) and np.isin(ids, range(256)).all(),
-                   f"{n} numbers of 0..255 in {own}.LABEL_IDS[{task!r}]", ids)
-        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, f"{own}.BOUNDARY_TOLERANCE as a fraction of the image's "
+        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's "
                "diagonal", self.BOUNDARY_TOLERANCE, "divide pixels by sqrt(H^2 + W^2)")
         self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
 
-    @property
-    def rows(self) -> dict[str, Task]:
-        return task_rows(self.tasks)
-
-    @property
-    def labels(self) -> "Labels":
-        return self.describe(self.tasks)
-
     @classmethod
-    def describe(cls, tasks: TaskTable) -> "Labels":
-        """The Labels of these tasks."""
-        def chosen(table, plain):
-            return {task: plain(table[task]) for task in tasks if task in table}
-        return Labels(dict(tasks), chosen(cls.CLASSES, lambda names: list(map(str, names))),
-                      chosen(cls.COLOURS, lambda colours: np.asarray(colours).tolist()),
-                      chosen(cls.TITLES, str), chosen(cls.UNITS, str), chosen(cls.LABEL_IDS, list))
+    def describe(cls, tasks: TaskTable) -> Labels:
+        """What the attributes of the class say of these tasks. Numbers of any type become plain ones."""
+        tables = dict(classes=cls.CLASSES, colours=cls.COLOURS, titles=cls.TITLES, units=cls.UNITS,
+                      label_ids=cls.LABEL_IDS, flip_pairs=cls.FLIP_PAIRS)
+        chosen = {name: {task: plain(table[task]) for task in tasks if task in table} for name, table in tables.items()}
+        return Labels(dict(tasks), **chosen, depth_range=plain(cls.DEPTH_RANGE), unit_normals=bool(cls.UNIT_NORMALS))
 
     def __len__(self):
         return len(self.names)
@@ -161,49 +157,12 @@ class DenseDataset(Dataset):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What pictures and tables need to know about the labels. Plain values only, as checkpoints store them."""
-
-    tasks: dict      # as DenseDataset.TASKS
-    classes: dict    # as DenseDataset.CLASSES, and so on
-    colours: dict
-    titles: dict
-    units: dict
-    label_ids: dict = field(default_factory=dict)
-
-    @cached_property
-    def rows(self) -> dict[str, Task]:
-        return task_rows(self.tasks)
-
-    def title(self, task: str) -> str:
-        return self.titles.get(task, task)
-
-    def unit(self, task: str) -> str:
-        return self.units.get(task, self.rows[task].unit)
-
-    def class_names(self, task: str) -> list[str]:
-        return list(self.classes.get(task) or [f"class {i}" for i in range(self.rows[task].channels)])
-
-    def palette(self, task: str) -> np.ndarray:
-        """The colours of the classes, uint8 (256, 3): the data set's own, then black. Without these PASCAL VOC's: bits
-        0, 1 and 2 of the class are the highest bits of red, green and blue, bits 3, 4 and 5 the next ones, and so on.
-        """
-        if task not in self.colours:
-            return np.packbits(np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3).T & 1, axis=2)[..., 0]
-        palette = np.zeros((256, 3), np.uint8)
-        palette[:len(self.colours[task])] = self.colours[task]
-        return palette
-
-
 def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
     """The chosen entries of a data set's TASKS, in the order asked for; None for all."""
-    rows = task_rows(table)
     tasks = list(table) if tasks is None else list(tasks)
     if not tasks or not set(tasks) <= set(table):
         raise ValueError(f"expected tasks from {list(table)}, found {tasks}; name at least one, None for all")
-    return {task: (table[task][0], rows[task].channels) if isinstance(table[task], (tuple, list)) else
-            rows[task].channels for task in tasks}
+    return {task: table[task] for task in tasks}
 
 
 def kept(method):
@@ -230,11 +189,11 @@ class Synthetic(DenseDataset):
     semseg     CLASSES. "floor" is also the ground outdoors, "wall" also a building.
     parsing    PARTS; 0 away from people. An image without people is ignored whole, as in PASCAL-Context.
     saliency   1 on spheres, boxes, cylinders and people.
-    normal     IGNORE on the sky.
+    normal     unknown on the sky.
     boundary   1 where the instance differs from that of the right, lower or lower-right neighbour (the last row and
                column repeat). An instance is a plane of a room, the ground, the sky, a building, an object or a whole
                person. Edges inside an instance, such as those between the faces of a box, are no boundary.
-    depth      IGNORE on the sky; valid values are below FAR.
+    depth      unknown on the sky; valid values are below FAR.
     """
 
     CLASSES = {"semseg": ("floor", "wall", "ceiling", "sky", "sphere", "box", "cylinder", "person"), "parsing": PARTS}
@@ -293,9 +252,9 @@ class Synthetic(DenseDataset):
             "semseg": label[None],
             "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
-            "normal": np.where(sky, np.float32(IGNORE), rotate(camera.turn, normal)),
+            "normal": np.where(sky, np.float32(np.nan), rotate(camera.turn, normal)),
             "boundary": np.float32(boundary_pixels(instance))[None],
-            "depth": np.where(sky, np.float32(IGNORE), depth)[None],
+            "depth": np.where(sky, np.float32(np.nan), depth)[None],
             "instance": instance,
             "rays": camera.rays,
         }
@@ -666,8 +625,9 @@ class LabelledDataset(DenseDataset, abc.ABC):
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The image, uint8 (h, w, 3), and its labels by task. name: an item of list_names.
 
-        A label has a form that as_label takes, or is a function that returns one. Where an image has no label of a
-        task, leave the task out or give None. If a file is damaged, raise OSError or ValueError and name the file.
+        A label has the form that its kind takes (see metrics.py), or is a function that returns one. Where an image has
+        no label of a task, leave the task out or give None. If a file is damaged, raise OSError or ValueError and name
+        the file.
         """
 
     def __getitem__(self, index):
@@ -676,15 +636,16 @@ class LabelledDataset(DenseDataset, abc.ABC):
         image, labels = self.load(index)[0], {task: self.label(index, task) for task in self.tasks}
         size = self.size
         if self.augment:
-            cropped_by = next((task for task, row in task_rows(self.TASKS).items() if row.kind == "classes"), None)
+            cropped_by = next((task for task, row in task_rows(self.TASKS).items() if row.kind is Classes), None)
             rng = np.random.default_rng([self.seed, epoch, index])
-            image, labels = augment(image, labels, self.rows, size, rng, cropped_by)
+            image, labels = augment(image, labels, self.kinds, size, rng, cropped_by)
         else:
             size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
         sample = {"image": torch.from_numpy(pad(normalised(image).numpy(), size, 0))}
         size = tuple(self.LABEL_SCALE * n for n in size)
-        sample |= {task: decode(row, pad(labels[task], size, row.padding)) for task, row in self.rows.items()}
+        sample |= {task: torch.from_numpy(pad(labels[task], size, kind.unknown)).to(kind.dtype)
+                   for task, kind in self.kinds.items()}
         return sample | {"name": self.names[index], "size": tuple(image.shape[1:])}
 
     @kept
@@ -699,12 +660,12 @@ class LabelledDataset(DenseDataset, abc.ABC):
         return image, labels
 
     def label(self, index: int, task: str) -> np.ndarray:
-        """A label, checked, in the form that as_label returns."""
+        """A label, checked, as Kind.check returns it."""
         image, labels = self.load(index)
         label, size = labels.get(task), tuple(self.LABEL_SCALE * n for n in image.shape[:2])
         label = label() if callable(label) else label
         with about(f"{self.names[index]}, {task}"):
-            return as_label(self.rows[task], label, size, self.UNIT_NORMALS)
+            return self.kinds[task].check(label, size)
 
     def boundary_truth(self, index: int, task: str = "boundary") -> np.ndarray:
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
@@ -858,7 +819,7 @@ class PascalContext(FileDataset):
 
     def read_normal(self, name):
         normal = self.read_label(name, "normals_distill", ".png", "normal")
-        normal[3] = INDOOR[self.label_map(name)]
+        normal[:, ~INDOOR[self.label_map(name)]] = np.nan
         return normal
 
     def read_boundary(self, name):
@@ -983,10 +944,10 @@ class Cityscapes(FileDataset):
         image, _ = self.load(index)
         image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
         sample = {"image": normalised(to_tensor(np.array(image)))}
-        for task, row in self.rows.items():
-            sample[task] = torch.tensor(self.label(index, task), dtype=row.dtype)[None]
+        for task, kind in self.kinds.items():
+            sample[task] = torch.tensor(self.label(index, task), dtype=kind.dtype)[None]
         if self.MASK_INVALID and "depth" in self.tasks:
-            sample["depth"][sample["depth"] < 0] = IGNORE
+            sample["depth"][sample["depth"] < 0] = torch.nan
         return sample | {"name": self.names[index], "size": self.size}
 
     def label(self, index, task):
@@ -1049,58 +1010,21 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
     """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class"."""
     if name in DATASETS:
         return DATASETS[name]
-    file, _, class_name = name.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if path.suffix != ".py" or "." in path.stem:
+    if ".py:" not in name:
         raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class (no other dot in the "
                          f"file's name), found {name!r}")
-    found = getattr(import_file(path), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, LabelledDataset)) or inspect.isabstract(found):
-        raise ValueError(f"expected a subclass {class_name!r} of datasets.LabelledDataset with list_names and read in "
-                         f"{path}, found {found}")
+    found = find_class(name, LabelledDataset)
     try:
         choose_tasks(found.TASKS, None)
         signature = inspect.signature(found)
         signature.bind(split="train", size=None, tasks=None, seed=0,
                        **{key: None for key in ("root",) if key in signature.parameters})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot use {class_name} of {path}: {error}; see datasets.LabelledDataset") from error
+        raise ValueError(f"cannot use {name}: {error}; see datasets.LabelledDataset") from error
     return found
 
 
-def expect_here(name: str, source: object):
-    """Raises ValueError where path/to/file.py:Class is not in or below the current folder. source, which names it, may
-    come from somebody else: no code runs on its word."""
-    file = name.rpartition(":")[0]
-    if file and not Path(file).expanduser().resolve().is_relative_to(Path.cwd()):
-        raise ValueError(f"{source} names the Python file {file}, which is not in or below the current folder; to run "
-                         f"it, give --dataset {name}")
-
-
-def import_file(path: Path):
-    """The module of a user's file. The file's folder is added to sys.path, which new processes get, too."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    module = importlib.import_module(path.stem)
-    if Path(getattr(module, "__file__", None) or "").resolve() != path:
-        raise ValueError(f"cannot load {path}: another module is called {path.stem}; rename the file")
-    return module
-
-
 # ---------------------------------------------------------------------------------------------------- reading files
-
-class Unfit(ValueError):
-    """A file or an array holds something else than it should. `about` adds which one."""
-
-
-def expect(condition: bool, expected: str, found: object, advice: str = ""):
-    """Raises Unfit unless the condition holds. found: if it is an array, the message shows its first value."""
-    if not condition:
-        found = found.flat[0] if isinstance(found, np.ndarray) else found
-        raise Unfit(f"expected {expected}, found {found}{'; ' if advice else ''}{advice}")
-
 
 @contextmanager
 def about(what: object) -> Iterator[None]:
@@ -1142,7 +1066,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     classes     integers (h, w): grey of 8 or 16 bits as it is stored, of a palette the indices
     mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
-    normal      uint8 (4, h, w): RGB and 1, as as_label takes it
+    normal      float32 (3, h, w): 2 p / 255 - 1 of red, green and blue
 
     turn: whether to turn a picture upright if its EXIF data ask for it. Without it such a picture is refused, as nobody
     knows which way up its labels are.
@@ -1165,7 +1089,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         pixels = np.array(image)
         if role == "normal":
             expect(image.mode == "RGB", "three channels, RGB", f"mode {image.mode}")
-            return np.stack([*pixels.transpose(2, 0, 1), np.ones(pixels.shape[:2], np.uint8)])
+            return np.ascontiguousarray(pixels.transpose(2, 0, 1)) * np.float32(2 / 255) - np.float32(1)
         if role == "classes":
             expect(image.mode in ("L", "P") or image.mode[0] == "I", "one channel of integers", f"mode {image.mode}")
             return pixels
@@ -1214,85 +1138,19 @@ def label_edges(label_map: np.ndarray) -> np.ndarray:
     return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
 
-# ------------------------------------------------------------------------------------------------- forms of labels
-
-def as_label(row: Task, label: np.ndarray | None, size: tuple[int, int], unit_normals: bool = True) -> np.ndarray:
-    """Turns a label as a data set reads it into a compact array, which augment, pad and decode take. row: of the task.
-
-    class      integers (h, w) or (1, h, w), IGNORE where unknown -> uint8 (1, h, w)
-    distance   floats (h, w) or (1, h, w), metres, 0 or IGNORE where unknown -> float32 (1, h, w), 0 where unknown
-    vector     floats (3, h, w), 0 or IGNORE in all three where unknown, or uint8 (4, h, w): 255 (v + 1) / 2, and 1
-               where known -> the latter, in float32 if it was floats
-
-    None stands for a label that is unknown everywhere. size: (h, w). unit_normals: whether vectors far from unit length
-    become unknown. Raises Unfit if many vectors are far from it, for another shape or kind of number, and for values
-    out of range.
-    """
-    if label is None:
-        channels, dtype = 4 if row.label == "vector" else 1, np.float32 if row.label == "distance" else np.uint8
-        return np.full((channels, *size), row.padding, dtype)
-    label = np.asarray(label)
-    if row.label == "vector":
-        return as_vectors(label, size, unit_normals)
-    expect(label.shape in (size, (1, *size)), f"the shape ({size[0]}, {size[1]}), as the image", label.shape)
-    label = label.reshape(1, *size)
-    if row.label == "distance":
-        expect(label.dtype.kind == "f", "metres as floats", label.dtype)
-        wrong = ~(label >= 0) | (label == np.inf)
-        expect(not wrong.any(), "depths above 0, or 0 where unknown", label[wrong])
-        return np.where(label == IGNORE, 0, label).astype(np.float32)
-    floats, last = label.dtype.kind == "f" and row.dtype.is_floating_point, max(row.channels, 2) - 1
-    expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
-    wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
-    expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
-    return label.astype(np.uint8)
-
-
-MOST_OFF = 0.4    # If a larger share of the vectors is far from unit length, it is no image of normals.
-
-
-def as_vectors(label: np.ndarray, size: tuple[int, int], unit_normals: bool) -> np.ndarray:
-    """See as_label."""
-    floats, found = label.dtype.kind == "f", f"{label.dtype} {label.shape}"
-    expect(label.shape == (3, *size) if floats else label.shape == (4, *size) and label.dtype == np.uint8,
-           f"floats {(3, *size)} or uint8 {(4, *size)}, as the image", found)
-    if floats:
-        expect(np.isfinite(label).all(), "finite vectors", "nan or inf")
-        label = np.float32([*((label + 1) * 127.5), (label != IGNORE).any(0)])
-    length = np.linalg.norm(label[:3] / np.float32(127.5) - 1, axis=0)
-    known = (label[3] > 0) & (length > 0)
-    unit = known & (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
-    off = known & ~unit & (length > 0.1)    # many files store shorter ones where there is no normal
-    expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
-           f"{np.mean(off):.0%} of other lengths")
-    grey = not floats and unit.any() and (label[:3] == label[0]).all()
-    expect(not grey, "x, y and z in red, green and blue", "a grey image")
-    return np.concatenate([label[:3], (unit if unit_normals else known)[None].astype(label.dtype)])
-
-
-def decode(row: Task, label: np.ndarray) -> Tensor:
-    """Turns a label of as_label, padded with row.padding or not, into the label of a sample, in new memory. Vectors
-    keep the length that they have in the file: 1, rounded to its 8 bits."""
-    if row.label == "distance":
-        label = np.where(label > 0, label, np.float32(IGNORE))
-    elif row.label == "vector":
-        valid, label = label[3], label[:3] * np.float32(2 / 255)
-        label -= 1
-        np.copyto(label, IGNORE, where=valid == 0)
-    return torch.tensor(label, dtype=row.dtype)
-
+# ------------------------------------------------------------------------------------------------ from files to samples
 
 def check_samples(dataset: DenseDataset, workers: int = 0, count: int = 16) -> list[str]:
     """A message for each task without a labelled pixel in the first `count` samples, and for each binary task without a
     positive one. Raises what the data set raises. workers: see fetch."""
     samples = fetch(dataset, range(min(count, len(dataset))), workers)
     messages = []
-    for task, row in dataset.rows.items():
-        kind = "positive pixel" if row.binary else "pixel"
-        labels = torch.cat([sample[task].flatten() for sample in samples])
-        if not ((labels == 1) if row.binary else (labels != IGNORE)).any():
-            messages.append(f"{task}: no {kind} counts in the first {len(samples)} samples, {samples[0]['name']} to "
-                            f"{samples[-1]['name']}: their values are {labels.unique().tolist()[:6]}")
+    for task, kind in dataset.kinds.items():
+        if not any(kind.teaches(sample[task][None]).any() for sample in samples):
+            values = torch.cat([sample[task].flatten() for sample in samples])
+            found = values[~values.isnan()].unique().tolist()[:6] or "unknown"
+            messages.append(f"{task}: no {'positive ' if kind.binary else ''}pixel counts in the first {len(samples)} "
+                            f"samples, {samples[0]['name']} to {samples[-1]['name']}: their values are {found}")
     return messages
 
 
@@ -1333,11 +1191,11 @@ JITTER = (                                                       # each with pro
 )
 
 
-def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], rows: Mapping[str, Task], size: tuple[int, int],
+def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], kinds: Mapping[str, Kind], size: tuple[int, int],
             rng: np.random.Generator, cropped_by: str | None = None):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
-    image: uint8 (h, w, 3); labels and rows: by task; the labels are in the form of as_label, as are those returned;
+    image: uint8 (h, w, 3); labels and kinds: by task; the labels are as Kind.check returns them, as are those returned;
     size: (H, W) of the crop; where the scaled image is smaller, h' < H or w' < W. Up to 10 crops are tried until no
     class of the task `cropped_by` covers more than 75 % of the labelled pixels. Without that label the first crop is
     taken. What is drawn does not depend on the image or the tasks.
@@ -1363,13 +1221,7 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], rows: Mapping[s
     for adjust, value in colours:
         image = adjust(image, value)
 
-    labels = {task: label[:, y][:, :, x] for task, label in labels.items()}
-    for task, label in labels.items():
-        if rows[task].label == "distance":
-            label /= np.float32(scale)    # what looks larger is nearer
-        if rows[task].label == "vector" and flipped:
-            label[0] = 255 - label[0]    # x points the other way
-    return image, labels
+    return image, {task: kinds[task].augment(label[:, y][:, :, x], scale, flipped) for task, label in labels.items()}
 
 
 def window(position: float, length: int, size: int) -> slice:

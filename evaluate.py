@@ -44,7 +44,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +59,10 @@ from tqdm import tqdm
 
 from datasets import (
     DATASETS,
-    IGNORE,
     IMAGE_MEAN,
     IMAGE_STD,
     DenseDataset,
     Helpers,
-    Labels,
     NYUDv2,
     Parser,
     WriteError,
@@ -82,7 +79,7 @@ from datasets import (
     usable_cpus,
     writing,
 )
-from metrics import TASKS, Meter, OdsMeter, Task, delta_m, make_meters, rounded, task_rows
+from metrics import IGNORE, TASKS, Kind, Labels, Meter, OdsMeter, bilinear, colour_map, delta_m, rounded, task_rows
 from mtmamba import (
     BACKENDS,
     ENCODERS,
@@ -182,8 +179,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, one or one per "
         "task (NYUDv2: the paper's)")
     add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
-    add("--no-references", action="store_true", help="without the best constant, which is scored on the first "
-        f"{REFERENCE_IMAGES} images (never of the three benchmarks)")
     add("--tf32", action="store_true", help="faster convolutions and linear maps on Ampere GPUs and newer, with inputs "
         "rounded to 10 bits; else scores are in true float32")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
@@ -210,8 +205,7 @@ FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_
          "image": "image checkpoint device backend out overwrite save_predictions probabilities label_ids max_side "
                   "features encoder encoder_kwargs",
          "": "checkpoint device backend out overwrite save_predictions probabilities label_ids workers dataset "
-             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs no_references "
-             "tf32"}
+             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs tf32"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -272,14 +266,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
         config, labels = describe_published(state)
         return dict(published=state, config=config, labels=labels)
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+    if not (isinstance(checkpoint, dict) and {"model", "config", "labels"} <= checkpoint.keys()):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError("expected the entries model and config of a checkpoint of train.py, or final_project of a "
-                         f"published one, in {path}, found {found}")
-    # Earlier versions kept less of the labels, or nothing. They name their data set.
-    data_set = DATASETS.get(checkpoint.get("training", {}).get("dataset"), DenseDataset)
-    labels = replace(data_set.describe(checkpoint["config"]["tasks"]), **checkpoint.get("labels", {}))
-    return dict(checkpoint, labels=labels)
+        raise ValueError("expected the entries model, config and labels of a checkpoint of train.py, or final_project "
+                         f"of a published one, in {path}, found {found}")
+    return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
 def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
@@ -367,18 +358,15 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
           + (f", odsF on {len(scored)} of them" if scored else ""))
     encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
     paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
-    columns = {"model": results}
-    if dataset.REFERENCES and not args.no_references:
-        columns[reference_title("best constant", dataset)] = constant_baseline(dataset)
-    print_table(columns, model.labels, paper)
+    print_table({"model": results}, model.labels, paper)
     if not (paper or dataset.REFERENCES):
         print("the paper's figure is not known here for this variant and encoder")
-    improvement = compare(results, given or dataset.SINGLE_TASK, dataset.rows)
+    improvement = compare(results, given or dataset.SINGLE_TASK, dataset.kinds)
     if improvement is None:
         print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
     else:
         known = not given and paper.keys() == results.keys()
-        published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.rows):+.2f} %)" if known else ""
+        published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.kinds):+.2f} %)" if known else ""
         against = ", ".join(map(str, args.baseline or ["the single-task row of Table 2"]))
         print(f"delta_m against {against}: {improvement:+.2f} %{published}")
     entries = dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
@@ -436,7 +424,7 @@ def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) ->
             content = json.loads(path.read_text())
             found, results = content["dataset"], content["results"]
             new = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
-                   for task, row in dataset.rows.items() if task in results}
+                   for task, row in dataset.kinds.items() if task in results}
             positive = all(value > 0 for value in new.values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -445,14 +433,14 @@ def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) ->
             raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
                              f"{new} on {found} in {path}")
         figures |= new
-    missing = dataset.rows.keys() - figures.keys()
+    missing = dataset.kinds.keys() - figures.keys()
     if paths and missing:
         raise ValueError(f"expected a baseline of every task, found none of {', '.join(sorted(missing))} in "
                          f"{', '.join(map(str, paths))}")
     return figures or None
 
 
-def compare(results: Results, baseline: dict[str, float], rows: dict[str, Task]) -> float | None:
+def compare(results: Results, baseline: dict[str, float], rows: dict[str, Kind]) -> float | None:
     """delta_m of the primary metrics over the tasks that were scored; None where the baseline lacks one of them."""
     figures = {task: metrics[rows[task].primary(metrics)] for task, metrics in results.items()}
     if not figures or not figures.keys() <= baseline.keys():
@@ -508,8 +496,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
              workers: int = 0, odsf: bool = True, scored: set[str] | None = None,
              predictions: str | Path | None = None, probabilities: bool = False, label_ids: bool = False,
              stop: Callable[[], bool] | None = None, limit: int | None = None, tf32: bool = False,
-             loss: Callable[[str, Tensor, Tensor], Tensor] | None = None,
-             record: dict | None = None) -> Results | None:
+             losses: bool = False, record: dict | None = None) -> Results | None:
     """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
     (train or eval) stays as it was.
 
@@ -518,7 +505,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     folder for the raw maps; probabilities, label_ids: of these, see save_raw. stop: asked before every batch whether to
     give up; the result is None where it says so in any process. limit: only so many images, the first ones. tf32: see
     use_tf32. record: gets precision, images_per_second and the confusion matrices of classes, [label][prediction]; with
-    loss, which is train.task_loss, also validation_losses by task, the means over the images with a label.
+    losses, also validation_losses by task, the means over the images with a label.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -526,7 +513,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     rank, world = rank_and_world()
     digest_names(dataset, device)
     tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
-    boundaries = [task for task, row in dataset.rows.items() if row.kind == "boundary" and tolerance is not None]
+    boundaries = [task for task, kind in dataset.kinds.items() if kind.ods and tolerance is not None]
     samples = WithTruths(dataset, boundaries, scored)
     first = samples[0]
     H, W = first["image"].shape[1:]
@@ -537,7 +524,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=collate_by_size, num_workers=workers,
                         worker_init_fn=follow_main)
     meters = meters_for(dataset)
-    losses = {task: [torch.zeros(2, 1, device=device)] for task in meters}    # of images, and whether they have a label
+    sums = {task: [torch.zeros(2, 1, device=device)] for task in meters}    # losses of images, whether one has labels
     training = model.training
     model.eval()
     begun = time.perf_counter()
@@ -551,19 +538,21 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
             for task, meter in meters.items():
                 target = batch[task].to(device)
                 meter.update(outputs[task], target)
-                for image, label in zip(outputs[task].split(1), target.split(1)) if loss else ():
-                    value = loss(dataset.rows[task].kind, image, label)
-                    losses[task].append(torch.stack([value, (label != IGNORE).all(1).flatten(1).any(1)]))
-            shares = class_probabilities(outputs, dataset.rows) if predictions and probabilities else {}
+                for image, label in zip(outputs[task].split(1), target.split(1)) if losses else ():
+                    labelled = meter.kind.valid(label).flatten(1).any(1)
+                    sums[task].append(torch.stack([meter.kind.image_losses(image, label), labelled]))
             for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
                 area = own_area(batch["image"], batch["size"][i], model.output_scale)
                 wanted = meters if predictions else truths
-                maps = {task: meters[task].predict(outputs[task][i:i + 1].float())[0][area] for task in wanted}
+                raw = {task: outputs[task][i:i + 1].float() for task in wanted}
+                maps = {task: meters[task].kind.predict(output)[0][area].cpu() for task, output in raw.items()}
                 if predictions:
-                    maps |= {task: values[i][area] for task, values in shares.items()}
-                    save_raw(predictions, name, maps, dataset.labels, probabilities, label_ids)
+                    shares = {task: meters[task].kind.probability(raw[task]) for task in meters if probabilities}
+                    shares = {task: share[0][area].cpu() for task, share in shares.items() if share is not None}
+                    save_raw(Path(predictions), name, maps, shares, dataset.kinds, label_ids)
                 for task, truth in truths.items():
-                    ods[task].update(to_bytes(maps[task][0]), truth, (batch[task][i][0][area] != IGNORE).numpy())
+                    valid = meters[task].kind.valid(batch[task][i][area][None])[0].numpy()
+                    ods[task].update(meters[task].kind.raw(maps[task].numpy()), truth, valid)
             bar.update(len(batch["image"]))
         for meter in ods.values():
             meter.collect()
@@ -578,12 +567,12 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
         meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
     if record is not None:
         record.update(precision=precision(tf32), images_per_second=images / (time.perf_counter() - begun))
-        if loss:
+        if losses:
             sums = {task: add_up(rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1).to(shared)).tolist()
-                    for task, values in losses.items()}
+                    for task, values in sums.items()}
             record["validation_losses"] = {task: total / number for task, (total, number) in sums.items() if number}
-        record["confusion"] = {task: dict(classes=meter.classes, pixels=meter.sums[:-1].long().tolist())
-                               for task, meter in meters.items() if dataset.rows[task].kind == "classes"}
+        confusions = {task: meter.kind.confusion(meter.sums) for task, meter in meters.items()}
+        record["confusion"] = {task: found for task, found in confusions.items() if found}
     empty = [task for task, meter in meters.items() if meter.empty()]
     if empty:    # one task without labels is no reason to lose the others' scores
         print(f"not scored, as no pixel has a label: {', '.join(empty)}")
@@ -591,7 +580,7 @@ def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, descri
 
 
 def meters_for(dataset: DenseDataset) -> dict[str, Meter]:
-    return make_meters(dataset.tasks, dataset.DEPTH_RANGE, dataset.labels.classes)
+    return {task: Meter(kind) for task, kind in dataset.kinds.items()}
 
 
 def results_of(meters: dict[str, Meter], ods: dict[str, OdsMeter]) -> Results:
@@ -629,77 +618,26 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
     return (..., *(slice(scale * part.start, scale * part.stop) for part in centred(image.shape[-2:], size)))
 
 
-def to_bytes(probability: Tensor) -> np.ndarray:
-    """The 8 bits per pixel that boundaries are scored in: truncated, not rounded."""
-    return (255 * probability).to(torch.uint8).cpu().numpy()
-
-
-def save_raw(folder: str | Path, name: str, maps: dict[str, Tensor], labels: Labels, probabilities: bool = False,
+def save_raw(folder: Path, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor], kinds: dict[str, Kind],
              label_ids: bool = False):
     """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
-    (h, w), unit vectors (3, h, w)). maps: as of predict_picture, (C, h, w). Raises WriteError.
+    (h, w), unit vectors (3, h, w)), see Kind.raw. maps: as of predict_picture, (C, h, w).
 
-    probabilities: writes TASK/NAME.npz, too, whose float16 array "probability" is (C, h, w) of classes and (1, h, w) of
-    saliency and boundaries. label_ids: whether the classes are written as Labels.label_ids has them.
+    shares: the probabilities of tasks that have them, which go to TASK/NAME.npz: its float16 array "probability" is
+    (C, h, w) of classes and (1, h, w) of saliency and boundaries. label_ids: classes as Labels.label_ids has them.
     """
     for task, values in maps.items():
-        row, path = labels.rows[task], Path(folder, task, f"{name}{labels.rows[task].suffix}")
+        path, values = folder / task / f"{name}{kinds[task].suffix}", kinds[task].raw(values.numpy(), label_ids)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if probabilities and row.label == "class":
-            with replacing(path.with_suffix(".npz")) as file:
-                np.savez_compressed(file, probability=values.half().cpu().numpy())
-        if row.kind == "classes":
-            values = classes_of(values)
-            values = np.array(labels.label_ids[task])[values] if label_ids and task in labels.label_ids else values
         with replacing(path) as file:
-            if row.kind == "classes":
-                Image.fromarray(values[0].astype(np.uint8)).save(file, "PNG")
-            elif row.binary:
-                Image.fromarray(to_bytes(values[0])).save(file, "PNG")
-            else:
-                np.save(file, values.squeeze(0).cpu().numpy())
-
-
-def class_probabilities(outputs: dict[str, Tensor], rows: dict[str, Task]) -> dict[str, Tensor]:
-    return {task: output.float().softmax(1) for task, output in outputs.items() if rows[task].kind == "classes"}
-
-
-def classes_of(values: Tensor) -> np.ndarray:
-    """Classes (1, h, w), or their probabilities (C, h, w) -> classes (1, h, w)."""
-    return (values.argmax(0, keepdim=True) if values.is_floating_point() else values).cpu().numpy()
+            Image.fromarray(values).save(file, "PNG") if values.dtype == np.uint8 else np.save(file, values)
+    for task, values in shares.items():
+        with replacing(folder / task / f"{name}.npz") as file:
+            np.savez_compressed(file, probability=values.half().numpy())
 
 
 def reference_title(name: str, dataset: DenseDataset) -> str:
     return name if len(dataset) <= REFERENCE_IMAGES else f"{name} ({REFERENCE_IMAGES})"    # images
-
-
-def constant_baseline(dataset: DenseDataset, odsf: bool = True) -> Results:
-    """The scores of the best prediction that is the same at every pixel: what a model must beat to have learned
-    anything. Of the first REFERENCE_IMAGES images; tasks without a label are left out.
-
-    The constants are fitted to the very labels that they are scored on. Reads the images twice, as they may not fit
-    into memory. odsf: as in evaluate.
-    """
-    images = range(min(len(dataset), REFERENCE_IMAGES))
-    meters, statistics = meters_for(dataset), {task: [] for task in dataset.tasks}
-    tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
-    ods = {task: OdsMeter(tolerance) for task, row in dataset.rows.items()
-           if row.kind == "boundary" and tolerance is not None}
-    for i in tqdm(images, "labels for the best constant", unit="img", leave=False):
-        sample = dataset[i]
-        for task, meter in meters.items():
-            statistics[task].append(meter.statistics(sample[task]))
-    constants = {task: meter.constant(statistics[task]) for task, meter in meters.items()}
-    for i in tqdm(images, "scoring the best constant", unit="img", leave=False):
-        sample = dataset[i]
-        for task, meter in meters.items():
-            label = sample[task][None]
-            meter.update(constants[task].view(1, -1, 1, 1).expand(-1, -1, *label.shape[2:]), label)
-        for task, meter in ods.items():
-            truth = dataset.boundary_truth(i, task)
-            label = sample[task][0][own_area(sample["image"], sample["size"], dataset.LABEL_SCALE)]
-            meter.update(np.full(truth.shape, 255, np.uint8), truth, (label != IGNORE).numpy())
-    return results_of(meters, ods)
 
 
 def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
@@ -710,10 +648,10 @@ def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, fl
     titles = [*columns, *(["paper", "difference"] if paper else [])]
     print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))
     for task, metrics in next(iter(columns.values())).items():
-        row = labels.rows[task]
+        row = labels.kinds[task]
         for metric in [row.primary(metrics)] if primary_only else metrics:
             primary = metric == row.primary(metrics)
-            line = f"{labels.title(task) if primary else '':<11} {metric:<17}" + "".join(
+            line = f"{row.title if primary else '':<11} {metric:<17}" + "".join(
                 f"{results[task][metric]:>20.{row.digits}f}" if metric in results.get(task, ()) else 20 * " "
                 for results in columns.values())
             # The paper's maxF is computed as maxF_published.
@@ -739,9 +677,9 @@ def labels_of(model: MTMamba) -> Labels:
 
 
 def predict_maps(model: MTMamba, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raw outputs (B, C_t, H, W) -> maps in the form of the labels (B, 1 or 3, H, W), see Meter.predict."""
-    meters = make_meters(labels_of(model).tasks)
-    return {task: meters[task].predict(output.float()) for task, output in outputs.items()}
+    """Raw outputs (B, C_t, H, W) -> maps in the form of the labels (B, 1 or C_t, H, W), see Kind.predict."""
+    kinds = labels_of(model).kinds
+    return {task: kinds[task].predict(output.float()) for task, output in outputs.items()}
 
 
 @torch.inference_mode()
@@ -770,9 +708,9 @@ def save_contact_sheet(model: MTMamba, dataset: DenseDataset, device: torch.devi
     notes = {}
     for task, meter in meters.items():
         if not meter.empty():
-            scores, row = meter.compute(), dataset.rows[task]
+            scores, row = meter.compute(), dataset.kinds[task]
             metric = row.primary(scores)
-            notes[task] = f"{metric} here: {scores[metric]:.{row.digits}f}{dataset.labels.unit(task)}"
+            notes[task] = f"{metric} here: {scores[metric]:.{row.digits}f}{row.unit}"
     with replacing(path) as file:
         draw_sheet("image", pictures, maps, dataset.labels, truths, notes=notes).save(file, "PNG")
     return path
@@ -783,8 +721,8 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     paths = find_pictures(args.image)
     out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
-    stems, rows = distinct_stems(paths), model.labels.rows
-    drawn = [*rows, *(f"{task}_feature" for task in rows if args.features), "sheet"]
+    stems, kinds = distinct_stems(paths), model.labels.kinds
+    drawn = [*kinds, *(f"{task}_feature" for task in kinds if args.features), "sheet"]
     inputs = {path if path.is_dir() else path.parent for path in args.image}
     claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
     claim_raw(args, model.labels, stems, inputs, device)
@@ -792,7 +730,7 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat = predict_picture(model, image, device, args.max_side, args.probabilities)
+            maps, shares, heat = predict_all(model, image, device, args.max_side)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             # On a CPU, PyTorch has no error of its own for too little memory.
             full = isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
@@ -803,10 +741,10 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             skipped += 1
             continue
         if args.save_predictions:
-            save_raw(args.save_predictions, stem, maps, model.labels, args.probabilities, args.label_ids)
-        labels = {task: classes_of(values) if rows[task].kind == "classes" else values.cpu().numpy()
-                  for task, values in maps.items()}
-        pictures = {task: Image.fromarray(draw(label, label, task, model.labels)[0]) for task, label in labels.items()}
+            shares = shares if args.probabilities else {}
+            save_raw(args.save_predictions, stem, maps, shares, kinds, args.label_ids)
+        labels = {task: values.numpy() for task, values in maps.items()}
+        pictures = {task: Image.fromarray(kinds[task].picture(label, label)[0]) for task, label in labels.items()}
         overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
         sheet = draw_sheet(printable(path.name), [image], [labels], model.labels, extra=overlays.values())
         for name, picture in (pictures | overlays | {"sheet": sheet}).items():
@@ -841,8 +779,8 @@ def claim_raw(args: argparse.Namespace, labels: Labels, names: list[str], read: 
     if args.label_ids and not labels.label_ids:
         raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
     if args.save_predictions:
-        files = [f"{task}/{name}{suffix}" for task, row in labels.rows.items() for name in names
-                 for suffix in (row.suffix, ".npz") if suffix != ".npz" or args.probabilities and row.label == "class"]
+        files = [f"{task}/{name}{suffix}" for task, kind in labels.kinds.items() for name in names
+                 for suffix in (kind.suffix, *([".npz"] if args.probabilities and kind.unknown == IGNORE else []))]
         claim(args.save_predictions, files, read, args.overwrite, device)
 
 
@@ -884,14 +822,19 @@ def read_picture(path: str | Path) -> Image.Image:
     return Image.fromarray(read_image(path, turn=True))
 
 
-@torch.inference_mode()
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
-                    max_side: int = MAX_SIDE, probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of Meter.predict, (1 or 3, h, w)}, {task: (h, w) norm of the final decoder feature})
+                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}), see below."""
+    maps, _, heat = predict_all(model, image, device, max_side)
+    return maps, heat
+
+
+@torch.inference_mode()
+def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_side: int) -> tuple[dict, dict, dict]:
+    """The maps, {task: the probabilities, of tasks that have them: see Kind.probability}, and the norms.
 
     max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
     the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
-    probabilities: gives the probability of each class, (C, h, w), in place of the most likely class.
     """
     size, scale = (image.height, image.width), model.output_scale
     shrink = min(1, scale * max_side / max(size))
@@ -902,78 +845,20 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
     pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
-    heat = {}
+    maps, shares, heat, kinds = {}, {}, {}, labels_of(model).kinds
+
+    def enlarged(values, resize=bilinear):
+        values = values[0, :, :image.height, :image.width].cpu()
+        return values if values.shape[1:] == size else resize(values, size)
+    for task, output in outputs.items():
+        maps[task] = enlarged(kinds[task].predict(output.float()), kinds[task].resize)
+        share = kinds[task].probability(output.float())
+        if share is not None:
+            shares[task] = enlarged(share)
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
-        heat[task] = enlarge(norm[0, :, :image.height, :image.width], size)[0]
-    rows, maps = labels_of(model).rows, predict_maps(model, outputs)
-    maps |= class_probabilities(outputs, rows) if probabilities else {}
-    return {task: enlarge(values[0, :, :image.height, :image.width], size, unit=rows[task].label == "vector")
-            for task, values in maps.items()}, heat
-
-
-def enlarge(values: Tensor, size: tuple[int, int], unit: bool = False) -> Tensor:
-    """A map (1 or 3, h, w) at the size (h', w'): the nearest class, all else bilinear; unit: vectors of unit length."""
-    if values.shape[1:] == size:
-        return values
-    if not values.is_floating_point():
-        return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
-    values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
-    return F.normalize(values, dim=0) if unit else values
-
-
-# The picture of each kind of task: a map (1 or 3, H, W) -> its colours (H, W, 3), and the lines of its legend, (text,
-# colour). shown: all values that the legend is for, (1 or 3, ...): a sheet's images have one legend.
-
-# Anchors of a perceptually uniform colour map, dark blue over green to yellow, for depth from near to far.
-COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
-                       (160, 218, 57), (253, 231, 37)])
-
-
-def picture_classes(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
-    palette, names = labels.palette(task), labels.class_names(task)
-    return palette[values[0]], [("ignored" if i == IGNORE else names[i], palette[i]) for i in np.unique(shown)]
-
-
-def picture_depth(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
-    known = shown[(shown != IGNORE) & (shown >= 0)]    # disparities that were not measured are negative
-    known = known if known.size else values[values >= 0]    # without a true map
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    steps = np.linspace(low, high, 5)
-    lines = [(f"{step:.2f}{labels.unit(task)}", colour) for step, colour in zip(steps, colour_map(steps, low, high))]
-    return np.where((values[0] >= 0)[..., None], colour_map(values[0], low, high), 0), lines
-
-
-def picture_normal(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
-    directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
-                  ("to the viewer", (0, 0, 1))]
-    lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
-    return 255 * (values.transpose(1, 2, 0) + 1) / 2, lines
-
-
-def picture_probability(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels):
-    lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
-    return 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2), lines
-
-
-PICTURES = {"classes": picture_classes, "saliency": picture_probability, "normal": picture_normal,
-            "boundary": picture_probability, "depth": picture_depth}
-
-
-def draw(values: np.ndarray, shown: np.ndarray, task: str, labels: Labels) -> tuple[np.ndarray, list]:
-    """The picture of a map, uint8 (H, W, 3), and its legend. Ignored pixels are black, of classes as in the palette."""
-    kind = labels.rows[task].kind
-    colours, lines = PICTURES[kind](values, shown, task, labels)
-    if kind != "classes":
-        colours = np.where((values != IGNORE).all(0)[..., None], colours, 0)
-    return colours.astype(np.uint8), lines
-
-
-def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(...) -> (..., 3) in 0..255, from the first to the last colour of COLOUR_MAP."""
-    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOUR_MAP) - 1)
-    return np.stack([np.interp(position, np.arange(len(COLOUR_MAP)), COLOUR_MAP[:, c]) for c in range(3)], axis=-1)
+        heat[task] = enlarged(F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False))[0]
+    return maps, shares, heat
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -988,13 +873,13 @@ def draw_sheet(title: str, images: list[Image.Image], maps: list[dict[str, np.nd
     """Pictures in columns with titles: of each image the image and its maps, by task; below them, where there are any,
     the true maps, or the pictures of extra; at the end a legend per task. notes: one more line of a legend."""
     notes = notes or {}
-    shown = {task: np.concatenate([other[task].reshape(len(other[task]), -1) for other in truths or maps], axis=1)
-             for task in labels.rows}
+    shown = {task: np.concatenate([other[task].reshape(len(other[task]), -1) for other in [*maps, *(truths or ())]],
+                                  axis=1) for task in labels.kinds}
     legends = {}
     rows = []
     for image, *pair in zip(images, maps, *([truths] if truths else [])):
         for i, values in enumerate(pair):
-            drawn = {task: draw(label, shown[task], task, labels) for task, label in values.items()}
+            drawn = {task: labels.kinds[task].picture(label, shown[task]) for task, label in values.items()}
             legends = {task: lines for task, (_, lines) in drawn.items()}
             first = legend([("above: prediction", None), ("below: ground truth", None)]) if i else fit(image)
             rows.append([first, *(fit(Image.fromarray(picture)) for picture, _ in drawn.values())])
@@ -1006,7 +891,7 @@ def draw_sheet(title: str, images: list[Image.Image], maps: list[dict[str, np.nd
     widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
     heights = [max(picture.height for picture in row) + gap for row in rows]
     sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
-    for column, text in enumerate([title, *map(labels.title, labels.rows)]):
+    for column, text in enumerate([title, *(kind.title for kind in labels.kinds.values())]):
         ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), text, fill="black")
         for i, row in enumerate(rows):
             sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
@@ -1081,20 +966,16 @@ class Prepared(nn.Module):
 
     def __init__(self, model: MTMamba):
         super().__init__()
-        self.model, self.meters = model, make_meters(labels_of(model).tasks)
+        self.model, self.kinds = model, labels_of(model).kinds
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         outputs = self.model(normalised(image.permute(0, 3, 1, 2).float() / 255))
-        return {task: self.meters[task].predict(output) for task, output in outputs.items()}
+        return {task: self.kinds[task].predict(output) for task, output in outputs.items()}
 
 
 def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
     """The file's metadata: what a program that runs it has to know of its input and outputs."""
-    labels, tasks = labels_of(model), {}
-    for task, row in labels.rows.items():
-        tasks[task] = {"kind": row.kind}
-        tasks[task] |= {"classes": labels.class_names(task)} if row.kind == "classes" else {}
-        tasks[task] |= {"unit": labels.unit(task).strip()} if row.label == "distance" else {}
+    tasks = {task: kind.describe() for task, kind in labels_of(model).kinds.items()}
     steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
     return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
 

@@ -1,8 +1,8 @@
-"""The table of tasks, and the metrics of multi-task dense prediction as NYUDv2 and PASCAL-Context are scored (Table 1).
+"""The kinds of tasks, the table of tasks, and the metrics of multi-task dense prediction (Table 1).
 
     meters = make_meters({"semseg": 40, "depth": 1})
     for task, meter in meters.items():
-        meter.update(outputs[task], targets[task])       # raw outputs (B, C_t, H, W), labels (B, 1 or 3, H, W)
+        meter.update(outputs[task], targets[task])       # raw outputs (B, C_t, H, W), labels (B, 1 or C_t, H, W)
     results = {task: meter.compute() for task, meter in meters.items()}
 
     counts = sum(boundary_counts(u8, truth, max_dist=0.0075) for u8, truth in images)
@@ -15,16 +15,23 @@ two tensors of sums, on the device of the outputs. They add up over batches, dat
 waits for the device. The boundary score odsF has functions of its own.
 """
 
-# Order: the table of tasks; delta_m; Meter, and a class of it for each kind of task; odsF, from the score down to
-# thinning and matching.
+# Order: the base of all kinds; a class for each kind; the table of tasks and what a data set says of its labels; Meter
+# and delta_m; odsF, from the score down to thinning and matching.
 
+import copy
+import importlib
+import inspect
 import math
 import numbers
+import os
 import re
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,149 +40,162 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import Tensor
 
-IGNORE = 255                # marks the pixels of a label that do not count
+IGNORE = 255                # unknown pixels in maps of classes. In maps of numbers they are NaN.
 UNIT_LENGTH = 0.75, 1.25    # A vector stored in 8 bits counts as a unit vector if its length lies between these.
+MOST_OFF = 0.4              # If a larger share of the vectors is far from unit length, it is no image of normals.
 
 
-@dataclass(frozen=True)
-class Task:
-    """A row of TASKS: all that differs by task.
+class Unfit(ValueError):
+    """A file or an array holds something else than it should. datasets.about adds which one."""
 
-    kind: of the task. It chooses the loss (train.LOSSES), the meter (METERS) and the picture (evaluate.PICTURES).
-    label: form of the label. "class": integers. "distance": floats above 0; augmentation divides them by the factor by
-        which it enlarges the image. "vector": unit vectors; augmentation negates their x where it flips the image.
-    channels: of the output. None: one per class, as many as the data set says.
-    dtype: of the label in a sample. padding: what marks unknown pixels in the compact labels of datasets.as_label.
-    metrics: the primary one first. The next one takes its place where the primary one is not computed.
-    unit, digits: of the primary metric. The unit of a distance is also that of its values.
-    weight: of the loss with --loss weighted, as usual in the multi-task literature.
-    suffix: of the files of raw predictions.
 
-    A new task of an existing kind is one row. A new kind is one row, one loss, one meter and one picture. A new form of
-    label has its rules in datasets.as_label, decode and augment.
+def expect(condition: bool, expected: str, found: object, advice: str = ""):
+    """Raises Unfit unless the condition holds. found: if it is an array, the message shows its first value."""
+    if not condition:
+        found = found.flat[0] if isinstance(found, np.ndarray) else found
+        raise Unfit(f"expected {expected}, found {found}{'; ' if advice else ''}{advice}")
+
+
+class Kind:
+    """A kind of task: its loss, its predictions and scores, the form of its label, and its picture. An instance is one
+    task of a data set.
+
+    For a kind of your own, subclass it in the file of your data set, whose TASKS then has {"flow": (Flow, 2)}. Define
+    metrics, loss, shape, count and scores. What is below is for plain numbers: labels are floats (C, h, w), NaN where
+    unknown, and augmentation moves them but does not change them.
     """
 
-    kind: str
-    label: str
-    channels: int | None
-    dtype: torch.dtype
-    padding: int
-    metrics: tuple[str, ...]
-    lower_is_better: bool
-    unit: str
-    digits: int
-    weight: float
-    suffix: str
+    metrics: tuple[str, ...] = ()    # the primary one first; the next one counts where that is not computed
+    lower_is_better = False
+    shape: tuple[int, ...] = ()      # of the sums from which the scores are computed
+    limits = 1, IGNORE               # the fewest and most output channels
+    row = {}                         # other defaults of Task's fields than its own
+    unknown, dtype = math.nan, torch.float32    # of labels
+    stored = np.float32              # the labels' type before augmentation
+    binary = ods = False             # whether the label says yes (1) or no (0); whether odsF is scored
 
-    @property
-    def binary(self) -> bool:
-        """Whether the label says yes (1) or no (0)."""
-        return self.label == "class" and self.kind != "classes"
+    def __init__(self, task: str, row: "Task", labels: "Labels"):
+        self.task, self.channels, self.digits, self.weight = task, row.channels, row.digits, row.weight
+        self.suffix, self.scaling = row.suffix, row.scaling
+        self.title, self.unit = labels.titles.get(task, task), labels.units.get(task, row.unit)
+        self.depth_range, self.unit_normals = labels.depth_range, labels.unit_normals
+
+    def loss(self, output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """The loss of each pixel, (B, H, W). output: raw (B, C, H, W); target: labels (B, 1 or C, H, W), 0 where
+        unknown; valid: (B, H, W), where they are known. Other pixels' losses are not used."""
+        raise NotImplementedError
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Raw output (B, C, H, W) -> a map in the form of the label, with the probability in place of yes and no."""
+        return output
+
+    def probability(self, output: Tensor) -> Tensor | None:
+        """Raw output -> the probability of each class, (B, C, H, W), or of yes, (B, 1, H, W), where there is one."""
+        return None
+
+    def count(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """What an image adds to the sums, float64. prediction: of predict; target and valid: as in loss."""
+        raise NotImplementedError
+
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """The metrics by name."""
+        raise NotImplementedError
 
     def primary(self, scores: Mapping[str, float]) -> str:
         """The metric by which the task is compared, among those that were computed."""
         return next(metric for metric in self.metrics if metric in scores)
 
+    def valid(self, target: Tensor) -> Tensor:
+        """Where labels (B, 1 or C, H, W) are known: bool (B, H, W)."""
+        return ~target.isnan().any(1)
 
-# The tasks of the paper and their metrics (Table 1).
-TASKS = {
-    "semseg": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 1.0, ".png"),
-    "parsing": Task("classes", "class", None, torch.int64, IGNORE, ("mIoU",), False, " %", 2, 2.0, ".png"),
-    "saliency": Task("saliency", "class", 2, torch.int64, IGNORE, ("maxF",), False, " %", 2, 5.0, ".png"),
-    "normal": Task("normal", "vector", 3, torch.float32, 0, ("mErr",), True, "\N{DEGREE SIGN}", 2, 10.0, ".npy"),
-    "boundary": Task("boundary", "class", 1, torch.float32, IGNORE, ("odsF", "pixelF"), False, " %", 2, 50.0, ".png"),
-    "depth": Task("depth", "distance", 1, torch.float32, 0, ("RMSE",), True, " m", 4, 1.0, ".npy"),
-}
-TaskTable = Mapping[str, int | tuple[str, int]]    # of a data set: output channels, or (like, channels), by task
-# Other entries of a sample; the sheet beside the tasks' pictures; attributes of the model's heads.
-RESERVED = {"image", "name", "size", "sheet", *dir(torch.nn.ModuleDict())}
+    def image_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss of each image, (B,): the mean over its valid pixels, in float32. An image without a valid pixel has
+        loss 0 and no gradient. Images share nothing: the published runs had one image in each of 8 processes."""
+        valid = self.valid(target)
+        loss = self.loss(output.float(), known(target, valid), valid)                         # (B, H, W)
+        return torch.where(valid, loss, 0).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+    def check(self, label: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
+        """A label as a data set reads it -> an array (1 or C, h, w) of the type `stored`. size: (h, w). None stands for
+        a label that is unknown everywhere. Raises Unfit for another shape, kind of number or range."""
+        channels = 1 if self.unknown == IGNORE else self.channels
+        if label is None:
+            return np.full((channels, *size), self.unknown, self.stored)
+        label = np.asarray(label)
+        label = label[None] if channels == 1 and label.shape == size else label
+        shape = (channels, *size)
+        expect(label.shape == shape, f"the shape {shape[channels == 1:]}, as the image", label.shape)
+        return self.check_values(label)
+
+    def check_values(self, label: np.ndarray) -> np.ndarray:
+        expect(label.dtype.kind == "f", "floats, NaN where unknown", label.dtype)
+        expect(not np.isinf(label).any(), "finite numbers, or NaN where unknown", "inf")
+        return label.astype(np.float32, copy=False)
+
+    def augment(self, label: np.ndarray, scale: float, flipped: bool) -> np.ndarray:
+        """The values of a label (1 or C, h, w) whose image was enlarged by `scale` and, if flipped, mirrored. Its
+        pixels are in place already. The array may be changed."""
+        if self.scaling:    # what looks larger is nearer
+            label = label / np.float32(scale) if self.scaling < 0 else label * np.float32(scale)
+        return label
+
+    def teaches(self, target: Tensor) -> Tensor:
+        """The pixels without which a label teaches nothing."""
+        return self.valid(target)
+
+    def resize(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """A map (1 or C, h, w) at another size (h', w')."""
+        return bilinear(values, size)
+
+    def confusion(self, sums: Tensor) -> dict | None:
+        """The confusion matrix in the sums, [label][prediction], and what its rows are called, where there is one."""
+        return None
+
+    def describe(self) -> dict:
+        """What a program that runs an exported model has to know of a map."""
+        return dict(kind=type(self).__name__.lower(), unit=self.unit.strip())
+
+    def raw(self, values: np.ndarray, label_ids: bool = False) -> np.ndarray:
+        """A map as it is stored: uint8 (h, w), for a PNG, or floats (h, w) or (C, h, w). label_ids: of Labels."""
+        return values[0] if len(values) == 1 else values
+
+    def picture(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+        """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, colour or None).
+        shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
+        values, shown = (map[0] if len(map) == 1 else np.linalg.norm(map, axis=0) for map in (values, shown))
+        found = shown[~np.isnan(shown)]
+        low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+        steps = np.linspace(low, high, 5)
+        lines = [(f"{step:.2f}{self.unit}", colour) for step, colour in zip(steps, colour_map(steps, low, high))]
+        return with_unknown(colour_map(values, low, high), np.isnan(values), lines, np.isnan(shown).any())
 
 
-def task_rows(tasks: TaskTable) -> dict[str, Task]:
-    """The row of each task of a data set, with its channels.
-
-    tasks: {"semseg": 12, "material": ("semseg", 5)}. A task is one of the six, with its output channels, or has another
-    name and is treated like one of the six. Raises ValueError for anything else.
-    """
-    rows = {}
-    for name, value in tasks.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in RESERVED:
-            raise ValueError(f"expected a task's name of letters, digits, _ and -, found {name!r}; rename the task "
-                             "(image, name, size, sheet and the attributes of torch.nn.ModuleDict have other uses)")
-        like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
-        row = TASKS.get(like)
-        if row is None:
-            raise ValueError(f"expected a task of {', '.join(TASKS)}, or (like, channels) with like one of these, "
-                             f"found {name!r}: {value!r}")
-        low, high = (row.channels, row.channels) if row.channels else (2, IGNORE)
-        if not isinstance(channels, numbers.Integral) or not low <= channels <= high:
-            expected = f"{low} channels" if row.channels else f"2 to {high} channels, one per class,"
-            raise ValueError(f"expected {expected} for the task {name!r}, found {channels!r}")
-        rows[name] = replace(row, channels=int(channels))
-    return rows
+def known(target: Tensor, valid: Tensor) -> Tensor:
+    """Labels with 0 where they are unknown: NaN times 0 would be NaN, also in gradients."""
+    return torch.where(valid[:, None], target, 0)
 
 
-def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping[str, Task] = TASKS) -> float:
-    """The mean relative improvement over a baseline, in percent. Both give the primary metric of each task.
-
-    Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. rows: as task_rows returns them. Raises ValueError if the tasks differ or a
-    figure of the baseline is 0.
-    """
-    if not results or results.keys() != baseline.keys():
-        raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
-    if not all(baseline.values()):
-        raise ValueError(f"delta_m divides by the baseline's figures, found a 0 in {baseline}; take another baseline")
-    gains = [(baseline[t] - results[t] if rows[t].lower_is_better else results[t] - baseline[t]) / baseline[t]
-             for t in results]
-    return 100 * sum(gains) / len(gains)
+def bilinear(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, h, w) -> (C, h', w')"""
+    return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
 
 
-class Meter:
-    """Sums over pixels. update(output, target) adds a batch, compute() gives the metrics by name.
+def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(...) -> (..., 3) in 0..255, from the first to the last colour of COLOUR_MAP."""
+    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOUR_MAP) - 1)
+    return np.stack([np.interp(position, np.arange(len(COLOUR_MAP)), COLOUR_MAP[:, c]) for c in range(3)], axis=-1)
 
-    output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or 3, H, W), 255 where to ignore.
-    compute raises ValueError where no pixel has counted yet, an output was not finite or a label is out of range.
 
-    A kind of meter defines
-    shape: of its sums;
-    predict(output): a map in the form of the label, with the probability in place of yes and no;
-    count(prediction, target): what a batch adds to the sums;
-    scores(sums): the metrics;
-    statistics(label): what the best constant needs to know of a label (1 or 3, H, W);
-    constant(statistics): the best constant, the raw output (C_t,) that scores best if it is given at every pixel.
-    """
+# Anchors of a perceptually uniform colour map, dark blue over green to yellow.
+COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
+                       (160, 218, 57), (253, 231, 37)])
 
-    def __init__(self, task: str, row: Task, depth_range: tuple[float, float] | None = None,
-                 classes: Sequence[str] = ()):
-        self.task, self.channels, self.depth_range = task, row.channels, depth_range
-        self.classes = classes or [f"class {i}" for i in range(row.channels)]
-        self.sums = torch.zeros(self.shape, dtype=torch.float64)    # exact for counts up to 2^53
-        self.not_finite = torch.zeros((), dtype=torch.int64)        # at how many pixels an output was nan or infinite
 
-    @torch.no_grad()
-    def update(self, output: Tensor, target: Tensor):
-        if output.device.type == "mps":    # which has no float64
-            output, target = output.cpu(), target.cpu()
-        for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
-            image = image.float()
-            self.sums = self.sums.to(image.device) + self.count(self.predict(image), label)
-            self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
-
-    def empty(self) -> bool:
-        """Whether no pixel has counted yet."""
-        return not self.sums.any()
-
-    def compute(self) -> dict[str, float]:
-        if self.not_finite:
-            raise ValueError(f"the model's outputs for {self.task} are not finite at {int(self.not_finite)} pixels, so "
-                             "there is no score; the training has diverged, or the precision is too low")
-        if self.empty():
-            raise ValueError(f"no valid pixel of {self.task}, so there is nothing to score; check the labels")
-        scores = {name: float(value) for name, value in self.scores(self.sums.cpu()).items()}
-        if not all(map(math.isfinite, scores.values())):
-            raise ValueError(f"the scores of {self.task} are not finite, {scores}; check the labels' range")
-        return scores
+def with_unknown(colours: np.ndarray, unknown: np.ndarray, lines: list[tuple], any_shown: bool):
+    """Colours (h, w, 3) as uint8, black where unknown (h, w), and the legend with a line for that."""
+    colours = np.where(unknown[..., None], 0, np.nan_to_num(colours)).astype(np.uint8)
+    return colours, lines + [("unknown", (0, 0, 0))] * bool(any_shown)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -190,27 +210,65 @@ def histogram(index: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
 
 
-class ClassesMeter(Meter):
-    """mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class. Also the share of
-    pixels that are right, the mean of that share over classes, and each class's IoU.
+# ---------------------------------------------------------------------------------------------------- kinds of tasks
 
-    A class that occurs neither in the labels nor in the predictions is left out of the means.
+class Classes(Kind):
+    """Cross-entropy. mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class.
+    Also the share of pixels that are right, the mean of that share over classes, and each class's IoU.
+
+    A label is integers (h, w) or (1, h, w), IGNORE where unknown. A class that occurs neither in the labels nor in the
+    predictions is left out of the means.
     Differs: the published implementation counts it as 0. On the full benchmarks every class occurs.
     """
+
+    metrics = ("mIoU",)
+    limits = 2, IGNORE
+    unknown, dtype, stored = IGNORE, torch.int64, np.uint8
+
+    def __init__(self, task, row, labels):
+        super().__init__(task, row, labels)
+        n = 2 if self.binary else self.channels
+        self.names = list(labels.classes.get(task) or [f"class {i}" for i in range(n)])
+        self.label_ids, colours = (table.get(task) for table in (labels.label_ids, labels.colours))
+        pairs = labels.flip_pairs.get(task, ())
+        expect(len(self.names) == len(set(self.names)) == n, f"{n} different names in CLASSES[{task!r}]", self.names)
+        expect(colours is None or np.shape(colours) == (n, 3) and np.isin(colours, range(256)).all(),
+               f"{n} times three numbers of 0..255 in COLOURS[{task!r}]", colours)
+        expect(self.label_ids is None or np.shape(self.label_ids) == (n,) and np.isin(self.label_ids, range(256)).all(),
+               f"{n} numbers of 0..255 in LABEL_IDS[{task!r}]", self.label_ids)
+        expect(all(len(pair) == 2 and {*pair} <= {*self.names} for pair in pairs),
+               f"pairs of names from CLASSES[{task!r}] in FLIP_PAIRS", pairs)
+        self.mirrored = np.arange(256, dtype=np.uint8)    # by class: what it is called in a mirror
+        for a, b in (map(self.names.index, pair) for pair in pairs):
+            self.mirrored[[a, b]] = b, a
+        # PASCAL VOC's colours, unless the data set has its own: bits 0, 1 and 2 of the class are the highest bits of
+        # red, green and blue, bits 3, 4 and 5 the next ones, and so on. Unknown is (224, 224, 192).
+        self.palette = np.packbits(np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3).T & 1, axis=2)[..., 0]
+        if colours is not None:
+            self.palette[:n] = colours
 
     @property
     def shape(self):
         return self.channels + 1, self.channels    # [label, prediction]; the last row: labels out of range
 
+    def valid(self, target):
+        return (target != IGNORE).all(1)
+
+    def loss(self, output, target, valid):
+        return F.cross_entropy(output, target[:, 0].long(), reduction="none")
+
     def predict(self, output):
         return output.argmax(1, keepdim=True)
 
-    def count(self, prediction, target):
+    def probability(self, output):
+        return output.softmax(1)
+
+    def count(self, prediction, target, valid):
         # Ignored pixels get a row of their own, which is cut off: indexing by a mask would wait for the device.
-        classes = self.channels
+        classes, target = self.channels, target[:, 0].long()
         label = torch.where((target >= 0) & (target < classes), target, classes)
-        label = torch.where(target == IGNORE, classes + 1, label).long()
-        return histogram(label * classes + prediction, (classes + 2) * classes).view(classes + 2, classes)[:-1]
+        label = torch.where(valid, label, classes + 1)
+        return histogram(label * classes + prediction[:, 0], (classes + 2) * classes).view(classes + 2, classes)[:-1]
 
     def scores(self, sums):
         sums, outside = sums[:-1], int(sums[-1].sum())
@@ -221,36 +279,70 @@ class ClassesMeter(Meter):
         iou = 100 * right / (sums.sum(0) + labelled - right)    # nan where a class does not occur
         return {"mIoU": iou.nanmean(), "pixel_accuracy": 100 * right.sum() / sums.sum(),
                 "mean_accuracy": (100 * right / labelled).nanmean(),
-                **{f"IoU {name}": value for name, value in zip(self.classes, iou) if not value.isnan()}}
+                **{f"IoU {name}": value for name, value in zip(self.names, iou) if not value.isnan()}}
 
-    def statistics(self, label):
-        return label[label != IGNORE].bincount(minlength=self.channels)[:self.channels]
+    def check_values(self, label):
+        last = len(self.names) - 1
+        floats = label.dtype.kind == "f" and self.dtype.is_floating_point
+        expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
+        wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
+        expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
+        return label.astype(np.uint8)
 
-    def constant(self, statistics):    # the most frequent class
-        return F.one_hot(sum(statistics).argmax(), self.channels).float()
+    def augment(self, label, scale, flipped):
+        return self.mirrored[label] if flipped else label
+
+    def resize(self, values, size):
+        return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
+
+    def confusion(self, sums):
+        return dict(classes=self.names, pixels=sums[:-1].long().tolist())
+
+    def describe(self):
+        return dict(kind="classes", classes=self.names)
+
+    def raw(self, values, label_ids=False):
+        ids = self.label_ids if label_ids and self.label_ids else range(256)
+        return np.uint8(ids)[values[0]]
+
+    def picture(self, values, shown):
+        lines = [("unknown" if i == IGNORE else self.names[i], self.palette[i]) for i in np.unique(shown)]
+        return self.palette[values[0]], lines
 
 
-class BoundaryMeter(Meter):
-    """pixelF in percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
+class Boundary(Classes):
+    """Yes or no at each pixel. Binary cross-entropy; boundary pixels have the weight 0.95, the others 0.05. pixelF in
+    percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
 
-    A cheap stand-in for odsF, which matches boundaries within a tolerance; the two are not comparable.
-    A pixel is positive where its probability is strictly above the threshold.
+    pixelF is a cheap stand-in for odsF, which matches boundaries within a tolerance; the two are not comparable.
+    A pixel is positive where its probability is strictly above the threshold. A label has 1 on a boundary, 0 elsewhere.
     """
 
+    metrics = ("odsF", "pixelF")
+    limits = 1, 1
+    dtype = torch.float32
+    binary = ods = True
     thresholds = torch.arange(1, 256) / 256
 
     @property
     def shape(self):
         return 2, len(self.thresholds) + 1    # [false or true pixel, number of thresholds below its probability]
 
-    def predict(self, output):
+    def loss(self, output, target, valid):
+        x, y = output[:, 0], target[:, 0].float()
+        return 0.95 * y * F.softplus(-x) + 0.05 * (1 - y) * F.softplus(x)
+
+    def probability(self, output):
         return output.sigmoid()
 
-    def count(self, prediction, target):
+    def predict(self, output):
+        return self.probability(output)
+
+    def count(self, prediction, target, valid):
         bins = len(self.thresholds) + 1
         self.thresholds = self.thresholds.to(prediction.device)    # stays there
-        below = torch.bucketize(prediction.contiguous(), self.thresholds)
-        index = torch.where(target == IGNORE, 2 * bins, (target > 0).long() * bins + below)
+        below = torch.bucketize(prediction[:, 0].contiguous(), self.thresholds)
+        index = torch.where(valid, (target[:, 0] > 0).long() * bins + below, 2 * bins)
         return histogram(index, 2 * bins + 1)[:-1].view(2, bins)
 
     def f_measure(self, sums: Tensor, beta2: float) -> Tensor:
@@ -265,25 +357,48 @@ class BoundaryMeter(Meter):
     def scores(self, sums):
         return {"pixelF": self.f_measure(sums, beta2=1).max()}
 
-    def statistics(self, label):
-        return torch.empty(0)
+    def teaches(self, target):
+        return (target == 1).all(1)
 
-    def constant(self, statistics):    # everything is positive
-        return torch.tensor([100.0])
+    resize = Kind.resize    # of probabilities
+
+    def confusion(self, sums):
+        return None
+
+    def describe(self):
+        return dict(kind=type(self).__name__.lower())
+
+    def raw(self, values, label_ids=False):
+        return np.uint8(255 * values[0])    # truncated, as odsF sees it
+
+    def picture(self, values, shown):
+        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+        grey = 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2)
+        return with_unknown(grey, values[0] == IGNORE, lines, (shown == IGNORE).any())
 
 
-class SaliencyMeter(BoundaryMeter):
-    """maxF in percent: beta^2 = 0.3, the maximum over the thresholds 1/256 .. 255/256 on P(salient).
+class Saliency(Boundary):
+    """Cross-entropy; a salient pixel's weight is the share of the others in the image, and vice versa. maxF in percent:
+    beta^2 = 0.3, the maximum over the thresholds 1/256 .. 255/256 on P(salient).
 
     maxF_published: the published implementation's figure. It applies a sigmoid to the probability before it compares
     with 0.05, 0.10 .. 0.95. The result lies within [0.5, 0.73], so the other thresholds take all pixels or none.
     IoU: TP / (TP + FP + FN) in percent, at the threshold 1/2.
     """
 
+    metrics = ("maxF",)
+    limits = 2, 2
+    dtype = torch.int64
+    ods = False
     thresholds, origin = torch.cat([torch.arange(1, 256, dtype=torch.float64) / 256,
                                     torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)]).float().sort()
 
-    def predict(self, output):
+    def loss(self, output, target, valid):
+        salient = (target[:, 0] == 1) & valid
+        others = 1 - salient.sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)    # (B, 1, 1)
+        return torch.where(salient, others, 1 - others) * Classes.loss(self, output, target, valid)
+
+    def probability(self, output):
         return output.softmax(1)[:, 1:]
 
     def scores(self, sums):
@@ -292,24 +407,31 @@ class SaliencyMeter(BoundaryMeter):
         return {"maxF": f[~published].max(), "maxF_published": f[published].max(),
                 "IoU": 100 * above[1] / (above[0] + sums[1].sum()).clamp(min=1)}
 
-    def constant(self, statistics):
-        return torch.tensor([0.0, 100.0])
 
+class Normal(Kind):
+    """The absolute difference of the unit-length prediction, summed over the three channels. mErr in degrees: the mean
+    angle between the prediction, scaled to unit length, and the label. mErr_unit: the same over labels of about unit
+    length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root of the mean square, and
+    the percentage of pixels below some angles.
 
-class NormalMeter(Meter):
-    """mErr in degrees: the mean angle between the prediction, scaled to unit length, and the label. mErr_unit: the same
-    over labels of about unit length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root
-    of the mean square, and the percentage of pixels below some angles.
+    A label is floats (3, h, w): x to the right, y up, z towards the viewer. Unknown are NaN, zero vectors and, if the
+    data set has UNIT_NORMALS, vectors far from unit length.
     """
 
     BINS = 18_000           # of 0.01 degrees
+    metrics = ("mErr",)
+    lower_is_better = True
+    limits = 3, 3
     shape = (BINS + 5,)     # the histogram (180 degrees have a bin of their own), and four sums
+
+    def loss(self, output, target, valid):
+        return (F.normalize(output, dim=1) - target).abs().sum(1)
 
     def predict(self, output):
         return F.normalize(output, dim=1)
 
-    def count(self, prediction, target):
-        valid, p, t = (target != IGNORE).all(1), prediction, F.normalize(target.float(), dim=1)
+    def count(self, prediction, target, valid):
+        p, t = prediction, F.normalize(target.float(), dim=1)
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
         angle = torch.where(valid, rounded(angle, bits=16), 0)    # exact up to 2^37 degrees, all of PASCAL-Context
@@ -327,41 +449,87 @@ class NormalMeter(Meter):
                 "median": (middle + 0.5) / 100, "rmse": (squares / pixels).sqrt(),
                 **{f"below_{angle:g}": 100 * below[round(100 * angle) - 1] / pixels for angle in (11.25, 22.5, 30)}}
 
-    def statistics(self, label):
-        known = label[:, (label != IGNORE).all(0)]                                        # (3, pixels)
-        return known[:, torch.randperm(known.shape[1], generator=torch.Generator().manual_seed(0))[::97]]
+    def check_values(self, label):
+        label = super().check_values(label)
+        length = np.sqrt(label[0] ** 2 + label[1] ** 2 + label[2] ** 2)
+        known, unit = length > 0, (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])    # not NaN
+        off = known & ~unit & (length > 0.1)    # many files store shorter ones where there is no normal
+        expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
+               f"{np.mean(off):.0%} of other lengths")
+        expect(not unit.any() or (label[:2, unit] != label[1:, unit]).any(), "x, y and z in red, green and blue",
+               "a grey image")
+        return np.where(unit if self.unit_normals else known, label, np.float32(np.nan))
 
-    def constant(self, statistics):    # the one of many directions whose mean angle to a sample of the labels is least
-        normals = torch.cat(statistics, dim=1)                                            # (3, M)
-        directions = F.normalize(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), dim=0)
-        candidates = torch.cat([directions, F.normalize(normals.mean(1, keepdim=True), dim=0), torch.eye(3)], dim=1)
-        angles = torch.stack([torch.acos((c @ normals).clamp(-1, 1)).mean() for c in candidates.T])
-        return candidates[:, angles.argmin()].nan_to_num(0)
+    def augment(self, label, scale, flipped):
+        if flipped:
+            label[0] *= -1    # x points the other way
+        return label
+
+    def resize(self, values, size):
+        return F.normalize(super().resize(values, size), dim=0)
+
+    def describe(self):
+        return dict(kind="normal")
+
+    def picture(self, values, shown):
+        directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
+                      ("to the viewer", (0, 0, 1))]
+        lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
+        colours = 255 * (values.transpose(1, 2, 0) + 1) / 2
+        return with_unknown(colours, np.isnan(values[0]), lines, np.isnan(shown).any())
 
 
-class DepthMeter(Meter):
-    """RMSE in metres (prediction clamped at 0). With the prediction floored at 1e-9: abs_rel, sq_rel, log_rmse, log10
-    (mean absolute difference of the logarithms to base 10), SILog (deviation of the difference of natural logarithms,
-    times 100) and delta_1, delta_2, delta_3 (share of pixels where the larger of prediction and label is less than
-    1.25, 1.25^2, 1.25^3 times the other).
+class Values(Kind):
+    """Plain numbers, C channels: the absolute difference, RMSE and the mean absolute error MAE, each of a channel on
+    average."""
 
-    depth_range: (low, high), only pixels with low < target < high count; None for all. Cityscapes has (0, 80): its
-    depth is disparity, so RMSE is in pixels.
+    metrics = ("RMSE", "MAE")
+    lower_is_better = True
+    shape = (3,)
+
+    def loss(self, output, target, valid):
+        return (output - target).abs().mean(1)
+
+    def count(self, prediction, target, valid):
+        error = torch.where(valid[:, None], prediction - target, 0)
+        terms = valid[:, None].expand_as(error), rounded(error ** 2, bits=20), rounded(error.abs(), bits=20)
+        return torch.stack([term.sum(dtype=torch.float64) for term in terms])
+
+    def scores(self, sums):
+        return {"RMSE": (sums[1] / sums[0]).sqrt(), "MAE": sums[2] / sums[0]}
+
+
+class Depth(Kind):
+    """The absolute difference. RMSE in the label's unit, metres for depth (prediction clamped at 0). With the
+    prediction floored at 1e-9: abs_rel, sq_rel, log_rmse, log10 (mean absolute difference of the logarithms to base
+    10), SILog (deviation of the difference of natural logarithms, times 100) and delta_1, delta_2, delta_3 (share of
+    pixels where the larger of prediction and label is less than 1.25, 1.25^2, 1.25^3 times the other).
+
+    A label is floats (h, w) or (1, h, w) above 0; 0 and NaN where unknown.
+    Labels.depth_range: (low, high), only pixels with low < target < high are scored; None for all. Cityscapes has
+    (0, 80): its depth is disparity, so RMSE is in pixels.
     """
 
+    metrics = ("RMSE",)
+    lower_is_better = True
+    limits = 1, 1
     shape = (10,)
+
+    def __init__(self, task, row, labels):
+        super().__init__(task, row, labels)
+        if self.depth_range and not self.depth_range[0] < self.depth_range[1]:
+            raise ValueError(f"expected depth_range (low, high) with low below high, found {self.depth_range}")
+
+    def loss(self, output, target, valid):
+        return (output - target)[:, 0].abs()
 
     def predict(self, output):
         return output.clamp(min=0)
 
-    def valid(self, target: Tensor) -> Tensor:
-        valid = target != IGNORE
+    def count(self, prediction, target, valid):
+        valid = valid[:, None]
         if self.depth_range:
             valid = valid & (target > self.depth_range[0]) & (target < self.depth_range[1])
-        return valid
-
-    def count(self, prediction, target):
-        valid = self.valid(target)
         target = torch.where(valid, target.float(), 1)
         floored = prediction.clamp(min=1e-9)
         log, ratio = floored.log() - target.log(), torch.maximum(floored / target, target / floored)
@@ -376,27 +544,232 @@ class DepthMeter(Meter):
                 "log10": abs_log / math.log(10), "SILog": 100 * (log_squares - log ** 2).clamp(min=0).sqrt(),
                 **{f"delta_{i}": delta for i, delta in enumerate(deltas, start=1)}}
 
-    def statistics(self, label):
-        known = label[self.valid(label)].double()
-        return torch.stack([known.sum(), torch.tensor(known.numel())])
+    def check_values(self, label):
+        label = super().check_values(label)
+        expect(not (label < 0).any(), f"values above 0{self.unit and ' in'}{self.unit}, or 0 where unknown",
+               label[label < 0])
+        return np.where(label > 0, label, np.float32(np.nan))
 
-    def constant(self, statistics):    # the mean depth
-        total, pixels = sum(statistics)
-        return (total / pixels.clamp(min=1)).float().view(1)
-
-
-METERS = {"classes": ClassesMeter, "saliency": SaliencyMeter, "normal": NormalMeter, "boundary": BoundaryMeter,
-          "depth": DepthMeter}    # by kind of task
+    def picture(self, values, shown):    # disparities that were not measured are negative
+        return super().picture(*(np.where(map < 0, np.nan, map) for map in (values, shown)))
 
 
-def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None,
-                classes: Mapping[str, Sequence[str]] | None = None) -> dict[str, Meter]:
-    """tasks: see task_rows. depth_range: see DepthMeter. classes: names by task, which name the IoU of each class.
-    Raises ValueError for a task that has no row and for a range whose low is not below its high."""
-    if depth_range and not depth_range[0] < depth_range[1]:
-        raise ValueError(f"expected depth_range (low, high) with low below high, found {depth_range}")
-    return {name: METERS[row.kind](name, row, depth_range, (classes or {}).get(name, ()))
-            for name, row in task_rows(tasks).items()}
+# ------------------------------------------------------------------------- the table of tasks, and labels of a data set
+
+@dataclass(frozen=True)
+class Task:
+    """A row of TASKS: a kind, and what differs by task.
+
+    channels: of the output. None: as many as the data set says.
+    unit, digits: of the primary metric. The unit of numbers is also that of their values.
+    weight: of the loss with --loss weighted, as usual in the multi-task literature.
+    suffix: of the files of raw predictions.
+    scaling: what augmentation does to values where it enlarges the image by a factor: it multiplies by it (1), divides
+        by it (-1) or leaves them (0).
+    """
+
+    kind: type[Kind]
+    channels: int | None = None
+    unit: str = ""
+    digits: int = 2
+    weight: float = 1.0
+    suffix: str = ".npy"
+    scaling: int = 0
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.kind.lower_is_better
+
+
+# The tasks of the paper (Table 1), and two for your own data.
+TASKS = {
+    "semseg": Task(Classes, unit=" %", suffix=".png"),
+    "parsing": Task(Classes, unit=" %", weight=2.0, suffix=".png"),
+    "saliency": Task(Saliency, channels=2, unit=" %", weight=5.0, suffix=".png"),
+    "normal": Task(Normal, channels=3, unit="\N{DEGREE SIGN}", weight=10.0),
+    "boundary": Task(Boundary, channels=1, unit=" %", weight=50.0, suffix=".png"),
+    "depth": Task(Depth, channels=1, unit=" m", digits=4, scaling=-1),
+    "disparity": Task(Depth, channels=1, unit=" px", digits=4, scaling=1),
+    "values": Task(Values, digits=4),
+}
+TaskTable = Mapping[str, int | tuple[str | type[Kind], int]]    # output channels, or (like, channels), by task
+# Other entries of a sample; the sheet beside the tasks' pictures; attributes of the model's heads.
+RESERVED = {"image", "name", "size", "truths", "sheet", *dir(torch.nn.ModuleDict())}
+
+
+def task_rows(tasks: TaskTable) -> dict[str, Task]:
+    """The row of each task of a data set, with its channels.
+
+    tasks: {"semseg": 12, "material": ("semseg", 5), "flow": (Flow, 2)}. A task is one of TASKS, with its output
+    channels; or has another name and is treated like one of these; or has a kind of your own, a class or, in a
+    checkpoint, "path/to/file.py:Flow". Raises ValueError for anything else.
+    """
+    rows = {}
+    for name, value in tasks.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in RESERVED:
+            raise ValueError(f"expected a task's name of letters, digits, _ and -, found {name!r}; rename the task "
+                             "(image, name, size, truths, sheet and the attributes of torch.nn.ModuleDict have other "
+                             "uses)")
+        like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
+        if isinstance(like, str) and ".py:" in like:
+            expect_here(like, "a checkpoint")
+            like = find_class(like, Kind)
+        if isinstance(like, type) and issubclass(like, Kind):
+            row = Task(like, **like.row)
+        elif like in TASKS:
+            row = TASKS[like]
+        else:
+            raise ValueError(f"expected a task of {', '.join(TASKS)}, or (like, channels) with like one of these or a "
+                             f"subclass of metrics.Kind, found {name!r}: {value!r}")
+        low, high = row.kind.limits
+        if not isinstance(channels, numbers.Integral) or not low <= channels <= high:
+            expected = f"{low} channels" if low == high else f"{low} to {high} channels, one per class or number,"
+            raise ValueError(f"expected {expected} for the task {name!r}, found {channels!r}")
+        rows[name] = replace(row, channels=int(channels))
+    return rows
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a data set says of its labels, for losses, scores, tables and pictures: plain values, and classes of kinds.
+    The tables are by task; see datasets.DenseDataset for each."""
+
+    tasks: dict
+    classes: dict = field(default_factory=dict)
+    colours: dict = field(default_factory=dict)
+    titles: dict = field(default_factory=dict)
+    units: dict = field(default_factory=dict)
+    label_ids: dict = field(default_factory=dict)
+    flip_pairs: dict = field(default_factory=dict)
+    depth_range: tuple[float, float] | None = None
+    unit_normals: bool = True
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """Each task as an instance of its kind. Raises ValueError where what is said of it does not fit."""
+        return {task: row.kind(task, row, self) for task, row in task_rows(self.tasks).items()}
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """MTMamba's tasks."""
+        return {task: kind.channels for task, kind in self.kinds.items()}
+
+    def plain(self) -> dict:
+        """For checkpoints; Labels(**plain) is the same again."""
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+
+
+def plain(value: object) -> object:
+    """Numbers, texts, lists and dictionaries alone. A class of a kind becomes path/to/file.py:Class, from the current
+    folder."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list, range)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, type):
+        return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def find_class(name: str, base: type) -> type:
+    """The subclass of `base` that "path/to/file.py:Class" names. Raises ValueError where there is none."""
+    file, _, class_name = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if path.suffix != ".py" or "." in path.stem:
+        raise ValueError(f"expected path/to/file.py:Class (no other dot in the file's name), found {name!r}")
+    found = getattr(import_file(path), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
+        raise ValueError(f"expected a subclass {class_name!r} of {base.__module__}.{base.__name__} in {path}, with all "
+                         f"that it asks for, found {found}")
+    return found
+
+
+def expect_here(name: str, source: object):
+    """Raises ValueError where path/to/file.py:Class is not in or below the current folder, unless the file is loaded
+    already. source, which names it, may come from somebody else: no code runs on its word."""
+    path = Path(name.rpartition(":")[0]).expanduser().resolve()
+    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
+    if not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
+        raise ValueError(f"{source} names the Python file {path}, which is not in or below the current folder; to run "
+                         "it, name the data set yourself with --dataset")
+
+
+def import_file(path: Path):
+    """The module of a user's file. The file's folder is added to sys.path, which new processes get, too."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = importlib.import_module(path.stem)
+    if Path(getattr(module, "__file__", None) or "").resolve() != path:
+        raise ValueError(f"cannot load {path}: another module is called {path.stem}; rename the file")
+    return module
+
+
+# ------------------------------------------------------------------------------------------------- meters and delta_m
+
+def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None) -> dict[str, "Meter"]:
+    """tasks: see task_rows. depth_range: see Depth. Raises ValueError for a task that has no row and for a range
+    whose low is not below its high."""
+    return {task: Meter(kind) for task, kind in Labels(dict(tasks), depth_range=depth_range).kinds.items()}
+
+
+class Meter:
+    """The scores of a task. update(output, target) adds a batch, compute() gives the metrics by name.
+
+    output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of
+    classes, NaN in maps of numbers.
+    compute raises ValueError where no pixel has counted yet, an output was not finite or a label is out of range.
+    """
+
+    def __init__(self, kind: Kind):
+        self.kind = copy.copy(kind)    # it may keep a tensor on the device of the outputs
+        self.sums = torch.zeros(kind.shape, dtype=torch.float64)    # exact for counts up to 2^53
+        self.not_finite = torch.zeros((), dtype=torch.int64)        # at how many pixels an output was nan or infinite
+
+    @torch.no_grad()
+    def update(self, output: Tensor, target: Tensor):
+        if output.device.type == "mps":    # which has no float64
+            output, target = output.cpu(), target.cpu()
+        for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
+            image, valid = image.float(), self.kind.valid(label)
+            counted = self.kind.count(self.kind.predict(image), known(label, valid), valid)
+            self.sums = self.sums.to(image.device) + counted
+            self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
+
+    def empty(self) -> bool:
+        """Whether no pixel has counted yet."""
+        return not self.sums.any()
+
+    def compute(self) -> dict[str, float]:
+        task = self.kind.task
+        if self.not_finite:
+            raise ValueError(f"the model's outputs for {task} are not finite at {int(self.not_finite)} pixels, so "
+                             "there is no score; the training has diverged, or the precision is too low")
+        if self.empty():
+            raise ValueError(f"no valid pixel of {task}, so there is nothing to score; check the labels")
+        scores = {name: float(value) for name, value in self.kind.scores(self.sums.cpu()).items()}
+        if not all(map(math.isfinite, scores.values())):
+            raise ValueError(f"the scores of {task} are not finite, {scores}; check the labels' range")
+        return scores
+
+
+def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping[str, Task] = TASKS) -> float:
+    """The mean relative improvement over a baseline, in percent. Both give the primary metric of each task.
+
+    Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
+    NYUDv2 is Table 2's single-task row. rows: of task_rows, or kinds. Raises ValueError if the tasks differ or a figure
+    of the baseline is 0.
+    """
+    if not results or results.keys() != baseline.keys():
+        raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
+    if not all(baseline.values()):
+        raise ValueError(f"delta_m divides by the baseline's figures, found a 0 in {baseline}; take another baseline")
+    gains = [(baseline[t] - results[t] if rows[t].lower_is_better else results[t] - baseline[t]) / baseline[t]
+             for t in results]
+    return 100 * sum(gains) / len(gains)
 
 
 # ------------------------------------------------------------------------------------------------------------- odsF

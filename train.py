@@ -26,7 +26,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -43,7 +42,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,15 +54,12 @@ except ImportError:    # on Windows there is no lock
 
 from datasets import (
     DATASETS,
-    IGNORE,
     SIGNALS,
     DenseDataset,
-    Labels,
     Parser,
     append,
     check_samples,
     check_writable,
-    expect_here,
     fetch,
     find_dataset_class,
     interrupt,
@@ -95,7 +90,7 @@ from evaluate import (
     versions,
     write_results,
 )
-from metrics import TASKS, Task
+from metrics import TASKS, Labels, Task, expect_here
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
@@ -295,12 +290,12 @@ class Run:
             self.train_set.set_length(args.iterations * args.batch_size)
         self.val_set = data_set.open("val", data_set.VAL_SIZE or args.img_size, list(self.train_set.tasks),
                                      args.data_root)
-        self.rows = self.train_set.rows
+        self.kinds = self.train_set.kinds
         self.scored = min(len(self.val_set), args.val_images or len(self.val_set))    # validation images
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
         self.train_set.refuse_folder(args.out)
         keep_inputs(args.out / "results.json", args.baseline or ())
-        self.description |= dict(labels=dataclasses.asdict(self.train_set.labels), names={
+        self.description |= dict(labels=self.train_set.labels.plain(), names={
             "train": digest_names(self.train_set, self.device), "val": digest_names(self.val_set, self.device)})
 
     def build_model(self, new: bool):
@@ -308,7 +303,7 @@ class Run:
         processes. new: without a checkpoint that gives the weights."""
         args, device = self.args, self.device
         torch.manual_seed(args.seed)
-        config = dict(tasks={task: row.channels for task, row in self.rows.items()}, img_size=args.img_size,
+        config = dict(tasks=self.train_set.labels.channels, img_size=args.img_size,
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
         self.description["config"] = config
@@ -325,7 +320,7 @@ class Run:
             self.model.set_grad_checkpointing()
         if args.freeze_encoder:
             self.model.freeze_encoder()
-        self.total = make_total(args.loss, self.rows)
+        self.total = make_total(args.loss, self.kinds)
         self.learned = nn.ModuleList([self.total] if isinstance(self.total, nn.Module) else []).to(device)
 
         self.network = self.model
@@ -457,7 +452,7 @@ class Run:
         torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration, self.rank]).generate_state(1)[0]))
         for i in range(args.accumulate):
             batch = next(batches)
-            targets = {task: batch[task].to(self.device, non_blocking=True) for task in self.rows}
+            targets = {task: batch[task].to(self.device, non_blocking=True) for task in self.kinds}
             first = (i * self.world + self.rank) * self.part
             self.depth.kept.copy_(kept[:, first:first + self.part], non_blocking=True)
             last = i == args.accumulate - 1
@@ -469,10 +464,10 @@ class Run:
                     self.dropout = True
                     print("the network draws random numbers of its own, such as an encoder's dropout: with another "
                           "number of processes, or another --accumulate, the run is another one")
-                losses = {task: task_loss(self.rows[task].kind, outputs[task], targets[task]) for task in self.rows}
+                losses = {task: kind.image_losses(outputs[task], targets[task]) for task, kind in self.kinds.items()}
                 # DDP averages the gradients over the processes.
                 self.scaler.scale(self.total(losses) / args.accumulate).backward()
-            labelled = [valid_pixels(target).flatten(1).any(1).sum() for target in targets.values()]    # images
+            labelled = [kind.valid(targets[task]).flatten(1).any(1).sum() for task, kind in self.kinds.items()]
             sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]), torch.stack(labelled)])
         for parameter in self.learned.parameters():    # the total loss is no part of DDP's module
             if parameter.grad is not None:
@@ -502,7 +497,7 @@ class Run:
         """
         begun, self.record = time.perf_counter(), {}
         results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted, limit=limit or self.scored, loss=task_loss,
+                           stop=lambda: self.interruption.noted, limit=limit or self.scored, losses=True,
                            record=self.record)
         self.evaluation_seconds = time.perf_counter() - begun
         return results
@@ -514,7 +509,7 @@ class Run:
         """
         values = torch.stack(list(self.losses.values())).cpu().double()    # (iterations, 2, T)
         for iteration, losses in zip(self.losses, values[:, 0].tolist()):
-            for task, loss in zip(self.rows, losses):
+            for task, loss in zip(self.kinds, losses):
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss of {task} is {loss} in iteration {iteration}; nothing was saved since. Start from "
@@ -523,7 +518,7 @@ class Run:
 
     def log_losses(self, sums: list[list[float]], bar: tqdm):
         """The means since the last line, None for a task of which no image had a label; to the log and the bar."""
-        losses = {task: total / images if images else None for task, total, images in zip(self.rows, *sums)}
+        losses = {task: total / images if images else None for task, total, images in zip(self.kinds, *sums)}
         speed = len(self.losses) * self.args.batch_size / self.seconds
         self.losses, self.seconds = {}, 0.0
         lr = learning_rate(self.args.lr, self.iteration - 1, self.args.iterations)
@@ -535,7 +530,7 @@ class Run:
 
     def keep(self, results: Results):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
-        score = selection_score(results, self.rows) if results else None
+        score = selection_score(results, self.kinds) if results else None
         self.evaluated, losses = self.iteration, self.record["validation_losses"]
         self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection=score,
                       seconds=self.evaluation_seconds),
@@ -564,7 +559,7 @@ class Run:
         data_set, out, trained = self.val_set, self.args.out, results["trained"]
         encoder = {timm_name: name for name, timm_name in ENCODERS.items()}.get(self.args.encoder, self.args.encoder)
         print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)), primary_only=True)
-        improvement = compare(trained, self.single_task or data_set.SINGLE_TASK, self.rows)
+        improvement = compare(trained, self.single_task or data_set.SINGLE_TASK, self.kinds)
         if improvement is not None:
             print(f"delta_m against {'--baseline' if self.single_task else 'the single-task row of Table 2'}: "
                   f"{improvement:+.2f} %")
@@ -671,16 +666,16 @@ def draw_curves(folder: Path, labels: Labels):
         if points:
             axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=key)
 
-    figure = Figure(figsize=(4 * len(labels.rows) + 4, 6), layout="constrained")
-    *tasks, last = figure.subplots(2, len(labels.rows) + 1, sharex=True).T
-    for (task, row), (above, below) in zip(labels.rows.items(), tasks):
+    figure = Figure(figsize=(4 * len(labels.kinds) + 4, 6), layout="constrained")
+    *tasks, last = figure.subplots(2, len(labels.kinds) + 1, sharex=True).T
+    for (task, row), (above, below) in zip(labels.kinds.items(), tasks):
         curve(above, "losses", task)
         curve(above, "validation_losses", task)
-        above.set(title=f"{labels.title(task)}: losses", ylim=(0, None))
+        above.set(title=f"{row.title}: losses", ylim=(0, None))
         if above.lines:
             above.legend()
         curve(below, "results", task, row.metrics[-1])
-        below.set(title=f"{labels.title(task)}: {row.metrics[-1]}{labels.unit(task)}", xlabel="iteration")
+        below.set(title=f"{row.title}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
     for axes, key in zip(last, ("lr", "selection")):
         curve(axes, key)
         axes.set(title=key, xlabel="iteration")
@@ -731,60 +726,12 @@ TOTALS: dict[str, Callable | type[nn.Module]] = {"log": log_total, "weighted": w
 
 
 def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:
-    """The task's loss of each image, (B,): the mean over the image's valid pixels, in float32.
+    """The loss of each image, (B,), of a task of metrics.TASKS: see Kind.image_losses and the class of its kind.
 
-    task: one of the six, or for a task of another name its kind, a key of LOSSES. output: raw output (B, C_t, H, W).
-    target: labels (B, 1 or 3, H, W), 255 where to ignore. An image without a valid pixel has loss 0 and no gradient.
-    Raises ValueError for another task.
-    Images share nothing: the published runs had one image in each of 8 processes.
-
-    semseg, parsing   cross-entropy
-    saliency          cross-entropy; a salient pixel's weight is the share of the others in the image, and vice versa
-    boundary          binary cross-entropy; boundary pixels have the weight 0.95, the others 0.05
-    normal            absolute difference of the unit-length prediction, summed over the three channels
-    depth             absolute difference
+    output: raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of classes, NaN in
+    maps of numbers. Raises ValueError for another task.
     """
-    kind = TASKS[task].kind if task in TASKS else task
-    if kind not in LOSSES:
-        raise ValueError(f"expected a task of {', '.join(TASKS)}, or a kind of {', '.join(LOSSES)}, found {task!r}")
-    valid = valid_pixels(target)                                            # (B, H, W)
-    loss = LOSSES[kind](output.float(), target, valid)                      # (B, H, W)
-    return torch.where(valid, loss, 0).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-
-
-def valid_pixels(target: Tensor) -> Tensor:
-    """Where labels (B, 1 or 3, H, W) count: bool (B, H, W)."""
-    return (target != IGNORE).all(1)
-
-
-# The losses of the pixels, (B, H, W). valid: (B, H, W). Losses of other pixels are not used.
-
-def classes_loss(output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    return F.cross_entropy(output, target[:, 0].long(), ignore_index=IGNORE, reduction="none")
-
-
-def saliency_loss(output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    salient = (target[:, 0] == 1) & valid
-    others = 1 - salient.sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)    # (B, 1, 1)
-    return torch.where(salient, others, 1 - others) * classes_loss(output, target, valid)
-
-
-def boundary_loss(output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    x, y = output[:, 0], target[:, 0].float()
-    return 0.95 * y * F.softplus(-x) + 0.05 * (1 - y) * F.softplus(x)
-
-
-def normal_loss(output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    return (F.normalize(output, dim=1) - target).abs().sum(1)
-
-
-def depth_loss(output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    return (output - target)[:, 0].abs()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {    # by kind of task
-    "classes": classes_loss, "saliency": saliency_loss, "boundary": boundary_loss, "normal": normal_loss,
-    "depth": depth_loss}
+    return Labels({"task": (task, output.shape[1])}).kinds["task"].image_losses(output, target)
 
 
 # ---------------------------------------------------------------------------------------------- schedule and batches

@@ -71,7 +71,7 @@ def nyud_files(name: str, maps: dict[str, np.ndarray]) -> dict:
     return {
         f"images/{name}.png": 255 * maps["image"],
         f"segmentation/{name}.png": NYUD[maps["semseg"]],
-        f"depth/{name}.npy": np.where(maps["depth"] == IGNORE, 0, maps["depth"])[0],
+        f"depth/{name}.npy": np.nan_to_num(maps["depth"][0]),
         f"normals/{name}.png": normal_pixels(maps["normal"]),
         f"edge/{name}.png": 255 * maps["boundary"],
     }
@@ -94,7 +94,7 @@ def cityscapes_files(split: str, name: str, maps: dict[str, np.ndarray]) -> dict
     """As nyud_files. The disparity is that of a camera with 100 pixels times metres (the real one has about 470); the
     sky has none."""
     depth = maps["depth"]
-    disparity = np.where(depth == IGNORE, 0, 1 + 256 * 100 / depth).clip(max=2**16 - 1)
+    disparity = np.nan_to_num(1 + 256 * 100 / depth).clip(max=2**16 - 1)
     return {f"{folder}/{split}/{name.split('_')[0]}/{name}_{suffix}.png": content for folder, suffix, content in (
         ("leftImg8bit", "leftImg8bit", 255 * maps["image"]), ("gtFine", "gtFine_labelIds", CITYSCAPES[maps["semseg"]]),
         ("disparity", "disparity", np.rint(disparity).astype(np.uint16)))}
@@ -138,8 +138,8 @@ def struct(rows: list[tuple], *fields: str) -> np.ndarray:
 
 
 def normal_pixels(normal: np.ndarray) -> np.ndarray:
-    """Unit vectors (3, h, w) -> pixels in 0..255; IGNORE becomes the normal that faces the viewer."""
-    normal = np.where(normal == IGNORE, np.reshape([0, 0, 1], (3, 1, 1)), normal)
+    """Unit vectors (3, h, w) -> pixels in 0..255; unknown ones become the normal that faces the viewer."""
+    normal = np.where(np.isnan(normal), np.reshape([0, 0, 1], (3, 1, 1)), normal)
     return (normal + 1) * 255 / 2
 
 

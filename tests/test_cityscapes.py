@@ -11,6 +11,7 @@ from PIL import Image
 import archives
 import datasets
 import evaluate
+import metrics
 import train
 from datasets import IGNORE, Cityscapes
 from metrics import make_meters
@@ -71,7 +72,7 @@ def test_invalid_disparity_may_be_masked(root):
         MASK_INVALID = True
     for plain, masked in zip(Cityscapes(root, "val", size=SIZE), Masked(root, "val", size=SIZE)):
         assert (plain["depth"] == -1).any() and (plain["depth"] == 0).any()
-        assert torch.equal(masked["depth"], torch.where(plain["depth"] == -1, IGNORE, plain["depth"]))
+        np.testing.assert_array_equal(masked["depth"], torch.where(plain["depth"] == -1, torch.nan, plain["depth"]))
 
 
 def test_a_split_is_what_lies_in_its_folder(root, recorded):
@@ -117,17 +118,18 @@ def test_a_picture_keeps_its_size_and_colours(tiny_model):
     assert torch.equal(maps["semseg"], outputs["semseg"].argmax(1)[:, :75, :130])
     assert maps["depth"].shape == (1, 75, 130) and heat["depth"].shape == (75, 130)
     labels = Cityscapes.describe(Cityscapes.TASKS)
-    assert labels.title("depth") == "disparity" and labels.unit("depth") == " px"
+    semseg, depth = labels.kinds["semseg"], labels.kinds["depth"]
+    assert depth.title == "disparity" and depth.unit == " px"
 
     label = np.array([[[0, 13, IGNORE]]])
-    pixels, legend = evaluate.draw(label, label, "semseg", labels)
-    assert pixels.tolist() == [[[128, 64, 128], [0, 0, 142], [0, 0, 0]]]
-    assert [line[0] for line in legend] == ["road", "car", "ignored"]
-    disparity = np.array([[[-1.0, 0.0, 2.0, IGNORE]]])
-    pixels, legend = evaluate.draw(disparity, disparity, "depth", labels)
+    pixels, legend = semseg.picture(label, label)
+    assert pixels.tolist() == [[[128, 64, 128], [0, 0, 142], [224, 224, 192]]]
+    assert [line[0] for line in legend] == ["road", "car", "unknown"]
+    disparity = np.array([[[-1.0, 0.0, 2.0, np.nan]]])
+    pixels, legend = depth.picture(disparity, disparity)
     black = [0, 0, 0]
-    assert pixels.tolist() == [[black, evaluate.COLOUR_MAP[0].tolist(), evaluate.COLOUR_MAP[-1].tolist(), black]]
-    assert [line[0] for line in legend][::4] == ["0.00 px", "2.00 px"]
+    assert pixels.tolist() == [[black, metrics.COLOUR_MAP[0].tolist(), metrics.COLOUR_MAP[-1].tolist(), black]]
+    assert [line[0] for line in legend] == ["0.00 px", "0.50 px", "1.00 px", "1.50 px", "2.00 px", "unknown"]
 
 
 ARGUMENTS = ["--dataset", "cityscapes", "--img-size", "32", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
@@ -150,7 +152,7 @@ def test_exported_files(exported, capsys):
     assert capsys.readouterr().out.startswith("train: 4 images; published: 2975\n")
     scene = datasets.Synthetic(4, (64, 128), seed=0).render(0)
     sample = Cityscapes(exported, "train", size=(32, 64))[0]
-    seen = scene["depth"] != IGNORE
+    seen = ~np.isnan(scene["depth"])
     np.testing.assert_allclose(sample["depth"][seen], 100 / scene["depth"][seen], atol=1 / 256)
     assert (sample["depth"][~seen] == -1).all() and (sample["semseg"][~seen] == 10).all()    # sky
     assert datasets.main(command) == 1

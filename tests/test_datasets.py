@@ -1,7 +1,6 @@
 """PascalContext, NYUDv2, your own data: label conventions on files made by hand, augmentation, checks, archives."""
 
 import copy
-import dataclasses
 import errno
 import json
 import locale
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import archives
 import datasets
+import metrics
 from datasets import (
     IGNORE,
     INDOOR,
@@ -44,10 +44,11 @@ from datasets import (
     main,
     read_image,
 )
-from metrics import TASKS, boundary_ground_truth, delta_m, task_rows, thin
+from metrics import Labels, boundary_ground_truth, delta_m, task_rows, thin
 from mtmamba import ENCODERS, VARIANTS
 
 SIZE = (40, 48)
+KINDS = Labels({"semseg": 21, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}).kinds
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,11 @@ def exported(tmp_path_factory, kind, count):
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     for key in a:
-        assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
+        assert same(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
+
+
+def same(a, b):
+    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
 
 
 def save(path, content):
@@ -140,7 +145,7 @@ def test_nyudv2_labels(tmp_path):
     semseg, depth = inner(sample, "semseg")[0], inner(sample, "depth")[0]
     assert semseg[0, 0] == IGNORE                               # 0 in the file
     assert semseg.ravel()[1:41].tolist() == list(range(40))
-    assert depth[0, 0] == IGNORE
+    assert np.isnan(depth[0, 0])
     np.testing.assert_allclose(depth.ravel()[1:], np.arange(1, 48) / 10, rtol=1e-6)
     np.testing.assert_allclose(inner(sample, "normal"), normal.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
     assert (inner(sample, "boundary")[0] == values % 2).all()
@@ -225,8 +230,8 @@ def test_normals_count_only_in_classes_that_exist_indoors(tmp_path):
     by_hand(tmp_path, {"JPEGImages/a.jpg": pixels, "normals_distill/a.png": pixels,
                        "pascal-context/trainval/a.mat": {"LabelMap": label_map.astype(np.uint16)}})
     normal = inner(PascalContext(tmp_path, "val", ["normal"])[0], "normal")
-    valid = (normal != IGNORE).all(0)
-    assert (valid == (normal != IGNORE).any(0)).all()
+    valid = ~np.isnan(normal).any(0)
+    assert (valid == ~np.isnan(normal).all(0)).all()
     np.testing.assert_allclose(normal[:, valid], pixels.transpose(2, 0, 1)[:, valid] / 127.5 - 1, atol=1e-6)
     classes = set(label_map[valid])
     assert len(classes) == 170 and sum(classes) == 37556
@@ -255,14 +260,14 @@ def test_normals_far_from_unit_length_are_ignored_in_your_own_data(monkeypatch):
     vectors = pixels.transpose(2, 0, 1) / 127.5 - 1
     ignored = np.zeros((4, 6), bool)
     ignored[0, :2] = True
-    for label in (np.concatenate([pixels.transpose(2, 0, 1), np.ones((1, 4, 6), np.uint8)]), vectors):
+    for label in (vectors, np.float32(vectors)):
         monkeypatch.setattr(Own, "content", {"normal": label})
         monkeypatch.setattr(Own, "UNIT_NORMALS", True)
-        np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, IGNORE, vectors), atol=1e-6)
+        np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, np.nan, vectors), atol=1e-6)
         monkeypatch.setattr(Own, "UNIT_NORMALS", False)
         np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], vectors, atol=1e-6)
     monkeypatch.setattr(Own, "content", {"normal": np.where(ignored, 0, vectors)})
-    np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, IGNORE, vectors), atol=1e-6)
+    np.testing.assert_allclose(Own("val", (4, 6))[0]["normal"], np.where(ignored, np.nan, vectors), atol=1e-6)
 
 
 def test_a_label_may_be_a_function_that_reads_it(monkeypatch):
@@ -284,7 +289,11 @@ def test_evaluation_pads_around_the_image_in_the_middle(tmp_path):
         channels = 1 if task == "semseg" else channels
         assert sample[task].shape == (channels, 8, 12) and sample[task].is_contiguous()
         assert sample[task].dtype == (torch.int64 if task == "semseg" else torch.float32)
-        assert ((sample[task] == IGNORE) == ~inside).all(), task
+        assert (unknown(sample[task]) == ~inside).all(), task
+
+
+def unknown(label):
+    return label == IGNORE if label.dtype == torch.int64 else label.isnan() | (label == IGNORE)
 
 
 def test_centred_of_an_odd_remainder():
@@ -451,7 +460,7 @@ def coordinates(h, w):
     """An image whose red and green are 2 x and 2 y, and labels that are x and y."""
     y, x = np.mgrid[:h, :w].astype(np.uint8)
     labels = {"boundary": x[None], "saliency": y[None], "depth": np.full((1, h, w), 3, np.float32),
-              "normal": np.stack([x, y, x, np.ones_like(x)])}
+              "normal": np.float32([x, y, x])}
     return np.stack([2 * x, 2 * y, 0 * x], 2), labels
 
 
@@ -461,7 +470,7 @@ def test_labels_stay_with_the_image_and_depth_and_normals_follow(monkeypatch):
     source, labels = coordinates(h, w)
     scales, flips, lefts = [], [], []
     for seed in range(300):
-        image, moved = augment(source, labels, TASKS, size, np.random.default_rng(seed))
+        image, moved = augment(source, labels, KINDS, size, np.random.default_rng(seed))
         x, y = moved["boundary"][0].astype(float), moved["saliency"][0].astype(float)
         scale = 3 / moved["depth"][0, 0, 0]
         expected = tuple(min(round(a * scale), b) for a, b in zip((h, w), size))
@@ -473,21 +482,14 @@ def test_labels_stay_with_the_image_and_depth_and_normals_follow(monkeypatch):
         assert abs(abs(step) * scale - 1) < 2.2 / (x.shape[1] - 1) * scale
         assert (np.diff(y, axis=0) >= 0).all() and (np.diff(x, axis=1) * step >= 0).all()
         flipped = step < 0
-        assert (moved["normal"][0] == (255 - x if flipped else x)).all()
-        assert (moved["normal"][1] == y).all() and (moved["normal"][2] == x).all() and (moved["normal"][3] == 1).all()
+        assert (moved["normal"][0] == (-x if flipped else x)).all()
+        assert (moved["normal"][1] == y).all() and (moved["normal"][2] == x).all()
         scales.append(scale), flips.append(flipped)
         if scale > 1.5:
             lefts.append(x.min() / (w - 100 / scale))
     assert 0.5 <= min(scales) < 0.53 and 1.97 < max(scales) <= 2 and abs(np.mean(scales) - 1.25) < 0.08
     assert abs(np.mean(flips) - 0.5) < 0.09
     assert min(lefts) < 0.05 and max(lefts) > 0.95 and abs(np.mean(lefts) - 0.5) < 0.1    # crops reach both sides
-
-
-def test_a_flipped_normal_is_the_negative_in_x():
-    pixels = np.uint8([[[0]], [[51]], [[255]], [[1]]])
-    for x, expected in ((0, -1), (255 - 0, 1), (51, -0.6), (255 - 51, 0.6)):
-        pixels[0] = x
-        np.testing.assert_allclose(datasets.decode(TASKS["normal"], pixels).ravel(), [expected, -0.6, 1], atol=1e-6)
 
 
 def test_colours_are_drawn_half_the_time_in_range_and_in_order(monkeypatch):
@@ -499,7 +501,7 @@ def test_colours_are_drawn_half_the_time_in_range_and_in_order(monkeypatch):
     image, labels = coordinates(4, 4)
     for seed in range(400):
         drawn.append([])
-        augment(image, labels, TASKS, (4, 4), np.random.default_rng(seed))
+        augment(image, labels, KINDS, (4, 4), np.random.default_rng(seed))
     for i, (low, high) in enumerate(bounds):
         values = [value for one in drawn for j, value in one if i == j]
         assert abs(len(values) / 400 - 0.5) < 0.08
@@ -534,7 +536,7 @@ def test_crops_are_tried_again_while_one_class_dominates(monkeypatch):
     kept = alone = 0
     for seed in range(200):
         for labels in ({"semseg": semseg}, {"saliency": semseg}):
-            found = augment(image, labels, TASKS, (20, 20), np.random.default_rng(seed), "semseg")[1]
+            found = augment(image, labels, KINDS, (20, 20), np.random.default_rng(seed), "semseg")[1]
             alone += "saliency" in found and not datasets.dominated(found["saliency"])
             kept += "semseg" in found and not datasets.dominated(found["semseg"])
     share = 6 / 81                                               # of 81 crops: 5 to 10 columns of class 2, 10 at most
@@ -562,7 +564,7 @@ def test_workers_do_not_change_the_data(kind, pascal, nyud):
     for a, b in zip(alone, shared):
         assert a["image"].shape == (2, 3, 32, 64) and a["name"] == b["name"]
         for key in ("image", *data.tasks):
-            assert torch.equal(a[key], b[key]), key
+            assert same(a[key], b[key]), key
     assert not torch.equal(alone[0]["image"], alone[1]["image"])
 
 
@@ -582,7 +584,7 @@ def test_exported_pascal_files_hold_the_scenes(pascal):
         indoor = INDOOR[archives.LABEL_MAP[maps["semseg"]]][0]
         normal = inner(sample, "normal")
         np.testing.assert_allclose(normal[:, indoor], maps["normal"][:, indoor], atol=1 / 254)
-        assert (normal[:, ~indoor] == IGNORE).all()
+        assert np.isnan(normal[:, ~indoor]).all()
         assert abs(inner(sample, "image") - Synthetic(8, shape)[i]["image"].numpy()).mean() < 0.3    # JPEG
     assert 0 < people < len(data)
     folders = [len(list((pascal / "semseg" / folder).iterdir())) for folder in ("VOC12", "pascal-context")]
@@ -598,9 +600,9 @@ def test_exported_nyudv2_files_hold_the_scenes(nyud):
             maps = Synthetic(2, SIZE, seed).render(i)
             expected = np.where(maps["semseg"] == datasets.SKY, IGNORE, archives.NYUD[maps["semseg"]] - 1)
             assert (inner(sample, "semseg") == expected).all()
-            assert (inner(sample, "depth") == maps["depth"]).all()
+            np.testing.assert_array_equal(inner(sample, "depth"), maps["depth"])
             assert (inner(sample, "boundary") == maps["boundary"]).all()
-            valid = maps["normal"] != IGNORE
+            valid = ~np.isnan(maps["normal"])
             np.testing.assert_allclose(inner(sample, "normal")[valid], maps["normal"][valid], atol=1 / 254)
 
 
@@ -718,7 +720,7 @@ def test_an_image_larger_than_the_evaluation_size_is_padded_to_a_multiple_of_32(
     inside = torch.zeros(64, 12, dtype=torch.bool)
     inside[15:48, 1:11] = True
     for task in NYUDv2.TASKS:
-        assert sample[task].shape[1:] == (64, 12) and ((sample[task] == IGNORE) == ~inside).all(), task
+        assert sample[task].shape[1:] == (64, 12) and (unknown(sample[task]) == ~inside).all(), task
 
 
 @pytest.mark.parametrize("content, message", [
@@ -825,14 +827,13 @@ WRONG = [    # task, label, message
     ("semseg", np.full((4, 6), 1.0), "expected integers, found float64"),
     ("saliency", np.full((4, 6), 2), "expected classes in 0..1 or 255, found 2"),
     ("boundary", np.full((4, 6), 0.5), "expected classes in 0..1 or 255, found 0.5"),
-    ("depth", np.full((4, 6), 1500), "expected metres as floats, found int64"),
-    ("depth", np.full((4, 6), np.nan), "found nan"),
+    ("depth", np.full((4, 6), 1500), "expected floats, NaN where unknown, found int64"),
     ("depth", np.full((4, 6), np.inf), "found inf"),
     ("depth", np.full((4, 6), -1.0), "found -1"),
     ("depth", np.full((4, 6, 3), 1.0), r"found \(4, 6, 3\)"),
     ("normal", np.full((3, 4, 6), 0.2), "expected vectors of length 1, found 100% of other lengths"),
     ("normal", np.full((4, 6), 1.0), r"found float64 \(4, 6\)|found \(4, 6\)"),
-    ("normal", np.full((3, 4, 6), np.nan), "found nan"),
+    ("normal", np.full((3, 4, 6), np.inf), "found inf"),
     ("image", np.zeros((4, 6), np.uint8), "expected an image of uint8"),
     ("image", np.zeros((4, 6, 3)), "expected an image of uint8"),
 ]
@@ -848,20 +849,20 @@ def test_wrong_arrays_are_named_with_image_and_task(task, label, message, split,
 
 
 def test_arrays_become_samples(monkeypatch):
-    """Values survive the way through the compact form, and what has none is ignored."""
+    """Values survive the way, and what has none is unknown."""
     rng = np.random.default_rng(0)
     normal = rng.normal(size=(3, 4, 6))
     normal /= np.linalg.norm(normal, axis=0)
-    normal[:, 0, 0], normal[:, 0, 1] = 0, IGNORE
+    normal[:, 0, 0], normal[:, 0, 1] = 0, np.nan
     depth = rng.uniform(1, 9, (4, 6))
-    depth[0, :2] = 0, IGNORE
+    depth[0, :3] = 0, np.nan, IGNORE    # the last is a distance like others
     monkeypatch.setattr(Own, "content", {"normal": normal, "depth": depth, "semseg": np.resize([0, 2, 255], (4, 6))})
     data = Own("val", (4, 6))
     sample = data[0]
     unknown = np.zeros((4, 6), bool)
     unknown[0, :2] = True
-    np.testing.assert_allclose(sample["normal"].numpy(), np.where(unknown, IGNORE, normal), atol=1e-6)
-    np.testing.assert_allclose(sample["depth"][0].numpy(), np.where(unknown, IGNORE, depth), rtol=1e-6)
+    np.testing.assert_allclose(sample["normal"].numpy(), np.where(unknown, np.nan, normal), atol=1e-6)
+    np.testing.assert_allclose(sample["depth"][0].numpy(), np.where(unknown, np.nan, depth), rtol=1e-6)
     assert (sample["semseg"][0].numpy() == np.resize([0, 2, 255], (4, 6))).all() and (sample["saliency"] == 1).all()
 
 
@@ -921,23 +922,23 @@ class Mixed(LabelledDataset):
 
 def test_tasks_of_other_names_and_labels_that_are_missing():
     data = Mixed("val", (6, 8))
-    assert data.tasks == {"semseg": 12, "material": ("semseg", 5), "depth": 1, "height": ("depth", 1)}
-    assert type(data.tasks["semseg"]) is int and data.rows["height"].kind == "depth"
+    assert data.labels.channels == {"semseg": 12, "material": 5, "depth": 1, "height": 1}
+    assert type(data.kinds["semseg"].channels) is int and type(data.kinds["height"]) is metrics.Depth
     for sample in data:
         assert list(sample) == ["image", *Mixed.TASKS, "name", "size"]
         for task, expected in (("semseg", GRID // 5 % 12), ("material", GRID // 5 % 5), ("depth", GRID / 10 + 1),
                                ("height", GRID / 2 + 1)):
             assert sample[task].dtype == (torch.int64 if task in ("semseg", "material") else torch.float32)
             if task in Mixed.left_out[sample["name"]]:
-                assert sample[task].shape == (1, 6, 8) and (sample[task] == IGNORE).all()
+                assert sample[task].shape == (1, 6, 8) and unknown(sample[task]).all()
             else:
                 np.testing.assert_allclose(sample[task][0], expected, rtol=1e-6)
     assert check_samples(data) == []
     train, ratios = Mixed("train", (6, 8)), []
     for epoch in range(20):    # both distances are divided by the scale
         sample = train[epoch, 0]
-        valid = sample["depth"] != IGNORE
-        assert (valid == (sample["height"] != IGNORE)).all()
+        valid = ~sample["depth"].isnan()
+        assert (valid == ~sample["height"].isnan()).all()
         ratios.append((sample["height"][valid] / sample["depth"][valid]).max().item())
     assert max(ratios) <= (235 / 2 + 1) / (235 / 10 + 1) * (1 + 1e-5)
 
@@ -952,7 +953,7 @@ def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
     monkeypatch.setattr(Mixed, "left_out", {"a": ("height",), "b": ("height", "depth")})
     monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Mixed)
     assert main(["check", "--dataset", "Mixed", "--workers", "0"]) == 0
-    message = "  look at height: no pixel counts in the first 2 samples, a to b: their values are [255.0]"
+    message = "  look at height: no pixel counts in the first 2 samples, a to b: their values are unknown"
     assert capsys.readouterr().out.splitlines() == ["train: 2 images", message, "val: 2 images", message, "no problems"]
 
 
@@ -964,29 +965,31 @@ def test_names_that_have_other_uses_are_refused(name):
 
 def test_what_pictures_need_to_know():
     labels = Mixed("val", (6, 8), ["height", "material", "semseg"]).labels
-    stored = dataclasses.asdict(labels)
-    assert datasets.Labels(**stored) == labels and json.loads(json.dumps(stored))["units"] == {"height": " cm"}
-    assert list(labels.rows) == ["height", "material", "semseg"] and labels.title("height") == "height"
-    assert labels.unit("height") == " cm" and labels.unit("semseg") == " %"
-    assert labels.class_names("material") == ["wood", "steel", "glass", "stone", "cloth"]
-    assert labels.class_names("semseg") == [f"class {i}" for i in range(12)]
+    stored = json.loads(json.dumps(labels.plain()))
+    again = datasets.Labels(**stored)
+    assert again.plain() == stored and stored["units"] == {"height": " cm"}
+    height, material, semseg = again.kinds.values()
+    assert list(labels.kinds) == list(again.kinds) == ["height", "material", "semseg"] and height.title == "height"
+    assert height.unit == " cm" and semseg.unit == " %" and height.scaling == -1
+    assert material.names == ["wood", "steel", "glass", "stone", "cloth"]
+    assert semseg.names == [f"class {i}" for i in range(12)]
     # The first colours of PASCAL VOC's development kit, and its last.
-    assert labels.palette("semseg")[[0, 1, 2, 15, 255]].tolist() == [
+    assert semseg.palette[[0, 1, 2, 15, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
-    labels = datasets.Labels({"semseg": 2}, {}, {"semseg": [(1, 2, 3), (4, 5, 6)]}, {"semseg": "classes"}, {})
-    assert labels.palette("semseg")[:3].tolist() == [[1, 2, 3], [4, 5, 6], [0, 0, 0]]
-    assert labels.title("semseg") == "classes"
+    labels = datasets.Labels({"semseg": 2}, colours={"semseg": [(1, 2, 3), (4, 5, 6)]}, titles={"semseg": "classes"})
+    assert labels.kinds["semseg"].palette[[0, 1, 255]].tolist() == [[1, 2, 3], [4, 5, 6], [224, 224, 192]]
+    assert labels.kinds["semseg"].title == "classes"
 
 
 @pytest.mark.parametrize("attribute, value, message", [
-    ("CLASSES", {"material": ("wood", "steel")}, r"5 different names in Mixed.CLASSES\['material'\], found \('wood'"),
+    ("CLASSES", {"material": ("wood", "steel")}, r"5 different names in CLASSES\['material'\], found \['wood'"),
     ("CLASSES", {"material": (*"abcd", "a")}, "different names"),
-    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 times three numbers of 0..255 in Mixed.COLOURS\['ma"),
+    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 times three numbers of 0..255 in COLOURS\['ma"),
     ("COLOURS", {"material": np.full((5, 3), 0.4)}, "COLOURS"), ("COLOURS", {"material": ["red"] * 5}, "COLOURS"),
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
-    ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"5 numbers of 0..255 in Mixed.LABEL_IDS"),
+    ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"5 numbers of 0..255 in LABEL_IDS"),
     ("LABEL_IDS", {"material": (1,)}, "LABEL_IDS"),
-    ("BOUNDARY_TOLERANCE", 2, "Mixed.BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
+    ("BOUNDARY_TOLERANCE", 2, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
 def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Mixed, attribute, value)
     with pytest.raises(ValueError, match=message):
@@ -1099,7 +1102,7 @@ def test_the_readmes_data_set(tmp_path, monkeypatch):
     assert sample["name"] == "a room" and len(data) == 1 and list(data.tasks) == ["semseg", "material", "depth"]
     assert (sample["material"] == IGNORE).all()
     assert (inner(sample, "semseg") == GRID % 12).all()
-    np.testing.assert_allclose(inner(sample, "depth")[0], np.where(GRID, GRID / 50, IGNORE), rtol=1e-6)
+    np.testing.assert_allclose(inner(sample, "depth")[0], np.where(GRID, GRID / 50, np.nan), rtol=1e-6)
     train = kind("train", (8, 8))
     assert train.augment and train[1, 0]["image"].shape == (3, 8, 8) and check_samples(train) == []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from constants import score_constants
 from PIL import Image
 from test_model import published_state
 
@@ -20,11 +21,11 @@ import metrics
 import train
 from archives import export
 from conftest import NYUD_TASKS, TINY_SWIN
-from metrics import boundary_counts, delta_m, make_meters, ods_f
+from metrics import Meter, boundary_counts, delta_m, ods_f
 from mtmamba import MTMamba
 
 ROOT = Path(evaluate.__file__).parent
-VOC = datasets.DenseDataset.describe({"semseg": 40}).palette("semseg")
+VOC = metrics.Labels({"semseg": 40}).kinds["semseg"].palette
 SIZES = {"0001": (48, 64), "0002": (41, 57), "b": (33, 64), "0004": (47, 33), "0005": (40, 50)}    # odd and uneven
 CONFIG = dict(tasks=NYUD_TASKS, img_size=(64, 64), encoder="convnext_atto", variant="stm1", d_state=1,
               encoder_kwargs=dict(dims=(12, 12, 12, 12), depths=(1, 1, 1, 1)))
@@ -65,7 +66,8 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     model = MTMamba(**CONFIG)
     torch.nn.init.normal_(model.heads["boundary"].project.weight, std=3)    # boundaries at every threshold
-    train.save_checkpoint(path, dict(model=model.state_dict(), config=CONFIG))
+    labels = metrics.Labels(NYUD_TASKS).plain()
+    train.save_checkpoint(path, dict(model=model.state_dict(), config=CONFIG, labels=labels))
     return path
 
 
@@ -108,7 +110,8 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
     """Each image alone through the model; boundaries cropped to the image's own size and truncated to 8 bits."""
     results = evaluate.main(arguments(checkpoint, nyud, tmp_path))
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
-    dataset, meters, counts = SmallNYUDv2(nyud, "val", None), make_meters(NYUD_TASKS, classes=SmallNYUDv2.CLASSES), 0
+    dataset, counts = SmallNYUDv2(nyud, "val", None), 0
+    meters = {task: Meter(kind) for task, kind in dataset.kinds.items()}
     for i, (h, w) in enumerate(SIZES.values()):
         sample = dataset[i]
         with torch.no_grad():
@@ -126,10 +129,10 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
 
 
 def test_a_distance_without_a_true_map_is_drawn_from_its_least_to_its_largest():
-    labels = datasets.Labels({"height": ("depth", 1)}, {}, {}, {}, {"height": " cm"})
-    values, unknown = np.float32([[[30, 40], [50, 70]]]), np.full((1, 4), 255, np.float32)
-    picture, legend = evaluate.draw(values, unknown, "height", labels)
-    assert [legend[0][0], legend[-1][0]] == ["30.00 cm", "70.00 cm"]
+    labels = metrics.Labels({"height": ("depth", 1)}, units={"height": " cm"})
+    values = np.float32([[[30, 40], [50, 70]]])
+    picture, legend = labels.kinds["height"].picture(values, np.append(values.reshape(1, -1), [[np.nan]], axis=1))
+    assert [legend[0][0], legend[-2][0], legend[-1][0]] == ["30.00 cm", "70.00 cm", "unknown"]
     assert len({tuple(colour) for colour in picture.reshape(4, 3).tolist()}) == 4
 
 
@@ -166,7 +169,7 @@ def test_boundaries_count_only_where_there_is_a_label(unknown, monkeypatch):
     for data in (without, Edges("val", (32, 96))):
         monkeypatch.setattr(Edges, "unknown", unknown if data is not without else None)
         scores.append((evaluate.evaluate(Model(), data, torch.device("cpu"))["boundary"],
-                       evaluate.constant_baseline(data)["boundary"]))
+                       score_constants(data)["boundary"]))
     (all_known, constant), (part_known, constant_known) = scores
     for metric in ("odsF", "oisF"):
         assert all_known[metric] < 80 and part_known[metric] > 98
@@ -233,7 +236,8 @@ def test_images_larger_than_the_data_sets_size(checkpoint, nyud, tmp_path):
     np.save(root / "depth/0002.npy", np.ones((h, w), np.float32))
     results = evaluate.main(arguments(checkpoint, root, tmp_path, "--save-predictions", tmp_path / "maps"))
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
-    dataset, meters = SmallNYUDv2(root, "val", None), make_meters(NYUD_TASKS, classes=SmallNYUDv2.CLASSES)
+    dataset = SmallNYUDv2(root, "val", None)
+    meters = {task: Meter(kind) for task, kind in dataset.kinds.items()}
     assert [tuple(sample["image"].shape[1:]) for sample in dataset] == [
         (48, 64), (64, 96), (48, 64), (48, 64), (48, 64)]
     for sample in dataset:
@@ -419,7 +423,9 @@ def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys, monkeypatch):
     export("pascal", tmp_path / "data", 1, size=(48, 64))
     config = CONFIG | {"tasks": datasets.PascalContext.TASKS}
     torch.manual_seed(0)
-    train.save_checkpoint(tmp_path / "last.pt", dict(model=MTMamba(**config).state_dict(), config=config))
+    labels = metrics.Labels(config["tasks"]).plain()
+    content = dict(model=MTMamba(**config).state_dict(), config=config, labels=labels)
+    train.save_checkpoint(tmp_path / "last.pt", content)
     row = datasets.PascalContext.PAPER["mtmamba", "swin-large"]
     monkeypatch.setattr(datasets.PascalContext, "PAPER", {("stm1", "convnext_atto"): row})
     results = evaluate.main(["--checkpoint", str(tmp_path / "last.pt"), "--data-root", str(tmp_path / "data"),
@@ -552,7 +558,7 @@ def test_legend_names_what_occurs():
     label = np.zeros((1, 4, 4), np.int64)
     label[0, 0, 0] = 39
     labels = datasets.NYUDv2.describe(NYUD_TASKS)
-    colours, lines = evaluate.draw(label, label, "semseg", labels)
+    colours, lines = labels.kinds["semseg"].picture(label, label)
     assert [text for text, _ in lines] == ["wall", "other prop"] and (lines[1][1] == VOC[39]).all()
     assert (colours[0, 0] == VOC[39]).all() and colours.shape == (4, 4, 3)
     drawn = np.asarray(evaluate.legend(lines))
@@ -560,20 +566,20 @@ def test_legend_names_what_occurs():
     for data_set, task, names in ((datasets.PascalContext, "semseg", {0: "background", 15: "person", 20: "tvmonitor"}),
                                   (datasets.PascalContext, "parsing", {1: "head"}),
                                   (datasets.Cityscapes, "semseg", {0: "road", 18: "bicycle"})):
-        found = data_set.describe(data_set.TASKS).class_names(task)
+        found = data_set.describe(data_set.TASKS).kinds[task].names
         assert len(found) == data_set.TASKS[task] and all(found[i] == name for i, name in names.items())
     depth = np.linspace(1, 5, 16).reshape(1, 4, 4)
-    _, lines = evaluate.draw(depth, depth, "depth", labels)
+    _, lines = labels.kinds["depth"].picture(depth, depth)
     assert lines[0][0] == "1.00 m" and lines[-1][0] == "5.00 m"
-    assert (lines[0][1] == evaluate.COLOUR_MAP[0]).all() and (lines[-1][1] == evaluate.COLOUR_MAP[-1]).all()
+    assert (lines[0][1] == metrics.COLOUR_MAP[0]).all() and (lines[-1][1] == metrics.COLOUR_MAP[-1]).all()
 
 
 def test_classes_without_names_get_no_other_data_sets_names():
     """19 classes, as Cityscapes has, of a user's own."""
     labels = datasets.DenseDataset.describe({"semseg": 19})
     label = np.array([[[0, 18, 255]]])
-    _, lines = evaluate.draw(label, label, "semseg", labels)
-    assert [text for text, _ in lines] == ["class 0", "class 18", "ignored"]
+    _, lines = labels.kinds["semseg"].picture(label, label)
+    assert [text for text, _ in lines] == ["class 0", "class 18", "unknown"]
 
 
 def test_exif_rotation(checkpoint, picture, tmp_path):
@@ -597,7 +603,7 @@ def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(check
     assert all(values.shape[1:] == (135, 210) for values in maps.values()) and heat["depth"].shape == (135, 210)
     np.testing.assert_allclose(maps["depth"][0, 1::3, 1::3], small["depth"][0], atol=1e-5)    # the centres
     assert (maps["normal"].norm(dim=0) - 1).abs().max() < 1e-5
-    shares = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=70, probabilities=True)[0]["semseg"]
+    shares = evaluate.predict_all(model, large, torch.device("cpu"), max_side=70)[1]["semseg"]
     assert shares.shape == (40, 135, 210) and (shares.sum(0) - 1).abs().max() < 1e-5
     assert (shares[:, 1::3, 1::3].argmax(0) == small["semseg"][0]).float().mean() > 0.999
     whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
@@ -696,8 +702,8 @@ def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path,
 def test_a_picture_too_large_for_the_memory_is_skipped(checkpoint, picture, tmp_path, capsys, monkeypatch):
     for name in ("large", "good"):
         picture.save(tmp_path / f"{name}.png")
-    predict, errors = evaluate.predict_picture, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-    monkeypatch.setattr(evaluate, "predict_picture", lambda *a: raise_or(errors, predict, *a))
+    predict, errors = evaluate.predict_all, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    monkeypatch.setattr(evaluate, "predict_all", lambda *a: raise_or(errors, predict, *a))
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "large.png", tmp_path / "good.png")
     assert code == 1 and "large.png: DefaultCPUAllocator" in capsys.readouterr().err
     assert {name.rsplit("_", 1)[0] for name in files} == {"good"}

@@ -32,7 +32,7 @@ import train
 from archives import export
 from conftest import TINY_SWIN
 from datasets import SIGNALS, Synthetic
-from metrics import delta_m, task_rows
+from metrics import Kind, delta_m, task_rows
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
@@ -970,7 +970,7 @@ class WithoutLabels(Synthetic):
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)
-        sample["depth"].fill_(datasets.IGNORE)
+        sample["depth"].fill_(torch.nan)
         sample["saliency"].zero_()
         return sample
 
@@ -1005,11 +1005,11 @@ def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, m
         sample = render(self, index)
         if index % 2:
             sample["semseg"].fill_(datasets.IGNORE)
-        sample["depth"].fill_(datasets.IGNORE)
+        sample["depth"].fill_(torch.nan)
         return sample
     monkeypatch.setattr(Synthetic, "__getitem__", blank)
-    monkeypatch.setattr(train, "task_loss", lambda task, output, target: torch.where(
-        train.valid_pixels(target).flatten(1).any(1), 3 + 0 * output.mean(), 0 * output.mean()))
+    monkeypatch.setattr(Kind, "image_losses", lambda kind, output, target: torch.where(
+        kind.valid(target).flatten(1).any(1), 3 + 0 * output.mean(), 0 * output.mean()))
     run(tmp_path, "--variant", "stm1", "--tasks", "semseg", "depth", "--iterations", 2, "--log-every", 2)
     assert log(tmp_path, "losses")[0]["losses"] == {"semseg": 3.0, "depth": None}
 
