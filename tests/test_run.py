@@ -47,8 +47,8 @@ import functools, os, shutil, sys, time
 import torch
 import datasets, train
 if __name__ == "__main__":
-    def open_few(cls, split, size, tasks=None, root=None, seed=0, count=None):
-        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(3, size, 1, tasks)
+    def open_few(cls, split, size, tasks=None, root=None, seed=0):
+        return cls(3, size, 2 * seed if split == "train" else 1, tasks)
     datasets.Synthetic.open = classmethod(open_few)
     if "KEEP" in os.environ:    # the checkpoint of every iteration
         save = train.save_checkpoint

@@ -24,8 +24,8 @@ ROOT = Path(train.__file__).parent
 
 def few_scenes(images):
     """Synthetic.open, with so few scenes to validate on."""
-    def open(cls, split, size, tasks=None, root=None, seed=0, count=None):
-        return cls(count, size, 2 * seed, tasks) if split == "train" else cls(images, size, 1, tasks)
+    def open(cls, split, size, tasks=None, root=None, seed=0):
+        return cls(images, size, 2 * seed if split == "train" else 1, tasks)
     return classmethod(open)
 
 
