@@ -267,11 +267,11 @@ def test_plain_vits(encoder, tmp_path):
     torch.manual_seed(1)
     img_size, patch = (64, 96), 14 if "patch14" in encoder else 16
     fixed = dict(img_size=img_size) if "beit" in encoder else {}
-    torch.save(timm.create_model(encoder, **TINY_VIT, **fixed).state_dict(), tmp_path / "weights.pth")
-    kwargs = dict(TINY_VIT, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth")))
+    torch.save(timm.create_model(encoder, **TINY_VIT).state_dict(), tmp_path / "weights.pth")    # of timm's own size
+    # custom_load: before 1.0.31, timm takes the file for a .npz where the model's own weights are one.
+    kwargs = dict(TINY_VIT, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth"), custom_load=False))
     model = MTMamba({"depth": 1}, img_size, encoder, pretrained=True, encoder_kwargs=kwargs, variant="stm1", d_state=1)
-    own = timm.create_model(encoder, **TINY_VIT, **fixed or dict(dynamic_img_size=True)).eval()
-    own.load_state_dict(torch.load(tmp_path / "weights.pth"))
+    own = timm.create_model(encoder, pretrained=True, **kwargs, **fixed or dict(dynamic_img_size=True)).eval()
     tokens = []
     model.eval().encoder.pyramid.register_forward_pre_hook(lambda module, inputs: tokens.extend(inputs))
     image = torch.randn(1, 3, 60 if not fixed else 64, 96)
