@@ -273,3 +273,12 @@ def test_some_of_the_tasks(tiny_model):
     assert all(torch.equal(some[task], whole[task]) for task in some)
     with pytest.raises(ValueError, match="no task 'sky'; choose from semseg, depth, normal, boundary"):
         model(image, tasks=["sky"])
+
+
+def test_the_oldest_versions_are_those_of_the_project(request):
+    project = pytest.importorskip("tomllib").loads((request.config.rootpath / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = [row.split(";")[0] for row in project["dependencies"] + extras["test"] + extras["export"] + extras["plot"]]
+    pinned = (request.path.parent / "oldest.txt").read_text().splitlines()[1:]
+    assert pinned == sorted(bound.replace(">=", "==") for bound in bounds if "mtmamba" not in bound)
+    assert all("==" in row for row in pinned)
