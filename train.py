@@ -35,7 +35,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -645,6 +645,15 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
+def numbers(line: dict, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a line of the log: ("losses/depth", 0.3) and so on."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}{key}/")
+        elif isinstance(value, int | float):
+            yield path + key, value
+
+
 def draw_curves(folder: Path, labels: Labels):
     """curves.png from log.jsonl: a column per task, its losses above a score; the last one has what all tasks share."""
     try:
@@ -652,33 +661,27 @@ def draw_curves(folder: Path, labels: Labels):
     except ImportError:
         print("curves.png is not drawn: pip install -e '.[plot]', or draw log.jsonl yourself")
         return
-    lines = read_log(folder / "log.jsonl")
+    curves = defaultdict(list)    # points by name
+    for line in read_log(folder / "log.jsonl"):
+        for name, value in numbers(line):
+            curves[name].append((line["iteration"], value))
 
-    def curve(axes, key: str, *path: str):
-        """Draws line[key], or line[key][path[0]] and so on, of each line that has a number there."""
-        points = []
-        for line in lines:
-            value = line.get(key)
-            for name in path:
-                value = (value or {}).get(name)
-            if value is not None:
-                points.append((line["iteration"], value))
-        if points:
-            axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=key)
+    def draw(axes, title: str, *names: str):
+        for name in filter(curves.get, names):
+            axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 30 else "", label=name.partition("/")[0])
+        axes.set(title=title, xlabel="iteration")
 
     figure = Figure(figsize=(4 * len(labels.kinds) + 4, 6), layout="constrained")
     *tasks, last = figure.subplots(2, len(labels.kinds) + 1, sharex=True).T
-    for (task, row), (above, below) in zip(labels.kinds.items(), tasks):
-        curve(above, "losses", task)
-        curve(above, "validation_losses", task)
-        above.set(title=f"{row.title}: losses", ylim=(0, None))
+    for (task, kind), (above, below) in zip(labels.kinds.items(), tasks):
+        draw(above, f"{kind.title}: losses", f"losses/{task}", f"validation_losses/{task}")
+        above.set(ylim=(0, None))
         if above.lines:
             above.legend()
-        curve(below, "results", task, row.metrics[-1])
-        below.set(title=f"{row.title}: {row.metrics[-1]}{row.unit}", xlabel="iteration")
-    for axes, key in zip(last, ("lr", "selection")):
-        curve(axes, key)
-        axes.set(title=key, xlabel="iteration")
+        metric = kind.metrics[-1]
+        draw(below, f"{kind.title}: {metric}{kind.unit}", f"results/{task}/{metric}")
+    for axes, name in zip(last, ("lr", "selection")):
+        draw(axes, name, name)
     with replacing(folder / "curves.png") as file:
         figure.savefig(file, format="png")
     print("curves:    ", folder / "curves.png")
