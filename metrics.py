@@ -18,6 +18,7 @@ waits for the device. The boundary score odsF has functions of its own.
 # Order: the base of all kinds; a class for each kind; the table of tasks and what a data set says of its labels; Meter
 # and delta_m; odsF, from the score down to thinning and matching.
 
+import abc
 import copy
 import importlib
 import inspect
@@ -56,13 +57,13 @@ def expect(condition: bool, expected: str, found: object, advice: str = ""):
         raise Unfit(f"expected {expected}, found {found}{'; ' if advice else ''}{advice}")
 
 
-class Kind:
+class Kind(abc.ABC):
     """A kind of task: its loss, its predictions and scores, the form of its label, and its picture. An instance is one
     task of a data set.
 
     For a kind of your own, subclass it in the file of your data set, whose TASKS then has {"flow": (Flow, 2)}. Define
-    metrics, loss, shape, count and scores. What is below is for plain numbers: labels are floats (C, h, w), NaN where
-    unknown, and augmentation moves them but does not change them.
+    metrics, shape, loss, count and scores. The other methods are those of plain numbers: labels are floats (C, h, w),
+    NaN where unknown, and augmentation moves them but does not change them.
     """
 
     metrics: tuple[str, ...] = ()    # the primary one first; the next one counts where that is not computed
@@ -80,10 +81,10 @@ class Kind:
         self.title, self.unit = labels.titles.get(task, task), labels.units.get(task, row.unit)
         self.depth_range, self.unit_normals = labels.depth_range, labels.unit_normals
 
+    @abc.abstractmethod
     def loss(self, output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """The loss of each pixel, (B, H, W). output: raw (B, C, H, W); target: labels (B, 1 or C, H, W), 0 where
         unknown; valid: (B, H, W), where they are known. Other pixels' losses are not used."""
-        raise NotImplementedError
 
     def predict(self, output: Tensor) -> Tensor:
         """Raw output (B, C, H, W) -> a map in the form of the label, with the probability in place of yes and no."""
@@ -93,13 +94,13 @@ class Kind:
         """Raw output -> the probability of each class, (B, C, H, W), or of yes, (B, 1, H, W), where there is one."""
         return None
 
+    @abc.abstractmethod
     def count(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """What an image adds to the sums, float64. prediction: of predict; target and valid: as in loss."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scores(self, sums: Tensor) -> dict[str, Tensor]:
         """The metrics by name."""
-        raise NotImplementedError
 
     def primary(self, scores: Mapping[str, float]) -> str:
         """The metric by which the task is compared, among those that were computed."""
@@ -154,21 +155,20 @@ class Kind:
 
     def describe(self) -> dict:
         """What a program that runs an exported model has to know of a map."""
-        return dict(kind=type(self).__name__.lower(), unit=self.unit.strip())
+        return dict(kind=type(self).__name__.lower())
 
     def raw(self, values: np.ndarray, label_ids: bool = False) -> np.ndarray:
         """A map as it is stored: uint8 (h, w), for a PNG, or floats (h, w) or (C, h, w). label_ids: of Labels."""
         return values[0] if len(values) == 1 else values
 
     def picture(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
-        """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, colour or None).
-        shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
+        """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, a colour or those of
+        a bar). shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
         values, shown = (map[0] if len(map) == 1 else np.linalg.norm(map, axis=0) for map in (values, shown))
-        found = shown[~np.isnan(shown)]
+        found = shown[~np.isnan(shown)] if np.isfinite(shown).any() else values[~np.isnan(values)]
         low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
-        steps = np.linspace(low, high, 5)
-        lines = [(f"{step:.2f}{self.unit}", colour) for step, colour in zip(steps, colour_map(steps, low, high))]
-        return with_unknown(colour_map(values, low, high), np.isnan(values), lines, np.isnan(shown).any())
+        lines = [(f"{low:.2f} to {high:.2f}{self.unit}", COLOUR_MAP)]
+        return with_unknown(colour_map(values, low, high), np.isnan(values), lines, np.isnan(shown))
 
 
 def known(target: Tensor, valid: Tensor) -> Tensor:
@@ -192,10 +192,14 @@ COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142)
                        (160, 218, 57), (253, 231, 37)])
 
 
-def with_unknown(colours: np.ndarray, unknown: np.ndarray, lines: list[tuple], any_shown: bool):
-    """Colours (h, w, 3) as uint8, black where unknown (h, w), and the legend with a line for that."""
-    colours = np.where(unknown[..., None], 0, np.nan_to_num(colours)).astype(np.uint8)
-    return colours, lines + [("unknown", (0, 0, 0))] * bool(any_shown)
+UNKNOWN = 224, 224, 192    # of PASCAL VOC's colours; black is a class, or the probability 0
+
+
+def with_unknown(colours: np.ndarray, unknown: np.ndarray, lines: list[tuple], others: np.ndarray):
+    """Colours (h, w, 3) as uint8, with UNKNOWN where unknown (h, w), and the legend, with a line for that where there
+    are any, also in `others`."""
+    colours = np.where(unknown[..., None], UNKNOWN, np.nan_to_num(colours)).astype(np.uint8)
+    return colours, lines + [("unknown", UNKNOWN)] * bool(unknown.any() or others.any())
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -212,22 +216,37 @@ def histogram(index: Tensor, bins: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- kinds of tasks
 
-class Classes(Kind):
+class Marked(Kind):
+    """The base of the kinds whose labels are classes: integers (h, w) or (1, h, w), IGNORE where unknown."""
+
+    unknown, dtype, stored = IGNORE, torch.int64, np.uint8
+
+    def valid(self, target):
+        return (target != IGNORE).all(1)
+
+    def check_values(self, label):
+        last = 1 if self.binary else self.channels - 1
+        floats = label.dtype.kind == "f" and self.dtype.is_floating_point
+        expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
+        wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
+        expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
+        return label.astype(np.uint8)
+
+
+class Classes(Marked):
     """Cross-entropy. mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class.
     Also the share of pixels that are right, the mean of that share over classes, and each class's IoU.
 
-    A label is integers (h, w) or (1, h, w), IGNORE where unknown. A class that occurs neither in the labels nor in the
-    predictions is left out of the means.
+    A class that occurs neither in the labels nor in the predictions is left out of the means.
     Differs: the published implementation counts it as 0. On the full benchmarks every class occurs.
     """
 
     metrics = ("mIoU",)
     limits = 2, IGNORE
-    unknown, dtype, stored = IGNORE, torch.int64, np.uint8
 
     def __init__(self, task, row, labels):
         super().__init__(task, row, labels)
-        n = 2 if self.binary else self.channels
+        n = self.channels
         self.names = list(labels.classes.get(task) or [f"class {i}" for i in range(n)])
         self.label_ids, colours = (table.get(task) for table in (labels.label_ids, labels.colours))
         pairs = labels.flip_pairs.get(task, ())
@@ -250,9 +269,6 @@ class Classes(Kind):
     @property
     def shape(self):
         return self.channels + 1, self.channels    # [label, prediction]; the last row: labels out of range
-
-    def valid(self, target):
-        return (target != IGNORE).all(1)
 
     def loss(self, output, target, valid):
         return F.cross_entropy(output, target[:, 0].long(), reduction="none")
@@ -281,14 +297,6 @@ class Classes(Kind):
                 "mean_accuracy": (100 * right / labelled).nanmean(),
                 **{f"IoU {name}": value for name, value in zip(self.names, iou) if not value.isnan()}}
 
-    def check_values(self, label):
-        last = len(self.names) - 1
-        floats = label.dtype.kind == "f" and self.dtype.is_floating_point
-        expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
-        wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
-        expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
-        return label.astype(np.uint8)
-
     def augment(self, label, scale, flipped):
         return self.mirrored[label] if flipped else label
 
@@ -306,11 +314,11 @@ class Classes(Kind):
         return np.uint8(ids)[values[0]]
 
     def picture(self, values, shown):
-        lines = [("unknown" if i == IGNORE else self.names[i], self.palette[i]) for i in np.unique(shown)]
-        return self.palette[values[0]], lines
+        lines = [(self.names[i], self.palette[i]) for i in np.union1d(values, shown) if i != IGNORE]
+        return with_unknown(self.palette[values[0]], values[0] == IGNORE, lines, shown == IGNORE)
 
 
-class Boundary(Classes):
+class Boundary(Marked):
     """Yes or no at each pixel. Binary cross-entropy; boundary pixels have the weight 0.95, the others 0.05. pixelF in
     percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
 
@@ -360,21 +368,13 @@ class Boundary(Classes):
     def teaches(self, target):
         return (target == 1).all(1)
 
-    resize = Kind.resize    # of probabilities
-
-    def confusion(self, sums):
-        return None
-
-    def describe(self):
-        return dict(kind=type(self).__name__.lower())
-
     def raw(self, values, label_ids=False):
         return np.uint8(255 * values[0])    # truncated, as odsF sees it
 
     def picture(self, values, shown):
-        lines = [("probability 0", (0, 0, 0)), ("probability 1", (255, 255, 255))]
+        lines = [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)])]
         grey = 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2)
-        return with_unknown(grey, values[0] == IGNORE, lines, (shown == IGNORE).any())
+        return with_unknown(grey, values[0] == IGNORE, lines, shown == IGNORE)
 
 
 class Saliency(Boundary):
@@ -396,7 +396,8 @@ class Saliency(Boundary):
     def loss(self, output, target, valid):
         salient = (target[:, 0] == 1) & valid
         others = 1 - salient.sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)    # (B, 1, 1)
-        return torch.where(salient, others, 1 - others) * Classes.loss(self, output, target, valid)
+        return torch.where(salient, others, 1 - others) * F.cross_entropy(
+            output, target[:, 0].long(), reduction="none")
 
     def probability(self, output):
         return output.softmax(1)[:, 1:]
@@ -468,15 +469,12 @@ class Normal(Kind):
     def resize(self, values, size):
         return F.normalize(super().resize(values, size), dim=0)
 
-    def describe(self):
-        return dict(kind="normal")
-
     def picture(self, values, shown):
         directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
                       ("to the viewer", (0, 0, 1))]
         lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
         colours = 255 * (values.transpose(1, 2, 0) + 1) / 2
-        return with_unknown(colours, np.isnan(values[0]), lines, np.isnan(shown).any())
+        return with_unknown(colours, np.isnan(values[0]), lines, np.isnan(shown))
 
 
 class Values(Kind):
@@ -498,8 +496,11 @@ class Values(Kind):
     def scores(self, sums):
         return {"RMSE": (sums[1] / sums[0]).sqrt(), "MAE": sums[2] / sums[0]}
 
+    def describe(self):
+        return super().describe() | dict(unit=self.unit.strip())
 
-class Depth(Kind):
+
+class Depth(Values):
     """The absolute difference. RMSE in the label's unit, metres for depth (prediction clamped at 0). With the
     prediction floored at 1e-9: abs_rel, sq_rel, log_rmse, log10 (mean absolute difference of the logarithms to base
     10), SILog (deviation of the difference of natural logarithms, times 100) and delta_1, delta_2, delta_3 (share of
@@ -511,17 +512,13 @@ class Depth(Kind):
     """
 
     metrics = ("RMSE",)
-    lower_is_better = True
     limits = 1, 1
     shape = (10,)
 
     def __init__(self, task, row, labels):
         super().__init__(task, row, labels)
-        if self.depth_range and not self.depth_range[0] < self.depth_range[1]:
-            raise ValueError(f"expected depth_range (low, high) with low below high, found {self.depth_range}")
-
-    def loss(self, output, target, valid):
-        return (output - target)[:, 0].abs()
+        low, high = self.depth_range or (0, 1)
+        expect(low < high, "depth_range (low, high) with low below high", self.depth_range)
 
     def predict(self, output):
         return output.clamp(min=0)

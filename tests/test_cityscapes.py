@@ -127,9 +127,9 @@ def test_a_picture_keeps_its_size_and_colours(tiny_model):
     assert [line[0] for line in legend] == ["road", "car", "unknown"]
     disparity = np.array([[[-1.0, 0.0, 2.0, np.nan]]])
     pixels, legend = depth.picture(disparity, disparity)
-    black = [0, 0, 0]
-    assert pixels.tolist() == [[black, metrics.COLOUR_MAP[0].tolist(), metrics.COLOUR_MAP[-1].tolist(), black]]
-    assert [line[0] for line in legend] == ["0.00 px", "0.50 px", "1.00 px", "1.50 px", "2.00 px", "unknown"]
+    grey, ends = [224, 224, 192], metrics.COLOUR_MAP[[0, -1]].tolist()
+    assert pixels.tolist() == [[grey, *ends, grey]]
+    assert [line[0] for line in legend] == ["0.00 to 2.00 px", "unknown"]
 
 
 ARGUMENTS = ["--dataset", "cityscapes", "--img-size", "32", "64", "--encoder", "convnext_atto", "--encoder-kwargs",
