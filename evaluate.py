@@ -911,7 +911,7 @@ def legend(lines: list[tuple]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for i, (text, colour) in enumerate(lines):
         if colour is not None:
-            pen.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=tuple(int(c) for c in colour), outline="gray")
+            pen.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=tuple(int(c) for c in np.reshape(colour, (-1, 3))[-1]), outline="gray")
         pen.text((18 if colour is not None else 2, 16 * i + 2), text, fill="black")
     return picture
 

@@ -162,8 +162,8 @@ class Kind(abc.ABC):
         return values[0] if len(values) == 1 else values
 
     def picture(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
-        """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, a colour or those of
-        a bar). shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
+        """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, a colour or a bar's
+        colours). shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
         values, shown = (map[0] if len(map) == 1 else np.linalg.norm(map, axis=0) for map in (values, shown))
         found = shown[~np.isnan(shown)] if np.isfinite(shown).any() else values[~np.isnan(values)]
         low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
