@@ -250,7 +250,7 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
     try:
-        model = MTMamba(**config)
+        model = MTMamba(**config | {"pretrained": False})    # the weights are in the file
     except TypeError as error:    # arguments that MTMamba or the encoder does not have
         raise ValueError(f"cannot build a model of {config}: {error}") from error
     load_weights(model, checkpoint, path)

@@ -43,7 +43,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -106,7 +106,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What all parts of a decoder have in common: a row of VARIANTS, the state size and the scan's backend."""
+    """What all parts of a decoder have in common: a row of VARIANTS, and the state size."""
 
     block: str               # of each task in a stage: "stm" or "swin"
     depth: int               # number of these blocks
@@ -117,7 +117,6 @@ class DecoderConfig:
     head: str                # "dense" or "lite"
     shared_encoder: bool     # one encoder for all tasks, or one per task
     d_state: int = 16        # N
-    backend: str | None = None
 
 
 PAPER = DecoderConfig(**VARIANTS["mtmamba"])
@@ -156,7 +155,7 @@ class MTMamba(nn.Module):
                              f"channels each, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
-        config = DecoderConfig(**VARIANTS[variant], d_state=d_state, backend=backend)
+        config = DecoderConfig(**VARIANTS[variant], d_state=d_state)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
         encoder_kwargs = encoder_kwargs or {}
@@ -170,14 +169,12 @@ class MTMamba(nn.Module):
         self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
         c1, c2, c3, c4 = self.encoders()[0].channels
 
-        blocks = config.depth + (config.ctm is not None)    # per stage
-        drop_path = [DECODER_DROP_PATH * (1 - i / (3 * blocks - 1)) for i in range(3 * blocks)]
-        self.stages = nn.ModuleList(
-            DecoderStage(list(tasks), c_in, c, drop_path[i * blocks:(i + 1) * blocks], heads, config)
-            for i, (c_in, c, heads) in enumerate([(c4, c3, 24), (c3, c2, 12), (c2, c1, 6)]))
+        self.stages = nn.ModuleList(DecoderStage(list(tasks), c_in, c, i, config)
+                                    for i, (c_in, c) in enumerate([(c4, c3), (c3, c2), (c2, c1)]))
         build_head = DenseHead if config.head == "dense" else LiteHead
         self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
         synchronise_batch_norm(self)
+        set_backend(self, backend)
 
     def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
@@ -254,43 +251,61 @@ class MTMamba(nn.Module):
             encoder.train(encoder.training)
 
     def set_grad_checkpointing(self, enable: bool = True):
-        """Training keeps only the inputs of each block (Swin, STM, CTM, dense head) and computes the block again in the
-        backward pass: less memory, more time, equal gradients.
+        """Training keeps only the inputs of each block (of the encoder and the stages, cross-task blocks, heads with
+        the attribute `recomputed`) and computes it again in the backward pass: less memory, more time, equal gradients.
 
-        Lite heads are skipped: recomputing them would update batch norm twice.
+        What has a batch norm is kept: its statistics would count the batch twice.
         """
         for encoder in self.encoders():
             encoder.set_grad_checkpointing(enable)
-        for block in (*self.stages.modules(), *self.heads.values()):
-            if isinstance(block, (SwinTransformerBlock, STM, CTM, SCTM, DenseHead)):
-                block.__dict__.pop("forward", None)    # of an earlier call
-                if enable:
-                    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        blocks = [block for stage in self.stages for blocks in stage.blocks.values() for block in blocks]
+        blocks += [stage.ctm for stage in self.stages if stage.ctm]
+        for block in (*blocks, *(head for head in self.heads.values() if getattr(head, "recomputed", False))):
+            block.__dict__.pop("forward", None)    # of an earlier call
+            if enable and not has_batch_norm(block):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def get_extra_state(self) -> Tensor:
-        """Part of every state_dict: what its tensors' names and shapes do not show, as the bytes of a JSON object."""
+        """Part of every state_dict: what its tensors' names and shapes do not show, as the bits of a JSON object. They
+        are floats, so they bear what people do with all of a state_dict: means, moving averages, other types."""
         shown = self.encoders()[0]
         hidden = dict(tasks=list(self.tasks) if self.stages[0].ctm else sorted(self.tasks),
                       output_scale=self.output_scale, encoder=shown.name.partition(".")[0], img_size=shown.built_for,
                       windows=sorted({to_2tuple(m.window_size) for m in shown.modules() if hasattr(m, "window_size")}))
-        return torch.tensor(list(json.dumps(hidden).encode()), dtype=torch.uint8, device="cpu")
+        bits = [byte >> i & 1 for byte in json.dumps(hidden).encode() for i in range(8)]
+        return torch.tensor(bits, dtype=torch.float32, device="cpu")
 
     def set_extra_state(self, state: Tensor):
         """Raises ValueError, before anything is loaded, if the same tensors would compute something else here, for
         example because the cross-task blocks concatenate the tasks in another order."""
-        found, own = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
-        different = [f"{key} {found[key]} (here {own[key]})" for key in own if found.get(key, own[key]) != own[key]]
+        def read(state):    # the first bit is 1, so it shows the factor of a weighted sum
+            bits = state.double().cpu() / state[0].item()
+            if not (bits - bits.round()).abs().max() < 0.1:
+                return {}
+            return json.loads(bytes((bits.round().view(-1, 8) @ 2 ** torch.arange(8.0).double()).int().tolist()))
+        if not state.any():    # of a difference, which describes no model
+            return
+        found, own = read(state), read(self.get_extra_state())
+        different = [f"{key} {found.get(key, 'of several models')} (here {own[key]})" for key in own
+                     if found.get(key) != own[key]]
         if different:
             raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded. "
                              "Build the model with the same arguments")
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())    # files of earlier versions have none
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple    # a form that torch.compile simplifies for a symbolic n
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, BatchNorm) for part in module.modules())
+
+
+def set_backend(module: nn.Module, backend: str | None):
+    """Of all scans in a module, see selective_scan_2d."""
+    for scan in module.modules():
+        if isinstance(scan, SS2D):
+            scan.backend = backend
 
 
 def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
@@ -300,23 +315,28 @@ def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
 class DecoderStage(nn.Module):
     """Eq. 26-29: every task's feature is upsampled, fused with the encoder's, refined, and exchanged with the others.
 
-    drop_path: stochastic depth of each block in order. swin_heads: attention heads of Table 2's Swin rows.
+    index: 0 for the deepest stage, to 2. It gives the blocks' stochastic depth, and the heads of Table 2's Swin rows.
     """
 
-    def __init__(self, tasks: list[str], dim_in: int, dim: int, drop_path: list[float], swin_heads: int,
-                 config: DecoderConfig):
+    def __init__(self, tasks: list[str], dim_in: int, dim: int, index: int, config: DecoderConfig):
         super().__init__()
+        blocks = config.depth + (config.ctm is not None)
+
+        def drop_path(i):
+            return DECODER_DROP_PATH * (1 - (index * blocks + i) / (3 * blocks - 1))
 
         def build_block(i):
             if config.block == "swin":
-                return decoder_swin_block(dim, swin_heads, shifted=i % 2 == 1, drop_path=drop_path[i])
-            return STM(dim, drop_path[i], config)
+                return decoder_swin_block(dim, (24, 12, 6)[index], shifted=i % 2 == 1, drop_path=drop_path(i))
+            return STM(dim, drop_path(i), config)
         self.expand = per_task(tasks, lambda: PatchExpand(dim_in, dim, factor=2))
         self.fuse = per_task(tasks, lambda: nn.Linear(2 * dim, dim))
         self.blocks = per_task(tasks, lambda: nn.Sequential(*map(build_block, range(config.depth))))
         self.ctm = None
-        if config.ctm:
-            self.ctm = (CTM if config.ctm == "feature" else SCTM)(tasks, dim, drop_path[-1], config)
+        if config.ctm == "feature":
+            self.ctm = CTM(tasks, dim, drop_path(config.depth), config)
+        elif config.ctm == "semantic":
+            self.ctm = SCTM(tasks, dim, drop_path(config.depth), config.d_state)
 
     def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
         """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
@@ -336,10 +356,13 @@ class CTM(nn.Module):
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
     and the gate has no bias, the two are the same function with the gate's weight negated
     (load_published_checkpoint does that).
+    d_state, backend: N, if it is not config's, and the scans' backend.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER,
+                 d_state: int | None = None, backend: str | None = None):
         super().__init__()
+        config = replace(config, d_state=d_state or config.d_state)
         self.fusion = fusion = config.fusion
         if fusion in ("adaptive", "specific"):
             self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
@@ -351,6 +374,7 @@ class CTM(nn.Module):
             self.gate = per_task(tasks, lambda: build_gate(dim, config))
         self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
         self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
+        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -372,15 +396,18 @@ class CTM(nn.Module):
 
 
 class STM(nn.Module):
-    """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
+    """Self-task Mamba block, Figure 2(a), Eq. 14-18. d_state, backend: as in CTM."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER, d_state: int | None = None,
+                 backend: str | None = None):
         super().__init__()
+        config = replace(config, d_state=d_state or config.d_state)
         self.norm = nn.LayerNorm(dim)
         self.mfe = MFE(dim, dim, config)
         self.gate = build_gate(dim, config)
         self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
         self.drop_path = DropPath(drop_path)
+        set_backend(self, backend)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)"""
@@ -410,7 +437,7 @@ class MFE(nn.Module):
         self.wmsa = WindowMSA(d_inner) if config.mfe == "wmsa" else None
         if config.mfe == "ss2d":
             self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
-            self.ss2d = SS2D(d_inner, config.d_state, dt_rank=math.ceil(dim / 16), backend=config.backend)
+            self.ss2d = SS2D(d_inner, config.d_state, dt_rank=math.ceil(dim / 16))
             self.norm = nn.LayerNorm(d_inner)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -621,6 +648,8 @@ class PatchExpand(nn.Module):
 class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
 
+    recomputed = True    # with activation checkpointing
+
     def __init__(self, dim: int, channels: int):
         super().__init__()
         self.expand = PatchExpand(dim, dim, factor=4)
@@ -648,9 +677,10 @@ class SCTM(nn.Module):
     step sizes and matrices of a task's own scan.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, d_state: int = 16,
+                 backend: str | None = None):
         super().__init__()
-        d_inner = EXPANSION * dim
+        d_inner, config = EXPANSION * dim, replace(PAPER, d_state=d_state)
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
@@ -660,6 +690,7 @@ class SCTM(nn.Module):
         self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
         self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
+        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -813,8 +844,8 @@ class Encoder(nn.Module):
         else:
             self.name = ENCODERS.get(encoder, encoder)
             self.backbone, kwargs = create_backbone(self.name, img_size, kwargs)
-            if not self.name.startswith("swin_"):
-                self.built_for = kwargs.get("img_size")
+            if "img_size" in kwargs and not self.name.startswith("swin_"):
+                self.built_for = tuple(to_2tuple(kwargs["img_size"]))
             if pretrained:
                 load_pretrained_backbone(self.backbone, self.name, kwargs)
             pad_before_shift(self.backbone)
@@ -832,14 +863,17 @@ class Encoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        if self.pyramid:
-            features = self.pyramid(self.backbone(self.pyramid.resize(image))[-1])
-        else:
-            features = self.backbone(image)
-            features = [features[i] for i in self.indices]
+        H, W = image.shape[2:]
+        try:
+            features = self.backbone(self.pyramid.resize(image) if self.pyramid else image)
+        except (AssertionError, RuntimeError) as error:
+            if self.built_for in (None, (H, W)):
+                raise
+            raise ValueError(f"the encoder {self.name} was built for images of {'x'.join(map(str, self.built_for))} "
+                             f"pixels, found {H}x{W}: {error}") from error
+        features = self.pyramid(features[-1]) if self.pyramid else [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
-        H, W = image.shape[2:]
         expected = [(H // stride, W // stride, c) for stride, c in zip(ENCODER_STRIDES, self.channels)]
         found = [tuple(f.shape[1:]) for f in features]
         if found != expected:
@@ -857,7 +891,7 @@ class Encoder(nn.Module):
         """timm's own, switched on in each stage: it recomputes a block at a time. The backbone's would take a stage."""
         stages = [m for m in self.backbone.modules() if m is not self.backbone and hasattr(m, "grad_checkpointing")]
         for module in stages or [self.backbone]:
-            module.grad_checkpointing = enable
+            module.grad_checkpointing = enable and not has_batch_norm(module)
 
 
 class FeaturePyramid(nn.Module):
@@ -887,7 +921,8 @@ class FeaturePyramid(nn.Module):
 
 
 def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple[nn.Module, dict]:
-    """timm's features_only model and its arguments: with stochastic depth, unless the model has none."""
+    """timm's features_only model and its arguments: with stochastic depth, unless the model has none. Arguments that
+    fetch or read files count in load_pretrained_backbone alone, so nothing is fetched on a checkpoint's word."""
     if not timm.is_model(name):
         raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
                          "timm.list_models() returns")
@@ -897,12 +932,14 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
     if name.startswith("swin_"):
         # Any input size, and windows that keep their size also on maps smaller than themselves.
         sizes[0].update(strict_img_size=False, always_partition=True)
-    elif not name.startswith("swin"):
-        sizes.insert(0, {"dynamic_img_size": True})    # position embeddings resized to each image
+    else:    # windows for each image, or position embeddings resized to it
+        sizes = [sizes[0] | {"strict_img_size": False}, {"dynamic_img_size": True}, *sizes]
     for arguments in [{**size, **rate, **kwargs} for size in sizes
                       for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
+        plain = {key: value for key, value in arguments.items()
+                 if not key.startswith(("pretrained", "checkpoint", "cache", "hf_hub"))}
         try:
-            return timm.create_model(name, features_only=True, **arguments), arguments
+            return timm.create_model(name, features_only=True, **plain), arguments
         except TypeError as error:    # an argument that this model does not have
             refused = error
     raise refused
@@ -914,7 +951,15 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     timm loads such a model with strict=False and does not report missing tensors. It loads the whole classifier
     strictly, so the tensors are copied from there.
     """
-    source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
+    try:
+        source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
+    except Exception as error:    # of what kind depends on the library that downloads
+        hub = timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
+        raise ValueError(
+            f"cannot load timm's weights of {name} ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
+            "Without them: --no-pretrained, or pretrained=False. By hand: get model.safetensors from "
+            f"https://huggingface.co/{hub}, and add --encoder-kwargs '{{\"pretrained_cfg_overlay\": {{\"file\": "
+            "\"model.safetensors\"}}'") from error
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
     flat = {key.replace(".", "_"): value for key, value in source.items()}
     own = backbone.state_dict()
@@ -2007,7 +2052,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
     own = model.state_dict()
-    del own["_extra_state"]    # published files have none
+    description = own.pop("_extra_state")    # published files have none
     state = {}
     for key, value in checkpoint.items():
         if not key.endswith("relative_position_index"):    # a constant, which timm computes
@@ -2024,7 +2069,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     if order != list(model.tasks):    # all shapes fit then
         raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
                          f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
-    model.load_state_dict(state)
+    model.load_state_dict(state | {"_extra_state": description})
     return len(checkpoint)
 
 

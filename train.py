@@ -796,14 +796,15 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     published = "published" in read_checkpoint(path)
     source, _ = load_checkpoint(path, torch.device("cpu"), *((encoder, encoder_kwargs) if published else ()))
     state, own = source.state_dict(), model.state_dict()
-    for tensors in (state, own):
-        del tensors["_extra_state"]    # it describes a whole model
+    del state["_extra_state"]    # it describes a whole model
+    description = own.pop("_extra_state")
     same_tasks = list(source.tasks) == list(model.tasks)
     taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
              and (same_tasks or ".ctm." not in key)}
     if not taken:
         raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
-    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()})
+    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()}
+                          | {"_extra_state": description})
     print(f"took {len(taken)} tensors of {path}")
     for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
         groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.[\w-]+)|\w+\.[\w-]+(\.\w+)?", key)[0] for key in sorted(keys))
