@@ -61,6 +61,7 @@ from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from math import ceil, cos, pi, sin
 from multiprocessing import get_context, get_start_method, parent_process
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -81,7 +82,6 @@ except ImportError:    # on Windows, which forks no processes
 from metrics import (
     IGNORE,
     Classes,
-    Kind,
     Labels,
     TaskTable,
     Unfit,
@@ -101,7 +101,8 @@ HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
 class DenseDataset(Dataset):
-    """The base of all data sets. The attributes of its class describe a data set."""
+    """The base of all data sets. The attributes of its class describe a data set. All scripts use them, and those of
+    your own class as those of the benchmarks."""
 
     TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
@@ -109,12 +110,13 @@ class DenseDataset(Dataset):
     COLOURS = {}                 # (r, g, b) of the classes by task; PASCAL VOC's colours where there are none
     TITLES = {}                  # what pictures and tables call a task, where that is not its name
     UNITS = {}                   # unit of a task, where that is not its row's
+    FLIP = True                  # whether training mirrors every other image
     FLIP_PAIRS = {}              # by task: pairs of classes that a mirror exchanges, ("left arm", "right arm")
+    SCALES = 0.5, 2.0            # training enlarges an image by a factor between these
     BOUNDARY_TOLERANCE = None    # of odsF, as a fraction of the image's diagonal; without it odsF is not computed
     DEPTH_RANGE = None           # (low, high) of the depths that are scored, see metrics.Depth
     LABEL_SCALE = 1              # size of the labels relative to the image: MTMamba's output_scale
     SIZE = (480, 640)            # (H, W) of the samples, where none is given
-    RECIPE = {}                  # flags of train.py where they are not the paper's: {"iterations": 20_000, "lr": 5e-5}
     VAL_SIZE = None              # (H, W) of the samples to evaluate on; None: the size of the samples in training
     PAPER = {}                   # published scores {task: figure}, of the primary metrics, by (variant, encoder)
     SINGLE_TASK = {}             # the scores {task: figure} against which the paper's delta_m is taken
@@ -133,6 +135,7 @@ class DenseDataset(Dataset):
         expect(seed >= 0, "seed of at least 0", seed, "give a non-negative integer")
         expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's "
                "diagonal", self.BOUNDARY_TOLERANCE, "divide pixels by sqrt(H^2 + W^2)")
+        expect(0 < self.SCALES[0] <= self.SCALES[-1] < np.inf, "SCALES above 0, the smaller one first", self.SCALES)
         self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
 
     @classmethod
@@ -587,8 +590,8 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
-    Without augmentation the image keeps its scale and is padded to `size` on all sides (image 0, labels IGNORE). A side
-    that is longer than that is padded to the next multiple of 32.
+    Without augmentation the image keeps its scale. It is padded to `size` on all sides (image 0, labels unknown). A
+    side that is longer than that is padded to the next multiple of 32.
     """
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
@@ -634,19 +637,16 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """The dictionary of the module's docstring. index: an int, or (epoch, index)."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
         image, labels = self.load(index)[0], {task: self.label(index, task) for task in self.tasks}
-        size = self.size
         if self.augment:
-            cropped_by = next((task for task, row in task_rows(self.TASKS).items() if row.kind is Classes), None)
-            rng = np.random.default_rng([self.seed, epoch, index])
-            image, labels = augment(image, labels, self.kinds, size, rng, cropped_by)
+            image, labels = augment(image, labels, self, np.random.default_rng([self.seed, epoch, index]))
         else:
-            size = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(image.shape, size))
             image = to_tensor(image)
-        sample = {"image": torch.from_numpy(pad(normalised(image).numpy(), size, 0))}
-        size = tuple(self.LABEL_SCALE * n for n in size)
-        sample |= {task: torch.from_numpy(pad(labels[task], size, kind.unknown)).to(kind.dtype)
+        inner = tuple(image.shape[1:])
+        outer = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(inner, self.size))
+        sample = {"image": torch.from_numpy(pad(normalised(image).numpy(), outer, inner, 0))}
+        sample |= {task: torch.from_numpy(pad(labels[task], outer, inner, kind.unknown)).to(kind.dtype)
                    for task, kind in self.kinds.items()}
-        return sample | {"name": self.names[index], "size": tuple(image.shape[1:])}
+        return sample | {"name": self.names[index], "size": inner}
 
     @kept
     def load(self, index: int) -> tuple[np.ndarray, dict]:
@@ -671,19 +671,33 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
         return thin(self.label(index, task)[0] == 1)
 
-    def check(self, index: int) -> dict[str, str]:
-        """What is wrong with an image and its labels: messages by "image" and by task."""
-        found, name = {}, self.names[index]
-        for kind in ("image", *self.tasks):
+    def published(self) -> str:
+        """What is known of the split's size."""
+        return ""
+
+    def check_split(self) -> list[str]:
+        """What is wrong with the split as a whole."""
+        return []
+
+    def file(self, name: str) -> Path | None:
+        """The image's file, where it is known."""
+
+    def check(self, index: int) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+        """What is wrong with an image and its labels: messages by "image" and by task; and what Kind.remarks takes."""
+        found, values, name = {}, {}, self.names[index]
+        for what in ("image", *self.tasks):
             try:
-                self.load(index) if kind == "image" else self.label(index, kind)
+                if what == "image":
+                    self.load(index)
+                else:
+                    values[what] = self.kinds[what].examples(self.label(index, what))
             except Exception as error:
                 if not is_deliberate(error):
                     raise
                 message = str(error) if name in str(error) else f"{name}: {error}"
                 if message not in found.values():    # two labels may come from one file
-                    found[kind] = message
-        return found
+                    found[what] = message
+        return found, values
 
 
 def file_names(names: Iterable) -> list[str]:
@@ -734,12 +748,14 @@ class FileDataset(LabelledDataset):
     def read(self, name):
         return self.picture(name), {task: partial(getattr(self, f"read_{task}"), name) for task in self.tasks}
 
+    def file(self, name):
+        return self.path(self.IMAGE[0], name, self.IMAGE[1])
+
     @kept
     def picture(self, name: str) -> np.ndarray:
         """The image, uint8 (h, w, 3)."""
-        folder, suffix = self.IMAGE
         try:
-            return read_image(self.path(folder, name, suffix))
+            return read_image(self.file(name))
         except FileNotFoundError as error:
             lines = [line.strip() for line in self.list_path().read_text("utf-8-sig").split("\n")]
             raise FileNotFoundError(f"{error}; it is in line {lines.index(name) + 1} of {self.list_path()}") from error
@@ -757,8 +773,10 @@ class FileDataset(LabelledDataset):
                 expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
         return label
 
-    def check_split(self) -> list[str]:
-        """What is wrong with the split as a whole."""
+    def published(self):
+        return f"; published: {self.COUNTS[self.split]}"
+
+    def check_split(self):
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
@@ -945,19 +963,19 @@ class Cityscapes(FileDataset):
         image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
         sample = {"image": normalised(to_tensor(np.array(image)))}
         for task, kind in self.kinds.items():
-            sample[task] = torch.tensor(self.label(index, task), dtype=kind.dtype)[None]
+            sample[task] = torch.tensor(self.label(index, task), dtype=kind.dtype)
         if self.MASK_INVALID and "depth" in self.tasks:
             sample["depth"][sample["depth"] < 0] = torch.nan
         return sample | {"name": self.names[index], "size": self.size}
 
     def label(self, index, task):
         """As it is in its file, at twice the size of a sample's image."""
-        return self.load(index)[1][task]()
+        return self.load(index)[1][task]()[None]
 
     def picture(self, name):
-        image, (folder, suffix) = super().picture(name), self.IMAGE
+        image = super().picture(name)
         (h, w), (height, width) = image.shape[:2], self.size
-        with about(self.path(folder, name, suffix)):
+        with about(self.file(name)):
             expect((h, w) == (2 * height, 2 * width), f"an image of {2 * height}x{2 * width} (HxW), twice the size of "
                    "the network's input", f"{h}x{w}", "give half the images' size as --img-size or size")
         return image
@@ -1015,7 +1033,7 @@ def find_dataset_class(name: str) -> type[DenseDataset]:
                          f"file's name), found {name!r}")
     found = find_class(name, LabelledDataset)
     try:
-        choose_tasks(found.TASKS, None)
+        task_rows(choose_tasks(found.TASKS, None))
         signature = inspect.signature(found)
         signature.bind(split="train", size=None, tasks=None, seed=0,
                        **{key: None for key in ("root",) if key in signature.parameters})
@@ -1165,22 +1183,22 @@ def normalised(image: Tensor) -> Tensor:
     return (image - mean) / std
 
 
-def centred(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of an area of the size `inner` (h, w) in the middle of one of the size `outer`."""
-    return tuple(slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(outer, inner))
+def centred(outer: tuple[int, int], inner: tuple[int, int], scale: int = 1) -> tuple[slice, slice]:
+    """Rows and columns of an image of the size `inner` (h, w) in a padded one of the size `outer`, in maps that are
+    `scale` times as large. All offsets come from here: the middle of a larger map may be another place."""
+    return tuple(slice(scale * ((a - b) // 2), scale * ((a - b) // 2 + b)) for a, b in zip(outer, inner))
 
 
-def pad(array: np.ndarray, size: tuple[int, int], value: float) -> np.ndarray:
-    """(C, h, w) -> (C, H, W), in the middle."""
-    padded = np.full((len(array), *size), value, array.dtype)
-    rows, columns = centred(size, array.shape[1:])
-    padded[:, rows, columns] = array
+def pad(array: np.ndarray, outer: tuple[int, int], inner: tuple[int, int], value: float) -> np.ndarray:
+    """Pads an image of the size `inner` (h, w) to the size `outer` (H, W), its label (C, s h, s w) to (C, s H, s W)."""
+    scale = array.shape[1] // inner[0]
+    padded = np.full((len(array), *(scale * n for n in outer)), value, array.dtype)
+    padded[(slice(None), *centred(outer, inner, scale))] = array
     return padded
 
 
 # ---------------------------------------------------------------------------------------------------- augmentation
 
-SCALE = 0.5, 2.0
 CROPS = 10                                                       # tries
 LARGEST_SHARE = 0.75                                             # of one class among a crop's labelled pixels
 JITTER = (                                                       # each with probability 0.5, in this order
@@ -1191,27 +1209,27 @@ JITTER = (                                                       # each with pro
 )
 
 
-def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], kinds: Mapping[str, Kind], size: tuple[int, int],
-            rng: np.random.Generator, cropped_by: str | None = None):
+def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledDataset, rng: np.random.Generator):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
-    image: uint8 (h, w, 3); labels and kinds: by task; the labels are as Kind.check returns them, as are those returned;
-    size: (H, W) of the crop; where the scaled image is smaller, h' < H or w' < W. Up to 10 crops are tried until no
-    class of the task `cropped_by` covers more than 75 % of the labelled pixels. Without that label the first crop is
-    taken. What is drawn does not depend on the image or the tasks.
+    image: uint8 (h, w, 3); labels: by task, as Kind.check returns them, as are those returned; data: tells its kinds,
+    FLIP, SCALES and the size (H, W) of the crop. Where the scaled image is smaller, h' < H or w' < W. Up to 10 crops
+    are tried until no class of the first task with classes covers more than 75 % of the labelled pixels. Without that
+    label the first crop is taken. What is drawn does not depend on the image or the tasks.
     """
-    scale = rng.uniform(*SCALE)
+    scale = rng.uniform(*data.SCALES)
     corners = rng.random((CROPS, 2))
-    flipped = rng.random() < 0.5
+    flipped = rng.random() < 0.5 and data.FLIP
     colours = [(adjust, rng.uniform(*bounds)) for adjust, bounds in JITTER]
     colours = [colour for colour, applied in zip(colours, rng.random(len(JITTER)) < 0.5) if applied]
+    cropped_by = labels.get(next((task for task, row in task_rows(data.TASKS).items() if row.kind is Classes), None))
 
     scaled = [max(1, round(length * scale)) for length in image.shape[:2]]
     for corner in corners:
-        crop = [window(*lengths) for lengths in zip(corner, scaled, size)]
+        crop = [window(*lengths) for lengths in zip(corner, scaled, data.size)]
         # The pixels of the original that are nearest to those of the crop.
         y, x = (((np.arange(n)[part] + 0.5) * (m / n)).astype(int) for n, m, part in zip(scaled, image.shape, crop))
-        if cropped_by not in labels or not dominated(labels[cropped_by][:, y][:, :, x]):
+        if cropped_by is None or not dominated(cropped_by[:, y][:, :, x]):
             break
 
     image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled, antialias=False)[:, crop[0], crop[1]]
@@ -1221,7 +1239,8 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], kinds: Mapping[
     for adjust, value in colours:
         image = adjust(image, value)
 
-    return image, {task: kinds[task].augment(label[:, y][:, :, x], scale, flipped) for task, label in labels.items()}
+    return image, {task: data.kinds[task].augment(label[:, y][:, :, x], scale, flipped)
+                   for task, label in labels.items()}
 
 
 def window(position: float, length: int, size: int) -> slice:
@@ -1259,7 +1278,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, earlier = 0, set()
+    total, earlier = 0, {}
     for split in ("train", "val"):
         try:
             data = dataset.open(split, args.img_size, root=args.root)
@@ -1269,27 +1288,30 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
             print(f"{split}: {error}")
             total += 1
             continue
-        problems = defaultdict(list)
-        found = loader(Checks(data), [[i] for i in range(len(data))], args.workers, collate_fn=list)
-        for messages, in tqdm(found, f"checking {split}", unit="img"):
-            for kind, message in messages.items():
-                problems[kind].append(message)
-        published = ""
-        if isinstance(data, FileDataset):
-            published = f"; published: {data.COUNTS[split]}"
-            problems["list"] = data.check_split() + [
-                f"{name} occurs in the lists of both splits" for name in data.names if name in earlier]
-            earlier |= set(data.names)
-        print(f"{split}: {len(data)} images{published}")
-        total += sum(print_problems(kind, messages) for kind, messages in problems.items())
-        for message in () if any(problems.values()) else check_samples(data, args.workers):    # some lack a label
-            print(f"  look at {message}")
+        problems, values = defaultdict(list), defaultdict(list)
+        found = loader(Checks(data), [[i] for i in range(len(data))], args.workers, collate_fn=itemgetter(0))
+        for results in tqdm(found, f"checking {split}", unit="img"):
+            for table, entries in zip((problems, values), results):
+                for what, entry in entries.items():
+                    table[what].append(entry)
+        files = {name: data.file(name) for name in data.names}
+        both = [name for name in files if name in earlier]
+        same = [name for name in both if files[name] and files[name] == earlier[name]]
+        problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in same]
+        print(f"{split}: {len(data)} images{data.published()}")
+        total += sum(print_problems(what, messages) for what, messages in problems.items())
+        if others := [name for name in both if name not in same]:
+            print(f"  look at the names: {len(others)} occur in train, too, first {others[0]}")
+        for task, kind in data.kinds.items():
+            for remark in kind.remarks(np.concatenate(values[task], 1), data.FLIP) if values[task] else ():
+                print(f"  look at {task}: {remark}")
+        earlier = files
     print(f"{total or 'no'} problems")
     return total
 
 
 class Checks(Dataset):
-    """What is wrong with each image of a data set, see LabelledDataset.check."""
+    """LabelledDataset.check of each image."""
 
     def __init__(self, dataset: LabelledDataset):
         self.dataset = dataset

@@ -615,7 +615,7 @@ def collate_by_size(samples: list[dict]) -> list[dict]:
 
 def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
     """Where an image of the size (h, w) lies in the maps (..., scale H, scale W) of the padded one (..., H, W)."""
-    return (..., *(slice(scale * part.start, scale * part.stop) for part in centred(image.shape[-2:], size)))
+    return (..., *centred(image.shape[-2:], size, scale))
 
 
 def save_raw(folder: Path, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor], kinds: dict[str, Kind],

@@ -43,6 +43,7 @@ from torch import Tensor
 
 IGNORE = 255                # unknown pixels in maps of classes. In maps of numbers they are NaN.
 UNIT_LENGTH = 0.75, 1.25    # A vector stored in 8 bits counts as a unit vector if its length lies between these.
+MOST_AWAY = 0.25            # of right normals, a sixth may look away from the viewer: at the borders of wide images
 MOST_OFF = 0.4              # If a larger share of the vectors is far from unit length, it is no image of normals.
 
 
@@ -140,6 +141,15 @@ class Kind(abc.ABC):
         if self.scaling:    # what looks larger is nearer
             label = label / np.float32(scale) if self.scaling < 0 else label * np.float32(scale)
         return label
+
+    def examples(self, label: np.ndarray) -> np.ndarray:
+        """Some values of a label (1 or C, h, w), as `check` returns it: (1 or C, n)."""
+        return label.reshape(len(label), -1)[:, ::max(1, label[0].size // 256)]
+
+    def remarks(self, values: np.ndarray, flips: bool) -> list[str]:
+        """What its owner should look at in a whole split. values: all examples, (1 or C, n); flips: whether training
+        mirrors images."""
+        return [] if (~np.isnan(values)).any() else ["no pixel has a label"]
 
     def teaches(self, target: Tensor) -> Tensor:
         """The pixels without which a label teaches nothing."""
@@ -299,6 +309,20 @@ class Classes(Marked):
 
     def augment(self, label, scale, flipped):
         return self.mirrored[label] if flipped else label
+
+    def examples(self, label):
+        return np.unique(label)[None]    # all of them
+
+    def remarks(self, values, flips):
+        missing = [name for i, name in enumerate(self.names) if i not in values]
+        sides = [name for i, name in enumerate(self.names) if self.mirrored[i] == i and re.search(
+            r"(?<![A-Za-z])(left|right)|Left|Right|LEFT|RIGHT", name)]
+        others = f" and {len(missing) - 6} others" * (len(missing) > 6)
+        remarks = [f"classes that never occur: {', '.join(missing[:6])}{others}"] if missing else []
+        if sides and flips:
+            remarks.append(f"{', '.join(sides)}: training mirrors images, which makes left of right; name the pairs in "
+                           "FLIP_PAIRS, or give FLIP = False")
+        return remarks
 
     def resize(self, values, size):
         return F.interpolate(values[None].float(), size, mode="nearest-exact")[0].to(values.dtype)
@@ -466,6 +490,13 @@ class Normal(Kind):
             label[0] *= -1    # x points the other way
         return label
 
+    def remarks(self, values, flips):
+        known = values[2, ~np.isnan(values[2])]
+        away = np.mean(known < 0) if known.size else 0
+        return super().remarks(values, flips) + [
+            f"{away:.0%} of the normals look away from the viewer; usual reasons: OpenCV's axes (negate y and z), the "
+            "world's axes (turn them into the camera's), or blue and red exchanged"] * bool(away > MOST_AWAY)
+
     def resize(self, values, size):
         return F.normalize(super().resize(values, size), dim=0)
 
@@ -546,6 +577,13 @@ class Depth(Values):
         expect(not (label < 0).any(), f"values above 0{self.unit and ' in'}{self.unit}, or 0 where unknown",
                label[label < 0])
         return np.where(label > 0, label, np.float32(np.nan))
+
+    def remarks(self, values, flips):
+        known = values[~np.isnan(values)]
+        middle = np.median(known) if known.size else 1
+        return super().remarks(values, flips) + [
+            f"half of the depths are above {middle:.3g} m; metres are expected"] * bool(
+                self.unit == " m" and not 0.05 <= middle <= 100)
 
     def picture(self, values, shown):    # disparities that were not measured are negative
         return super().picture(*(np.where(map < 0, np.nan, map) for map in (values, shown)))

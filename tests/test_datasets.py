@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from traceback import format_exc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -464,13 +465,18 @@ def coordinates(h, w):
     return np.stack([2 * x, 2 * y, 0 * x], 2), labels
 
 
+def data_of(size, tasks=()):
+    """What augment takes of a data set."""
+    return SimpleNamespace(kinds=KINDS, size=size, FLIP=True, SCALES=(0.5, 2.0), TASKS=dict(tasks))
+
+
 def test_labels_stay_with_the_image_and_depth_and_normals_follow(monkeypatch):
     monkeypatch.setattr(datasets, "JITTER", ())
     h, w, size = 90, 120, (80, 100)
     source, labels = coordinates(h, w)
     scales, flips, lefts = [], [], []
     for seed in range(300):
-        image, moved = augment(source, labels, KINDS, size, np.random.default_rng(seed))
+        image, moved = augment(source, labels, data_of(size), np.random.default_rng(seed))
         x, y = moved["boundary"][0].astype(float), moved["saliency"][0].astype(float)
         scale = 3 / moved["depth"][0, 0, 0]
         expected = tuple(min(round(a * scale), b) for a, b in zip((h, w), size))
@@ -501,7 +507,7 @@ def test_colours_are_drawn_half_the_time_in_range_and_in_order(monkeypatch):
     image, labels = coordinates(4, 4)
     for seed in range(400):
         drawn.append([])
-        augment(image, labels, KINDS, (4, 4), np.random.default_rng(seed))
+        augment(image, labels, data_of((4, 4)), np.random.default_rng(seed))
     for i, (low, high) in enumerate(bounds):
         values = [value for one in drawn for j, value in one if i == j]
         assert abs(len(values) / 400 - 0.5) < 0.08
@@ -529,14 +535,15 @@ def test_dominated_counts_labelled_pixels_only():
     assert datasets.dominated(np.repeat([IGNORE, 3], (50, 2)))
 
 
-def test_crops_are_tried_again_while_one_class_dominates(monkeypatch):
-    monkeypatch.setattr(datasets, "SCALE", (1.0, 1.0))
+def test_crops_are_tried_again_while_one_class_dominates():
+    data = data_of((20, 20), {"saliency": 2, "semseg": 3})
+    data.SCALES = 1.0, 1.0
     semseg = np.repeat([1, 2], (90, 10)).astype(np.uint8).reshape(1, 1, 100).repeat(20, 1)
     image = np.zeros((20, 100, 3), np.uint8)
     kept = alone = 0
     for seed in range(200):
         for labels in ({"semseg": semseg}, {"saliency": semseg}):
-            found = augment(image, labels, KINDS, (20, 20), np.random.default_rng(seed), "semseg")[1]
+            found = augment(image, labels, data, np.random.default_rng(seed))[1]
             alone += "saliency" in found and not datasets.dominated(found["saliency"])
             kept += "semseg" in found and not datasets.dominated(found["semseg"])
     share = 6 / 81                                               # of 81 crops: 5 to 10 columns of class 2, 10 at most
@@ -690,8 +697,9 @@ def test_faults_are_named_by_loader_and_check(kind, folder, suffix, fault, task,
 def test_check_counts_and_shows_the_first_few(pascal, tmp_path, capsys):
     command = ["check", "--dataset", "pascal", "--workers", "1", "--root"]
     assert main([*command, str(pascal)]) == 0
-    assert capsys.readouterr().out == (
-        "train: 8 images; published: 4998\nval: 2 images; published: 5105\nno problems\n")
+    rare = "  look at semseg: classes that never occur: aeroplane, bicycle, bird, boat, bus, car and 10 others"
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 8 images; published: 4998", rare, "val: 2 images; published: 5105", rare, "no problems"]
     root = shutil.copytree(pascal, tmp_path / "copy")
     ids = root / "ImageSets/Context/train.txt"
     listed = ids.read_text()
@@ -953,8 +961,8 @@ def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
     monkeypatch.setattr(Mixed, "left_out", {"a": ("height",), "b": ("height", "depth")})
     monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Mixed)
     assert main(["check", "--dataset", "Mixed", "--workers", "0"]) == 0
-    message = "  look at height: no pixel counts in the first 2 samples, a to b: their values are unknown"
-    assert capsys.readouterr().out.splitlines() == ["train: 2 images", message, "val: 2 images", message, "no problems"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("  look at height: no pixel has a label") == 2 and lines[-1] == "no problems"
 
 
 @pytest.mark.parametrize("name", ["sheet", "size", "type", "values", "training", "_modules", "a b"])
@@ -1161,10 +1169,10 @@ def test_your_own_class_is_found_by_its_file(mine):
                           (f"{folder}/none.py:A", "no file .*none.py"),
                           (f"{folder}/json.py:A", "cannot load .*json.py: another module is called json; rename"),
                           (f"{folder}/a.b.py:A", "no other dot in the file's name., found .*a.b.py:A"),
-                          (f"{mine}:Z", "expected a subclass 'Z' of datasets.LabelledDataset .*data.py, found None"),
+                          (f"{mine}:Z", "expected a subclass 'Z' of datasets.LabelledDataset .*data.py, .*found None"),
                           (f"{mine}:C", "cannot use C .*expected 1 channels for the task 'depth', found 7"),
                           (f"{mine}:D", "cannot use D .*unexpected keyword argument|got an unexpected"),
-                          (f"{mine}:E", "with list_names and read"),
+                          (f"{mine}:E", "with all that it asks for"),
                           (f"{mine}:F", "expected a subclass 'F'"),
                           (f"{mine}:G", "cannot use G .*expected tasks from")):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
@@ -1190,11 +1198,12 @@ def test_your_own_data_set_is_checked(mine, script, monkeypatch, capsys):
     run = script(datasets.__file__, "check", "--dataset", f"{mine}:B", "--workers", "2")
     output, errors = run.communicate()
     assert run.returncode == 1 and "2/2" in errors, errors
-    assert output.splitlines() == [line for split in ("train", "val") for line in (
+    both = "  look at the names: 2 occur in train, too, first x"
+    assert [line for line in output.splitlines() if line != both] == [line for split in ("train", "val") for line in (
         f"{split}: 2 images", "  image: 1 problems", "    damaged y")] + ["2 problems"]
     monkeypatch.chdir(mine.parent)
     assert main(["check", "--dataset", f"{mine.name}:A", "--workers", "1"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["train: 2 images", "val: 2 images", "no problems"]
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images", "val: 2 images", both, "no problems"]
 
 
 FAULTY = """
@@ -1262,6 +1271,124 @@ def test_check_keeps_the_traceback_of_a_fault(tmp_path):
     assert main(["check", "--dataset", f"{tmp_path}/faulty.py:Missing", "--workers", "1"]) == 1
     with pytest.raises(ValueError, match="broadcast"):
         main(["check", "--dataset", f"{tmp_path}/faulty.py:Broken", "--workers", "1"])
+
+
+class Sided(Own):
+    """A person whose left arm is red and stands at the left."""
+
+    TASKS = {"semseg": 3, "limb": ("semseg", 3)}
+    CLASSES = {"semseg": ("body", "left arm", "right arm"), "limb": np.array(["body", "armLeft", "upright"])}
+    FLIP_PAIRS = {"semseg": [("left arm", "right arm")]}
+
+    def read(self, name):
+        image, label = np.zeros((16, 24, 3), np.uint8), np.zeros((16, 24), np.int64)
+        image[:, :12, 0], label[:, :12], label[:, 12:] = 255, 1, 2
+        return image, {"semseg": label, "limb": label}
+
+
+class Unmirrored(Sided):
+    FLIP, SCALES = False, np.float32([1, 1])
+
+
+def test_pairs_are_exchanged_where_the_image_is_mirrored(monkeypatch):
+    monkeypatch.setattr(datasets, "JITTER", ())
+    flips = 0
+    for epoch in range(60):
+        sample = Sided("train", (16, 24))[epoch, 0]
+        rows, columns = centred((16, 24), sample["size"])
+        red, sides, limb = (sample[key][0, rows, columns] for key in ("image", "semseg", "limb"))
+        if sides.unique().numel() > 1:    # both arms are in the crop
+            flipped = red[0, 0] < red[0, -1]
+            assert sides[0].tolist() == sorted(sides[0].tolist())    # what is at the left is the left arm
+            assert (limb[0, 0] > limb[0, -1]) == flipped             # which has no pairs
+            flips += flipped
+    assert 10 < flips < 50
+    plain, changed = Unmirrored("val", (16, 24))[0], [Unmirrored("train", (16, 24))[epoch, 0] for epoch in range(20)]
+    for sample in changed:
+        assert_equal(sample, plain)
+
+
+class Twice(Own):
+    """Labels of twice the image's size tell where each pixel of the image lies."""
+
+    TASKS, LABEL_SCALE = {"semseg": 100, "row": ("semseg", 100), "where": ("values", 2)}, 2
+
+    def __init__(self, height, width, **arguments):
+        self.shape = height, width
+        super().__init__(**arguments)
+
+    def read(self, name):
+        y, x = np.indices([2 * n for n in self.shape])
+        image = np.dstack([y, x, x])[::2, ::2].astype(np.uint8)
+        return image, {"semseg": x, "row": y, "where": np.float32([y, x])}
+
+
+@pytest.mark.parametrize("inner", [(10, 12), (11, 12), (10, 13), (11, 13), (12, 16), (13, 15), (17, 21)])
+def test_larger_labels_lie_where_their_image_lies(inner):
+    sample = Twice(*inner, split="val", size=(12, 16))[0]
+    outer, mean, std = (torch.tensor(v) for v in (sample["image"].shape[1:], datasets.IMAGE_MEAN, datasets.IMAGE_STD))
+    pixels = (255 * (sample["image"] * std.view(3, 1, 1) + mean.view(3, 1, 1))).round()[:2]
+    inside = torch.zeros(*outer, dtype=torch.bool)
+    inside[centred(outer.tolist(), inner)] = True
+    for label in (torch.cat([sample["row"], sample["semseg"]]).float(), sample["where"]):
+        assert (label[:, ::2, ::2] == pixels)[:, inside].all()
+    known = sample["semseg"][0] != IGNORE
+    assert (known == inside.repeat_interleave(2, 0).repeat_interleave(2, 1)).all()
+    assert (known == ~sample["where"].isnan().any(0)).all()
+
+
+class Numbers(Own):
+    """Attributes as numpy has them."""
+
+    TASKS = {"semseg": np.int64(3), "depth": 1}
+    CLASSES = {"semseg": np.array(["a", "b", "c"])}
+    LABEL_IDS = {"semseg": np.array([4, 7, 9])}
+    COLOURS = {"semseg": np.eye(3, dtype=np.uint8)}
+    DEPTH_RANGE = np.float32([0, 80])
+    FLIP_PAIRS = {"semseg": np.array([["a", "b"]])}
+    SIZE = np.array([8, 16])
+
+
+def test_attributes_of_numpy_are_plain_values(tmp_path):
+    data = Numbers("val")
+    torch.save(data.labels.plain(), tmp_path / "labels.pt")
+    labels = datasets.Labels(**torch.load(tmp_path / "labels.pt", weights_only=True))
+    assert labels.kinds["semseg"].label_ids == [4, 7, 9] and labels == datasets.Labels(**data.labels.plain())
+    assert json.loads(json.dumps(data.labels.plain())) == data.labels.plain() and data.size == (8, 16)
+    assert data.kinds["depth"].depth_range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
+
+
+class Odd(Own):
+    """Each label may be right, and looks wrong."""
+
+    TASKS = {"semseg": 5, "normal": 3, "depth": 1, "far": ("depth", 1), "boundary": 1}
+    CLASSES = {"semseg": ("a", "b", "left hand", "RightHand", "bright")}
+
+    def read(self, name):
+        image, labels = super().read(name)
+        away = np.zeros((3, 4, 6))
+        away[2] = -1
+        return image, {
+            "semseg": labels["semseg"], "normal": away, "depth": labels["depth"] / 100, "far": 1000 * labels["depth"],
+            "boundary": np.full((4, 6), 255)}
+
+
+def test_check_tells_what_looks_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Odd)
+    assert main(["check", "--dataset", "Odd", "--workers", "0"]) == 0
+    remarks = [
+        "semseg: classes that never occur: a, b, RightHand, bright",
+        "semseg: left hand, RightHand: training mirrors images, which makes left of right; name the pairs in "
+        "FLIP_PAIRS, or give FLIP = False",
+        "normal: 100% of the normals look away from the viewer; usual reasons: OpenCV's axes (negate y and z), the "
+        "world's axes (turn them into the camera's), or blue and red exchanged",
+        "depth: half of the depths are above 0.015 m; metres are expected",
+        "far: half of the depths are above 1.5e+03 m; metres are expected",
+        "boundary: classes that never occur: class 0, class 1"]
+    remarks = [f"  look at {remark}" for remark in remarks]
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 1 images", *remarks, "val: 1 images",
+        "  look at the names: 1 occur in train, too, first one", *remarks, "no problems"]
 
 
 HANDLES = """
