@@ -149,7 +149,8 @@ class Kind(abc.ABC):
     def remarks(self, values: np.ndarray, flips: bool) -> list[str]:
         """What its owner should look at in a whole split. values: all examples, (1 or C, n); flips: whether training
         mirrors images."""
-        return [] if (~np.isnan(values)).any() else ["no pixel has a label"]
+        learned = self.teaches(torch.from_numpy(values)[None, :, None]).any()
+        return [] if learned else [f"no {'positive ' * self.binary}pixel has a label"]
 
     def teaches(self, target: Tensor) -> Tensor:
         """The pixels without which a label teaches nothing."""
@@ -242,6 +243,9 @@ class Marked(Kind):
         expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
         return label.astype(np.uint8)
 
+    def examples(self, label):
+        return np.unique(label)[None]    # all of them
+
 
 class Classes(Marked):
     """Cross-entropy. mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class.
@@ -309,9 +313,6 @@ class Classes(Marked):
 
     def augment(self, label, scale, flipped):
         return self.mirrored[label] if flipped else label
-
-    def examples(self, label):
-        return np.unique(label)[None]    # all of them
 
     def remarks(self, values, flips):
         missing = [name for i, name in enumerate(self.names) if i not in values]
