@@ -200,6 +200,8 @@ class Synthetic(DenseDataset):
     """
 
     CLASSES = {"semseg": ("floor", "wall", "ceiling", "sky", "sphere", "box", "cylinder", "person"), "parsing": PARTS}
+    COLOURS = {"semseg": ((140, 100, 60), (170, 170, 170), (100, 110, 160), (130, 190, 240), (220, 40, 40),
+                          (240, 170, 30), (40, 160, 70), (150, 60, 170))}
     TASKS = {"semseg": 8, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
     BOUNDARY_TOLERANCE = 0.02    # 4 pixels at 128x160
     SIZE = (128, 160)

@@ -28,6 +28,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import io
@@ -43,7 +44,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -65,12 +66,12 @@ from datasets import (
     Helpers,
     NYUDv2,
     Parser,
-    WriteError,
     centred,
     check_writable,
+    fetch,
     find_dataset_class,
-    follow_main,
     interrupt,
+    loader,
     normalised,
     read_image,
     read_names,
@@ -79,7 +80,21 @@ from datasets import (
     usable_cpus,
     writing,
 )
-from metrics import IGNORE, TASKS, Kind, Labels, Meter, OdsMeter, bilinear, colour_map, delta_m, rounded, task_rows
+from metrics import (
+    COLOUR_MAP,
+    IGNORE,
+    TASKS,
+    Kind,
+    Labels,
+    Meter,
+    OdsMeter,
+    bilinear,
+    colour_map,
+    delta_m,
+    expect_here,
+    rounded,
+    task_rows,
+)
 from mtmamba import (
     BACKENDS,
     ENCODERS,
@@ -96,7 +111,6 @@ from mtmamba import (
 
 EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size
 EVALUATION_PIXELS = 2 ** 20
-REFERENCE_IMAGES = 100           # on which the best constant and an untrained model are scored
 
 Results = dict[str, dict[str, float]]    # {task: {metric: value}}, the primary metric first
 
@@ -112,7 +126,7 @@ def main(argv: list[str] | None = None) -> Results:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
+    with parser.told("make room, or name another folder with --out"):
         check_arguments(args, parser)
         if args.export:
             export(args)
@@ -123,34 +137,18 @@ def main(argv: list[str] | None = None) -> Results:
             return {}
         rank, _ = rank_and_world()
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
-            model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+            if args.dataset:
+                find_dataset_class(args.dataset)    # the user names its file, which may define the checkpoint's kinds
+            model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
             print("scan backend:", choose_backend(model, args.backend))
-            if not args.image:
-                return score(args, model, config, device)
+            results = {} if args.image else score(args, model, checkpoint, device)
             # add_up also waits for all processes: torchrun ends the others when one has failed.
-            skipped = int(add_up(torch.tensor(draw_pictures(args, model, device), device=device)))
-    except KeyboardInterrupt:
-        parser.exit(130, "evaluate.py: interrupted\n")
-    except WriteError as error:
-        parser.exit(1, f"evaluate.py: {error}; make room, or name another folder with --out\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).strip().splitlines()[-1]    # a worker's error has its traceback above that line
-        if "DataLoader worker" in message:
-            parser.exit(1, f"evaluate.py: {message.rstrip('. ')}; if memory is short, give fewer --workers\n")
-        if isinstance(error, RuntimeError):
-            raise
-        parser.error(message)
-    finally:
+            skipped = draw_pictures(args, model, device) if args.image else 0
+            skipped = int(add_up(torch.tensor(skipped, device=device)))
         leave_processes()
     if skipped:
         parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
-    return {}
-
-
-def typed_path(text: str) -> Path:
-    if re.match(r"\w+://", text):
-        raise argparse.ArgumentTypeError(f"{text} is an address; download the picture and give its path")
-    return Path(text).expanduser()
+    return results
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -179,11 +177,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, one or one per "
         "task (NYUDv2: the paper's)")
     add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
-    add("--tf32", action="store_true", help="faster convolutions and linear maps on Ampere GPUs and newer, with inputs "
-        "rounded to 10 bits; else scores are in true float32")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     add = parser.add_argument_group("your own pictures").add_argument
-    add("--image", type=typed_path, nargs="+", metavar="PATH", help="pictures, or folders of them")
+    add("--image", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of them")
     add("--max-side", type=int, default=MAX_SIDE, metavar="N", help="larger pictures are reduced to N pixels for the "
         "model, and their maps enlarged again (default: %(default)s)")
     add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
@@ -201,11 +197,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 # The flags that have an effect, by what is asked for. The others are refused.
 FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_size encoder encoder_kwargs",
-         "export": "export with_preprocessing checkpoint img_size encoder encoder_kwargs",
-         "image": "image checkpoint device backend out overwrite save_predictions probabilities label_ids max_side "
-                  "features encoder encoder_kwargs",
+         "export": "export with_preprocessing checkpoint dataset img_size encoder encoder_kwargs",
+         "image": "image checkpoint dataset device backend out overwrite save_predictions probabilities label_ids "
+                  "max_side features encoder encoder_kwargs",
          "": "checkpoint device backend out overwrite save_predictions probabilities label_ids workers dataset "
-             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs tf32"}
+             "data_root baseline boundary_list save_images img_size encoder encoder_kwargs"}
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
@@ -236,8 +232,9 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
-    """The model of a checkpoint, in evaluation mode, and MTMamba's arguments for it. `model.labels` is what its data
-    set says of the tasks (Labels).
+    """The model of a checkpoint, in evaluation mode, and what else the file says: "config", MTMamba's arguments,
+    "labels", and of train.py "training", "versions" and "iteration". `model.labels` is what its data set says of the
+    tasks (Labels).
 
     encoder, encoder_kwargs: of a published checkpoint, which does not name them; None for Swin-Large. A checkpoint of
     train.py knows its own. Raises FileNotFoundError, or ValueError where the file is something else or its weights do
@@ -246,7 +243,7 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     if "encoder" not in config:
-        config = dict(config, encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
+        config |= dict(encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
     try:
@@ -255,12 +252,20 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
         raise ValueError(f"cannot build a model of {config}: {error}") from error
     load_weights(model, checkpoint, path)
     model.labels = checkpoint["labels"]
-    return model.to(device).eval(), config
+    # Without the tensors, which would keep the file open: a training that is running may replace it.
+    checkpoint = {key: checkpoint[key] for key in checkpoint.keys() - {"model", "optimizer", "scaler", "published"}}
+    return model.to(device).eval(), checkpoint
+
+
+FETCHING = re.compile("pretrained|checkpoint_path|cache_dir")    # arguments of timm's models that need other files
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
-    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
+    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file.
+
+    A file cannot make this program fetch or read others: arguments of its encoder that would are left out, as the
+    weights are in the file itself."""
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
@@ -270,7 +275,12 @@ def read_checkpoint(path: str | Path) -> dict:
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError("expected the entries model, config and labels of a checkpoint of train.py, or final_project "
                          f"of a published one, in {path}, found {found}")
-    return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
+    config = {key: value for key, value in checkpoint["config"].items() if key != "pretrained"}
+    if ":" in str(config.get("encoder")):    # timm would take it for an address or a folder
+        raise ValueError(f"{path} names the encoder {config['encoder']}, which is not one of timm's own")
+    if kwargs := config.get("encoder_kwargs"):
+        config["encoder_kwargs"] = {key: value for key, value in kwargs.items() if not FETCHING.match(key)}
+    return dict(checkpoint, config=config, labels=Labels(**checkpoint["labels"]))
 
 
 def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
@@ -325,15 +335,11 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
 
 # --------------------------------------------------------------------------------------------------------- scores
 
-def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.device) -> Results:
+def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: torch.device) -> Results:
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
-    # Read now, as a training that is running may replace the file. Without the tensors, which would keep it open.
-    origin = {key: value for key, value in read_checkpoint(args.checkpoint).items()
-              if key not in ("model", "optimizer", "published")} | {"config": config}
-    name = args.dataset or origin.get("training", {}).get("dataset") or find_dataset(model.labels.tasks)
-    dataset = open_dataset(name, model.labels.tasks, config, args.data_root, args.img_size)
+    name, dataset = open_dataset(args, model.labels, checkpoint)
     scored = read_boundary_list(args.boundary_list, dataset)
-    given = read_baseline(args.baseline, name, dataset)
+    baseline = read_baseline(args.baseline, name, dataset)
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
     if (out / "log.jsonl").exists():
         raise ValueError(f"{out} holds a run of train.py and its results.json; give another folder with --out")
@@ -341,56 +347,78 @@ def score(args: argparse.Namespace, model: MTMamba, config: dict, device: torch.
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
-    claim_raw(args, dataset.labels, dataset.names, [], device)
-    rank, world = rank_and_world()
+    raw = RawMaps(args, dataset.labels, dataset.names, [], device)
     workers = args.workers
     if workers is None:
-        workers = min(16, max(1, usable_cpus() // world)) if dataset.SHUFFLED else 0
+        workers = min(16, max(1, usable_cpus() // rank_and_world()[1])) if dataset.SHUFFLED else 0
     allow_open_files(workers)
-    record = {}
-    results = evaluate(model, dataset, device, workers=workers, scored=scored, predictions=args.save_predictions,
-                       probabilities=args.probabilities, label_ids=args.label_ids, tf32=args.tf32, record=record)
+    evaluation = Evaluation(dataset, device, workers, scored)
+    results = evaluate(model, evaluation, raw.save_batch)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
-    if rank > 0:
+    if rank_and_world()[0] > 0:
         return results
-    print(f"{name}: {len(dataset)} images, {record['images_per_second']:.3g} per second"
+    print(f"{name}: {len(dataset)} images, {evaluation.record()['images_per_second']:.3g} per second"
           + (f", odsF on {len(scored)} of them" if scored else ""))
-    encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
-    paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
-    print_table({"model": results}, model.labels, paper)
-    if not (paper or dataset.REFERENCES):
-        print("the paper's figure is not known here for this variant and encoder")
-    improvement = compare(results, given or dataset.SINGLE_TASK, dataset.kinds)
-    if improvement is None:
-        print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
-    else:
-        known = not given and paper.keys() == results.keys()
-        published = f" (paper: {delta_m(paper, dataset.SINGLE_TASK, dataset.kinds):+.2f} %)" if known else ""
-        against = ", ".join(map(str, args.baseline or ["the single-task row of Table 2"]))
-        print(f"delta_m against {against}: {improvement:+.2f} %{published}")
-    entries = dict(dataset=name, checkpoint=str(args.checkpoint), images=len(dataset),
-                   boundary_images=len(scored or dataset), results=results, delta_m=improvement)
-    write_results(out / "results.json", entries, model, dataset, origin, record)
+    improvement = print_scores({"model": results}, dataset, checkpoint["config"], baseline)
+    entries = dict(dataset=name, checkpoint=str(args.checkpoint), delta_m=improvement, results=results)
+    write_results(out / "results.json", entries, model, evaluation, checkpoint)
     print("results:", out / "results.json")
     for first in range(0, min(args.save_images, len(dataset)), 4):
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
         shown = range(first, min(first + 4, args.save_images))
-        print("pictures:", save_contact_sheet(model, dataset, device, path, shown))
+        print("pictures:", save_contact_sheet(model, evaluation, path, shown))
     return results
 
 
-def open_dataset(name: str, tasks: dict, config: dict, root: Path | None, size: list[int] | None) -> DenseDataset:
-    """The images to score on. tasks: the model's, as Labels.tasks. Raises ValueError where the data set has other tasks
-    than the model, or labels of another size than its outputs."""
+def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dict, baseline: dict[str, float] | None,
+                 primary_only: bool = False) -> float | None:
+    """Prints the table, beside the paper's figures where they are known, and returns the first column's delta_m; None
+    where that is not known. baseline: of read_baseline."""
+    encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
+    paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
+    print_table(columns, dataset.labels, paper, primary_only)
+    if not (paper or dataset.REFERENCES):
+        print("the paper's figure is not known here for this variant and encoder")
+    single, results = baseline or dataset.SINGLE_TASK, next(iter(columns.values()))
+    figures = {task: metrics[dataset.kinds[task].primary(metrics)] for task, metrics in results.items()}
+    if not figures or not figures.keys() <= single.keys():
+        print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
+        return None
+    improvement = delta_m(figures, {task: single[task] for task in figures}, dataset.kinds)
+    known = not baseline and paper.keys() == figures.keys()
+    published = f" (paper: {delta_m(paper, single, dataset.kinds):+.2f} %)" if known else ""
+    print(f"delta_m against {'--baseline' if baseline else 'the single-task row of Table 2'}: {improvement:+.2f} %"
+          f"{published}")
+    return improvement
+
+
+def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
+    """The name of the data set to score on, and its images. labels: the model's. Raises ValueError where the data set
+    has other tasks or classes than the model, or labels of another size than its outputs."""
+    config, name = checkpoint["config"], args.dataset
+    if not name:
+        name = checkpoint.get("training", {}).get("dataset") or find_dataset(labels.tasks)
+        expect_here(name, args.checkpoint)
     data_set, scale = find_dataset_class(name), config.get("output_scale", 1)
-    if not task_rows(tasks).items() <= task_rows(data_set.TASKS).items():
-        raise ValueError(f"the model's tasks (channels) are {tasks}, those of {name} {data_set.TASKS}; choose another "
-                         "--dataset")
+    if not task_rows(labels.tasks).items() <= task_rows(data_set.TASKS).items():
+        raise ValueError(f"the model's tasks (channels) are {labels.tasks}, those of {name} {data_set.TASKS}; choose "
+                         "another --dataset")
     if scale != data_set.LABEL_SCALE:
         raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} "
                          f"{data_set.LABEL_SCALE} times; build it with that output_scale")
-    return data_set.open("val", size or data_set.VAL_SIZE or config.get("img_size"), list(tasks), root)
+    size = args.img_size or data_set.VAL_SIZE or config.get("img_size")
+    dataset = data_set.open("val", size, list(labels.tasks), args.data_root)
+    for task in labels.kinds:
+        trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
+        for i, (a, b) in enumerate(zip(trained, scored)):
+            if a != b:
+                raise ValueError(f"class {i} of {task} is {a!r} in {args.checkpoint} and {b!r} in {name}, so scores "
+                                 "would compare different things; score it on a data set with the model's classes")
+        if bool(trained) != bool(scored):
+            print(f"{task}: only the {'model' if trained else 'data set'} names its classes; they are taken to be the "
+                  "same")
+    return name, dataset
 
 
 def find_dataset(tasks: dict) -> str:
@@ -422,52 +450,38 @@ def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) ->
     for path in paths or ():
         try:
             content = json.loads(path.read_text())
-            found, results = content["dataset"], content["results"]
-            new = {task: results[task][row.metrics[0] if dataset.BOUNDARY_TOLERANCE else row.metrics[-1]]
-                   for task, row in dataset.kinds.items() if task in results}
-            positive = all(value > 0 for value in new.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            new = {task: content["results"][task][kind.metrics[0 if dataset.BOUNDARY_TOLERANCE else -1]]
+                   for task, kind in dataset.kinds.items() if task in content["results"]}
+            right = content["dataset"] == name and min(new.values(), default=1) > 0
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is not a results.json of evaluate.py or train.py ({reason})") from error
-        if found != name or not positive:
+        if not right:
             raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
-                             f"{new} on {found} in {path}")
+                             f"{new} on {content['dataset']} in {path}")
         figures |= new
-    missing = dataset.kinds.keys() - figures.keys()
-    if paths and missing:
+    if paths and (missing := dataset.kinds.keys() - figures.keys()):
         raise ValueError(f"expected a baseline of every task, found none of {', '.join(sorted(missing))} in "
                          f"{', '.join(map(str, paths))}")
     return figures or None
 
 
-def compare(results: Results, baseline: dict[str, float], rows: dict[str, Kind]) -> float | None:
-    """delta_m of the primary metrics over the tasks that were scored; None where the baseline lacks one of them."""
-    figures = {task: metrics[rows[task].primary(metrics)] for task, metrics in results.items()}
-    if not figures or not figures.keys() <= baseline.keys():
-        return None
-    return delta_m(figures, {task: baseline[task] for task in figures}, rows)
-
-
-def write_results(path: Path, entries: dict, model: MTMamba, dataset: DenseDataset, checkpoint: dict, record: dict):
-    """results.json of train.py and evaluate.py: the entries, what else a paper states of a run, and the record of
-    `evaluate`. checkpoint: as of read_checkpoint, with the whole config. What a published one does not know is null."""
-    config, training = checkpoint["config"], checkpoint.get("training", {})
+def write_results(path: Path, entries: dict, model: MTMamba, evaluation: "Evaluation", checkpoint: dict):
+    """results.json of train.py and evaluate.py: the entries, what else a paper states of a run, and the record of the
+    evaluation. checkpoint: as of load_checkpoint. What a published one does not know is null."""
+    config, training, dataset = checkpoint["config"], checkpoint.get("training", {}), evaluation.dataset
     trained_in = training.get("amp")
-    if trained_in == "off":
-        trained_in = precision(training.get("tf32"))
     parameters, flops = count_cost(model, dataset.size)
     content = entries | dict(
-        split="val", variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
+        images=evaluation.images, boundary_images=evaluation.boundary_images, split="val",
+        variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
         encoder_kwargs=config.get("encoder_kwargs"), tasks=list(model.tasks), seed=training.get("seed"),
         training=training or None, iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops,
-        image_size=dataset.size, precision=dict(training=trained_in, scoring=record.pop("precision")),
-        versions=dict(training=checkpoint.get("versions"), scoring=versions()), **record)
+        image_size=dataset.size,
+        precision=dict(training="float32" if trained_in == "off" else trained_in, scoring="float32"),
+        versions=dict(training=checkpoint.get("versions"), scoring=versions()), **evaluation.record())
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def precision(tf32: bool | None) -> str:
-    return "tf32" if tf32 else "float32"
 
 
 def versions() -> dict[str, str | None]:
@@ -479,120 +493,123 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-@contextlib.contextmanager
-def use_tf32(tf32: bool):
-    """For CUDA's convolutions and linear maps. PyTorch's default is to use it in convolutions alone."""
-    linear, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    linear.allow_tf32 = tf32
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            yield
-    finally:
-        linear.allow_tf32 = before
-
-
 @torch.inference_mode()
-def evaluate(model: MTMamba, dataset: DenseDataset, device: torch.device, description: str = "evaluating",
-             workers: int = 0, odsf: bool = True, scored: set[str] | None = None,
-             predictions: str | Path | None = None, probabilities: bool = False, label_ids: bool = False,
-             stop: Callable[[], bool] | None = None, limit: int | None = None, tf32: bool = False,
-             losses: bool = False, record: dict | None = None) -> Results | None:
-    """Every metric of every task over a data set. Tasks without a label in it are named and left out. The model's mode
-    (train or eval) stays as it was.
+def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable[[dict, dict], None] | None = None,
+             stop: Callable[[], bool] | None = None) -> Results | None:
+    """The scores of a model. Tasks without a label in the data set are named and left out. The model's mode (train or
+    eval) stays as it was.
 
-    workers: processes that load images, and as many that match boundaries (0: none). odsf: whether to score odsF, where
-    the data set states a tolerance. scored: names of the images that odsF is scored on, None for all. predictions:
-    folder for the raw maps; probabilities, label_ids: of these, see save_raw. stop: asked before every batch whether to
-    give up; the result is None where it says so in any process. limit: only so many images, the first ones. tf32: see
-    use_tf32. record: gets precision, images_per_second and the confusion matrices of classes, [label][prediction]; with
-    losses, also validation_losses by task, the means over the images with a label.
+    save: called with each batch and the model's outputs. stop: asked before each batch whether to give up, then the
+    result is None; where a process group runs, it must answer the same in every process.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
     """
-    rank, world = rank_and_world()
-    digest_names(dataset, device)
-    tolerance = dataset.BOUNDARY_TOLERANCE if odsf else None
-    boundaries = [task for task, kind in dataset.kinds.items() if kind.ods and tolerance is not None]
-    samples = WithTruths(dataset, boundaries, scored)
-    first = samples[0]
-    H, W = first["image"].shape[1:]
-    batch_size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // (H * W)))
-    workers = fit_workers(workers, first, batch_size)
-    images = min(len(dataset), limit or len(dataset))
-    batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)[rank::world]]
-    loader = DataLoader(samples, batch_sampler=batches, collate_fn=collate_by_size, num_workers=workers,
-                        worker_init_fn=follow_main)
-    meters = meters_for(dataset)
-    sums = {task: [torch.zeros(2, 1, device=device)] for task in meters}    # losses of images, whether one has labels
     training = model.training
     model.eval()
-    begun = time.perf_counter()
-    with (use_tf32(tf32), Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers,
-          tqdm(total=sum(map(len, batches)), desc=description, unit="img", leave=False, disable=rank > 0) as bar):
-        ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
-        for batch in itertools.chain.from_iterable(loader):
+    with evaluation.running() as loaded:
+        for batches in loaded:
             if stop and stop():
                 break
-            outputs = model(batch["image"].to(device))
-            for task, meter in meters.items():
-                target = batch[task].to(device)
-                meter.update(outputs[task], target)
-                for image, label in zip(outputs[task].split(1), target.split(1)) if losses else ():
-                    labelled = meter.kind.valid(label).flatten(1).any(1)
-                    sums[task].append(torch.stack([meter.kind.image_losses(image, label), labelled]))
-            for i, (name, truths) in enumerate(zip(batch["name"], batch["truths"])):
-                area = own_area(batch["image"], batch["size"][i], model.output_scale)
-                wanted = meters if predictions else truths
-                raw = {task: outputs[task][i:i + 1].float() for task in wanted}
-                maps = {task: meters[task].kind.predict(output)[0][area].cpu() for task, output in raw.items()}
-                if predictions:
-                    shares = {task: meters[task].kind.probability(raw[task]) for task in meters if probabilities}
-                    shares = {task: share[0][area].cpu() for task, share in shares.items() if share is not None}
-                    save_raw(Path(predictions), name, maps, shares, dataset.kinds, label_ids)
-                for task, truth in truths.items():
-                    valid = meters[task].kind.valid(batch[task][i][area][None])[0].numpy()
-                    ods[task].update(meters[task].kind.raw(maps[task].numpy()), truth, valid)
-            bar.update(len(batch["image"]))
-        for meter in ods.values():
-            meter.collect()
+            for batch in batches:
+                outputs = model(batch["image"].to(evaluation.device))
+                evaluation.update(batch, outputs)
+                if save:
+                    save(batch, outputs)
     model.train(training)
-
-    shared = device if device.type == "cuda" else "cpu"    # where processes add up
-    if stop and add_up(torch.tensor(int(stop()), device=shared)):
+    if stop and stop():
         return None
-    for meter in meters.values():
-        meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
-    for meter in ods.values():
-        meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
-    if record is not None:
-        record.update(precision=precision(tf32), images_per_second=images / (time.perf_counter() - begun))
-        if losses:
-            sums = {task: add_up(rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1).to(shared)).tolist()
-                    for task, values in sums.items()}
-            record["validation_losses"] = {task: total / number for task, (total, number) in sums.items() if number}
-        confusions = {task: meter.kind.confusion(meter.sums) for task, meter in meters.items()}
-        record["confusion"] = {task: found for task, found in confusions.items() if found}
-    empty = [task for task, meter in meters.items() if meter.empty()]
-    if empty:    # one task without labels is no reason to lose the others' scores
-        print(f"not scored, as no pixel has a label: {', '.join(empty)}")
-    return results_of(meters, ods)
+    evaluation.reduce()
+    return evaluation.results()
 
 
-def meters_for(dataset: DenseDataset) -> dict[str, Meter]:
-    return {task: Meter(kind) for task, kind in dataset.kinds.items()}
+class Evaluation:
+    """The sums of an evaluation, which give scores and losses. update(...) adds a batch, reduce() the other processes.
 
+    workers: processes that load images, and as many that match boundaries (0: none). scored: names of the images that
+    odsF is scored on, None for all, () for none; it needs the data set's tolerance. limit: only so many images, the
+    first ones.
+    """
 
-def results_of(meters: dict[str, Meter], ods: dict[str, OdsMeter]) -> Results:
-    """The scores of the tasks that have any, the primary metric first."""
-    return {task: (ods[task].compute() if task in ods else {}) | meter.compute() for task, meter in meters.items()
-            if not meter.empty()}
+    def __init__(self, dataset: DenseDataset, device: torch.device, workers: int = 0,
+                 scored: Collection[str] | None = None, limit: int | None = None):
+        self.dataset, self.device, self.workers, self.scored = dataset, device, workers, scored
+        self.images = min(len(dataset), limit or len(dataset))
+        self.boundary_images = self.images if scored is None else len(scored)
+        self.meters = {task: Meter(kind) for task, kind in dataset.kinds.items()}
+        self.losses = {task: [torch.zeros(2, 1, device=device)] for task in self.meters}    # and whether there is one
+        self.ods = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Iterator[list[dict]]]:
+        """Loads this process's share of the images, in lists of batches of one size, and matches boundaries. Every
+        process gets equally many lists; the last may be empty."""
+        dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored != () else None
+        digest_names(dataset, self.device)
+        rank, world = rank_and_world()
+        boundaries = [task for task, kind in dataset.kinds.items() if kind.ods and tolerance is not None]
+        samples = WithTruths(dataset, boundaries, self.scored)
+        first, = fetch(samples, [0], self.workers)
+        size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // first["image"][0].numel()))
+        workers = fit_workers(self.workers, first, size)
+        batches = [range(i, min(i + size, self.images)) for i in range(0, self.images, size)]
+        share = batches[rank::world]
+        loaded = loader(samples, share, workers, collate_fn=collate_by_size)
+        idle = [[]] * (-(-len(batches) // world) - len(share))
+        begun = time.perf_counter()
+        with Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers:
+            self.ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
+            yield tqdm(itertools.chain(loaded, idle), "evaluating", len(share + idle), leave=False, disable=rank > 0)
+            for meter in self.ods.values():
+                meter.collect()
+        self.seconds = time.perf_counter() - begun
+
+    def update(self, batch: dict, outputs: dict[str, Tensor]):
+        """outputs: of the network (B, C_t, H, W) for a batch of `running`."""
+        for task, meter in self.meters.items():
+            target = batch[task].to(self.device)
+            meter.update(outputs[task], target)
+            for image, label in zip(outputs[task].split(1), target.split(1)):    # a whole batch takes more memory
+                labelled = meter.kind.valid(label).flatten(1).any(1)
+                self.losses[task].append(torch.stack([meter.kind.image_losses(image, label), labelled]))
+        for i, truths in enumerate(batch["truths"]):
+            area = own_area(batch["image"], batch["size"][i], self.dataset.LABEL_SCALE)
+            for task, truth in truths.items():
+                kind = self.dataset.kinds[task]
+                prediction = kind.predict(outputs[task][i:i + 1].float())[0][area].cpu().numpy()
+                self.ods[task].update(kind.raw(prediction), truth, kind.valid(batch[task][i:i + 1])[0][area].numpy())
+
+    def reduce(self):
+        shared = self.device if self.device.type == "cuda" else "cpu"    # where processes add up
+        for meter in self.meters.values():
+            meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
+        for meter in self.ods.values():
+            meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
+        for task, values in self.losses.items():
+            self.losses[task] = add_up(rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1).to(shared))
+        empty = [task for task, meter in self.meters.items() if meter.empty()]
+        if empty:    # one task without labels is no reason to lose the others' scores
+            print(f"not scored, as no pixel has a label: {', '.join(empty)}")
+
+    def results(self) -> Results:
+        """The scores of the tasks that have any, the primary metric first."""
+        return {task: (self.ods[task].compute() if task in self.ods else {}) | meter.compute()
+                for task, meter in self.meters.items() if not meter.empty()}
+
+    def record(self) -> dict:
+        """What results.json tells beside the scores. validation_losses: means over the images with a label. confusion:
+        of classes, [label][prediction]."""
+        losses = {task: total / images for task, (total, images) in
+                  ((task, sums.tolist()) for task, sums in self.losses.items()) if images}
+        confusions = {task: meter.kind.confusion(meter.sums) for task, meter in self.meters.items()}
+        return dict(images_per_second=self.images / self.seconds, validation_losses=losses,
+                    confusion={task: found for task, found in confusions.items() if found})
 
 
 class WithTruths(Dataset):
     """A data set's samples with the boundaries that odsF is scored against, {task: bool (h, w)}."""
 
-    def __init__(self, dataset: DenseDataset, boundaries: list[str], scored: set[str] | None):
+    def __init__(self, dataset: DenseDataset, boundaries: list[str], scored: Collection[str] | None):
         self.dataset, self.boundaries, self.scored = dataset, boundaries, scored
 
     def __getitem__(self, index):
@@ -618,26 +635,48 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
     return (..., *centred(image.shape[-2:], size, scale))
 
 
-def save_raw(folder: Path, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor], kinds: dict[str, Kind],
-             label_ids: bool = False):
-    """Writes TASK/NAME.png (class, or probability times 255) or .npy (metres or, for Cityscapes, pixels of disparity
-    (h, w), unit vectors (3, h, w)), see Kind.raw. maps: as of predict_picture, (C, h, w).
+class RawMaps:
+    """The files of --save-predictions: DIR/TASK/NAME.png (class, or probability times 255) or .npy (metres or, for
+    Cityscapes, pixels of disparity (h, w), unit vectors (3, h, w)).
 
-    shares: the probabilities of tasks that have them, which go to TASK/NAME.npz: its float16 array "probability" is
-    (C, h, w) of classes and (1, h, w) of saliency and boundaries. label_ids: classes as Labels.label_ids has them.
+    With --probabilities also .npz, whose float16 array "probability" is (C, h, w) of classes and (1, h, w) of saliency
+    and boundaries. With --label-ids classes are written as Labels.label_ids has them.
     """
-    for task, values in maps.items():
-        path, values = folder / task / f"{name}{kinds[task].suffix}", kinds[task].raw(values.numpy(), label_ids)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            Image.fromarray(values).save(file, "PNG") if values.dtype == np.uint8 else np.save(file, values)
-    for task, values in shares.items():
-        with replacing(folder / task / f"{name}.npz") as file:
-            np.savez_compressed(file, probability=values.half().numpy())
 
+    def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path],
+                 device: torch.device):
+        """names: of the images. read, device: see claim. Raises ValueError where files would be overwritten, and where
+        the data set has no label IDs."""
+        self.folder, self.probabilities, self.label_ids = args.save_predictions, args.probabilities, args.label_ids
+        self.labels = labels
+        if self.label_ids and not labels.label_ids:
+            raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
+        if self.folder:
+            files = [f"{task}/{name}{suffix}" for name in names for task, kind in labels.kinds.items()
+                     for suffix in (kind.suffix, *([".npz"] if args.probabilities and kind.unknown == IGNORE else []))]
+            claim(self.folder, files, read, args.overwrite, device)
 
-def reference_title(name: str, dataset: DenseDataset) -> str:
-    return name if len(dataset) <= REFERENCE_IMAGES else f"{name} ({REFERENCE_IMAGES})"    # images
+    def save_batch(self, batch: dict, outputs: dict[str, Tensor]):
+        """See evaluate. Does nothing where no folder is given."""
+        for i, name in enumerate(batch["name"] if self.folder else ()):
+            own = {task: output[i:i + 1] for task, output in outputs.items()}
+            scale = next(iter(own.values())).shape[-1] // batch["image"].shape[-1]
+            area = own_area(batch["image"], batch["size"][i], scale)
+            maps, shares = ({task: values[0][area].cpu() for task, values in of(self.labels, own).items()}
+                            for of in (predict_maps, probabilities))
+            self.save(name, maps, shares)
+
+    def save(self, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor]):
+        """maps, shares: as of predict_picture, (C, h, w)."""
+        for task, values in maps.items() if self.folder else ():
+            kind = self.labels.kinds[task]
+            path, values = self.folder / task / f"{name}{kind.suffix}", kind.raw(values.numpy(), self.label_ids)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                Image.fromarray(values).save(file, "PNG") if values.dtype == np.uint8 else np.save(file, values)
+            if self.probabilities and task in shares:
+                with replacing(path.with_suffix(".npz")) as file:
+                    np.savez_compressed(file, probability=shares[task].half().numpy())
 
 
 def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
@@ -666,8 +705,11 @@ def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, fl
 PICTURE_FILES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif "
                  "tiff webp").split()    # endings; those that Pillow cannot read are skipped
 MAX_SIDE = 1024     # pixels
-CELL = 512          # pixels of a picture's longer side in a sheet, at most
-SMALL_CELL = 240    # smaller pictures are enlarged as far as they stay within it
+SHEET = 1600                      # pixels of a sheet's width, at most: its letters stay readable on a screen
+CELL, SMALL_CELL = 512, 300       # of a picture's longer side in a sheet: at most, and to which it may be reduced
+LETTERS, LINE, GAP = 16, 24, 8    # heights of letters and lines, and what lies between pictures
+FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts",
+         "/Library/Fonts", "C:/Windows/Fonts")
 
 
 def labels_of(model: MTMamba) -> Labels:
@@ -676,61 +718,70 @@ def labels_of(model: MTMamba) -> Labels:
     return getattr(model, "labels", None) or DenseDataset.describe(model.tasks)
 
 
-def predict_maps(model: MTMamba, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def predict_maps(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Raw outputs (B, C_t, H, W) -> maps in the form of the labels (B, 1 or C_t, H, W), see Kind.predict."""
-    kinds = labels_of(model).kinds
-    return {task: kinds[task].predict(output.float()) for task, output in outputs.items()}
+    return {task: labels.kinds[task].predict(output.float()) for task, output in outputs.items()}
+
+
+def probabilities(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tasks that have them: of classes (B, C_t, H, W), or of yes (B, 1, H, W)."""
+    found = {task: labels.kinds[task].probability(output.float()) for task, output in outputs.items()}
+    return {task: share for task, share in found.items() if share is not None}
 
 
 @torch.inference_mode()
-def save_contact_sheet(model: MTMamba, dataset: DenseDataset, device: torch.device, path: Path,
-                       images: Iterable[int] = range(4)) -> Path:
-    """Writes a PNG of some images: the image, and each task's prediction above its ground truth; below them a legend
-    per task with its score on these images."""
-    training = model.training
+def save_contact_sheet(model: MTMamba, evaluation: Evaluation, path: Path, images: range = range(4)) -> Path:
+    """Writes a PNG of some images of the evaluation: each image, and each task's prediction above its ground truth; at
+    the end a legend per task with its score on these images."""
+    dataset, training, scale = evaluation.dataset, model.training, model.output_scale
     model.eval()
-    meters = meters_for(dataset)
-    pictures, maps, truths = [], [], []
-    for i in (i for i in images if i < len(dataset)):
-        sample, scale = dataset[i], model.output_scale
-        outputs = model(sample["image"][None].to(device))
+    meters, blocks = {task: Meter(kind) for task, kind in dataset.kinds.items()}, []
+    predicted, true = ({task: [] for task in meters} for _ in range(2))
+    for sample in fetch(dataset, images[:len(dataset)], evaluation.workers):
+        outputs = model(sample["image"][None].to(evaluation.device))
         inner = own_area(sample["image"], sample["size"])
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        image = 255 * (sample["image"] * std + mean).clamp(0, 1)[inner]
-        pictures.append(Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)))
-        for task, meter in meters.items():
-            meter.update(outputs[task], sample[task][None].to(device))
-        # At the image's size.
-        maps.append({task: values[0].cpu().numpy()[:, ::scale, ::scale][inner]
-                     for task, values in predict_maps(model, outputs).items()})
-        truths.append({task: sample[task].numpy()[:, ::scale, ::scale][inner] for task in outputs})
+        blocks.append([[(sample["name"], to_picture(sample["image"][inner]))]])
+        for task, values in predict_maps(dataset.labels, outputs).items():
+            meters[task].update(outputs[task], sample[task][None].to(evaluation.device))
+            for maps, label in ((predicted, values[0].cpu()), (true, sample[task])):    # at the image's size
+                maps[task].append(label[:, ::scale, ::scale][inner].numpy())
     model.train(training)
-    notes = {}
-    for task, meter in meters.items():
-        if not meter.empty():
-            scores, row = meter.compute(), dataset.kinds[task]
-            metric = row.primary(scores)
-            notes[task] = f"{metric} here: {scores[metric]:.{row.digits}f}{row.unit}"
+    legends = []
+    for task, kind in dataset.kinds.items():
+        found, shown = (np.concatenate([map.reshape(len(map), 1, -1) for map in maps[task]], axis=2)
+                        for maps in (predicted, true))
+        scores = {} if meters[task].empty() else meters[task].compute()
+        metric = kind.primary(scores) if scores else ""
+        note = f", {metric} here: {scores[metric]:.{kind.digits}f}{kind.unit}" if scores else ""
+        legends.append([(kind.title + note, None), *kind.picture(found, shown)[1]])
+        for columns, *pair in zip(blocks, predicted[task], true[task]):
+            columns.append([(f"{kind.title}, {what}", Image.fromarray(kind.picture(values, shown)[0]))
+                            for what, values in zip(("predicted", "true"), pair)])
     with replacing(path) as file:
-        draw_sheet("image", pictures, maps, dataset.labels, truths, notes=notes).save(file, "PNG")
+        draw_sheet(blocks, legends).save(file, "PNG")
     return path
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A normalised image (3, h, w)."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return Image.fromarray((255 * (image * std + mean).clamp(0, 1)).byte().permute(1, 2, 0).numpy())
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
     """Writes the predictions for the user's own pictures, and a sheet of each; returns how many were skipped."""
-    paths = find_pictures(args.image)
+    paths, kinds, skipped = find_pictures(args.image), model.labels.kinds, 0
     out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
-    stems, kinds = distinct_stems(paths), model.labels.kinds
     drawn = [*kinds, *(f"{task}_feature" for task in kinds if args.features), "sheet"]
+    stems = distinct_stems(paths, drawn)
     inputs = {path if path.is_dir() else path.parent for path in args.image}
     claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
-    claim_raw(args, model.labels, stems, inputs, device)
-    skipped = 0
+    raw = RawMaps(args, model.labels, stems, inputs, device)
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, shares, heat = predict_all(model, image, device, args.max_side)
+            maps, heat, shares = predict_picture(model, image, device, args.max_side, args.probabilities)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             # On a CPU, PyTorch has no error of its own for too little memory.
             full = isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
@@ -740,18 +791,32 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
             skipped += 1
             continue
-        if args.save_predictions:
-            shares = shares if args.probabilities else {}
-            save_raw(args.save_predictions, stem, maps, shares, kinds, args.label_ids)
-        labels = {task: values.numpy() for task, values in maps.items()}
-        pictures = {task: Image.fromarray(kinds[task].picture(label, label)[0]) for task, label in labels.items()}
-        overlays = {f"{task}_feature": overlay(image, values) for task, values in heat.items() if args.features}
-        sheet = draw_sheet(printable(path.name), [image], [labels], model.labels, extra=overlays.values())
-        for name, picture in (pictures | overlays | {"sheet": sheet}).items():
+        raw.save(stem, maps, shares)
+        files = draw_prediction(printable(path.name), image, maps, heat if args.features else {}, kinds)
+        for name, picture in files.items():
             with replacing(out / f"{stem}_{name}.png") as file:
                 picture.save(file, "PNG")
         print("pictures:", printable(out / f"{stem}_sheet.png"))
     return skipped
+
+
+def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], heat: dict[str, Tensor],
+                    kinds: dict[str, Kind]) -> dict[str, Image.Image]:
+    """The picture of each map, of heat's maps over the image, and a sheet of all. maps, heat: of predict_picture."""
+    columns, legends, files = [[(title, image)]], [], {}
+    for task, kind in kinds.items():
+        picture, lines = kind.picture(maps[task].numpy(), maps[task].numpy())
+        files[task] = Image.fromarray(picture)
+        columns.append([(kind.title, files[task])])
+        legends.append([(kind.title, None), *lines])
+        if task in heat:
+            norm = heat[task].numpy()
+            low, high = float(norm.min()), float(norm.max())
+            files[f"{task}_feature"] = Image.blend(image, Image.fromarray(colour_map(norm, low, high)), 0.6)
+            columns[-1].append((f"its feature: {low:.3g} to {high:.3g}", files[f"{task}_feature"]))
+    if heat:
+        legends.append([("norm of a pixel's final decoder feature, from least to largest", COLOUR_MAP)])
+    return files | {"sheet": draw_sheet([columns], legends)}
 
 
 def keep_inputs(written: Path, read: Iterable[Path]):
@@ -774,16 +839,6 @@ def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool,
     add_up(torch.zeros(1, device=device))    # no process writes before all have looked
 
 
-def claim_raw(args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path], device: torch.device):
-    """claim for --save-predictions. Raises ValueError, too, where the data set has no label IDs."""
-    if args.label_ids and not labels.label_ids:
-        raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
-    if args.save_predictions:
-        files = [f"{task}/{name}{suffix}" for task, kind in labels.kinds.items() for name in names
-                 for suffix in (kind.suffix, *([".npz"] if args.probabilities and kind.unknown == IGNORE else []))]
-        claim(args.save_predictions, files, read, args.overwrite, device)
-
-
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = []
@@ -798,16 +853,18 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     return found
 
 
-def distinct_stems(paths: list[Path]) -> list[str]:
-    """The files' names without their endings, cut to 200 bytes, as more is added to them. Equal ones are numbered."""
-    stems, counts = {}, Counter()
+def distinct_stems(paths: list[Path], endings: list[str]) -> list[str]:
+    """The files' names without their endings, cut to 200 bytes, as more is added to them. They are numbered where two
+    would get a file NAME_ENDING in common, also on a file system that takes capitals for small letters."""
+    stems, taken, counts = [], set(), Counter()
     for path in paths:
         own = stem = os.fsdecode(os.fsencode(path.stem)[:200])
-        while stem in stems:
+        while (files := {f"{stem}_{ending}".casefold() for ending in endings}) & taken:
             counts[own] += 1
             stem = f"{own}_{counts[own] + 1}"
-        stems[stem] = None
-    return list(stems)
+        stems.append(stem)
+        taken |= files
+    return stems
 
 
 def printable(text: object) -> str:
@@ -822,16 +879,11 @@ def read_picture(path: str | Path) -> Image.Image:
     return Image.fromarray(read_image(path, turn=True))
 
 
-def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
-                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}), see below."""
-    maps, _, heat = predict_all(model, image, device, max_side)
-    return maps, heat
-
-
 @torch.inference_mode()
-def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_side: int) -> tuple[dict, dict, dict]:
-    """The maps, {task: the probabilities, of tasks that have them: see Kind.probability}, and the norms.
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, max_side: int = MAX_SIDE,
+                    with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
+    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}, {task:
+    probabilities as of Kind.probability}, which is empty unless they are asked for)
 
     max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
     the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
@@ -845,75 +897,92 @@ def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_si
     pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
-    maps, shares, heat, kinds = {}, {}, {}, labels_of(model).kinds
+    labels = labels_of(model)
 
-    def enlarged(values, resize=bilinear):
+    def enlarged(values: Tensor, resize: Callable = bilinear) -> Tensor:
         values = values[0, :, :image.height, :image.width].cpu()
         return values if values.shape[1:] == size else resize(values, size)
-    for task, output in outputs.items():
-        maps[task] = enlarged(kinds[task].predict(output.float()), kinds[task].resize)
-        share = kinds[task].probability(output.float())
-        if share is not None:
-            shares[task] = enlarged(share)
+    maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
+    shares = probabilities(labels, outputs if with_probabilities else {})
+    heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
         heat[task] = enlarged(F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False))[0]
-    return maps, shares, heat
+    return maps, heat, {task: enlarged(values) for task, values in shares.items()}
 
 
-def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
-    """A heat map (h, w), from its minimum to its maximum, in colour over the image."""
-    colours = colour_map(heat.cpu().numpy(), heat.min().item(), heat.max().item())
-    return Image.blend(image, Image.fromarray(colours.astype(np.uint8)), 0.6)
+def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
+    """A sheet of pictures that can be read at a screen's width.
 
-
-def draw_sheet(title: str, images: list[Image.Image], maps: list[dict[str, np.ndarray]], labels: Labels,
-               truths: list[dict[str, np.ndarray]] | None = None, extra: Iterable[Image.Image] = (),
-               notes: dict[str, str] | None = None) -> Image.Image:
-    """Pictures in columns with titles: of each image the image and its maps, by task; below them, where there are any,
-    the true maps, or the pictures of extra; at the end a legend per task. notes: one more line of a legend."""
-    notes = notes or {}
-    shown = {task: np.concatenate([other[task].reshape(len(other[task]), -1) for other in [*maps, *(truths or ())]],
-                                  axis=1) for task in labels.kinds}
-    legends = {}
-    rows = []
-    for image, *pair in zip(images, maps, *([truths] if truths else [])):
-        for i, values in enumerate(pair):
-            drawn = {task: labels.kinds[task].picture(label, shown[task]) for task, label in values.items()}
-            legends = {task: lines for task, (_, lines) in drawn.items()}
-            first = legend([("above: prediction", None), ("below: ground truth", None)]) if i else fit(image)
-            rows.append([first, *(fit(Image.fromarray(picture)) for picture, _ in drawn.values())])
-    if extra:
-        rows.append([legend([]), *map(fit, extra)])
-    rows.append([legend([]), *(legend([*lines, *([(notes[task], None)] if task in notes else [])])
-                               for task, lines in legends.items())])
-    gap, caption = 4, 16
-    widths = [max(96, *(picture.width for picture in column)) + gap for column in zip(*rows)]
-    heights = [max(picture.height for picture in row) + gap for row in rows]
-    sheet = Image.new("RGB", (sum(widths), caption + sum(heights)), "white")
-    for column, text in enumerate([title, *(kind.title for kind in labels.kinds.values())]):
-        ImageDraw.Draw(sheet).text((sum(widths[:column]) + 2, 2), text, fill="black")
-        for i, row in enumerate(rows):
-            sheet.paste(row[column], (sum(widths[:column]), caption + sum(heights[:i])))
+    blocks: the columns of each image. A column is [(title, picture), ...], one above the other. Columns that do not fit
+    go on below. legends: lines as of Kind.picture, the first of which is the title.
+    """
+    number = max(map(len, blocks))
+    longest = max(max(picture.size) for columns in blocks for column in columns for _, picture in column)
+    rows = -(-number * (min(SMALL_CELL, 2 * longest) + GAP) // SHEET)
+    abreast = -(-number // rows)
+    cell = min(CELL, SHEET // abreast - GAP)
+    width, below = max(SHEET // 2, abreast * (cell + GAP)), 0
+    placed = []
+    for columns in blocks:
+        for i in range(0, number, abreast):
+            top = below
+            for j, column in enumerate(columns[i:i + abreast]):
+                x, y = j * (cell + GAP), top
+                for title, picture in column:
+                    picture = fit(picture, cell)
+                    placed += [(draw_lines([(title, None)], cell), (x, y)), (picture, (x, y + LINE))]
+                    y += LINE + picture.height + GAP
+                below = max(below, y)
+    for lines in legends:
+        placed.append((draw_lines(lines, width), (0, below)))
+        below += placed[-1][0].height
+    sheet = Image.new("RGB", (width, below), "white")
+    for picture, corner in placed:
+        sheet.paste(picture, corner)
     return sheet
 
 
-def fit(picture: Image.Image) -> Image.Image:
-    """Reduced to CELL, or enlarged by a whole number within SMALL_CELL."""
-    if max(picture.size) > CELL:
-        return ImageOps.contain(picture, (CELL, CELL))
-    return ImageOps.scale(picture, max(1, SMALL_CELL // max(picture.size)), Image.Resampling.NEAREST)
+def fit(picture: Image.Image, cell: int) -> Image.Image:
+    """Reduced to the longer side `cell`, or enlarged by a whole number within it."""
+    if max(picture.size) > cell:
+        return ImageOps.contain(picture, (cell, cell))
+    return ImageOps.scale(picture, cell // max(picture.size), Image.Resampling.NEAREST)
 
 
-def legend(lines: list[tuple]) -> Image.Image:
-    """Lines of text, each behind a square of its colour if it has one."""
-    picture = Image.new("RGB", (160, 16 * len(lines) + 2), "white")
+def draw_lines(lines: list[tuple], width: int) -> Image.Image:
+    """Texts one after the other, in as many lines as they need, each behind its colour: none, a square of (r, g, b), or
+    a bar that runs through (n, 3)."""
+    picture, x, y = Image.new("RGB", (width, LINE * len(lines)), "white"), 0, 0
     pen = ImageDraw.Draw(picture)
-    for i, (text, colour) in enumerate(lines):
-        if colour is not None:
-            pen.rectangle((2, 16 * i + 3, 13, 16 * i + 14), fill=tuple(int(c) for c in np.reshape(colour, (-1, 3))[-1]), outline="gray")
-        pen.text((18 if colour is not None else 2, 16 * i + 2), text, fill="black")
-    return picture
+    for text, colour in lines:
+        colours, font = np.uint8([] if colour is None else np.atleast_2d(colour)), font_of(text)
+        bar = LETTERS * min(len(colours), 8)
+        step = bar + GAP // 2 + round(font.getlength(text)) + 2 * GAP
+        if x and x + step > width:
+            x, y = 2 * GAP, y + LINE
+        if bar:
+            area = x, y + 3, x + bar, y + 3 + LETTERS
+            picture.paste(Image.fromarray(colours[None]).resize((bar, LETTERS), Image.Resampling.BILINEAR), area)
+            pen.rectangle(area, outline="gray")
+        pen.text((x + bar + GAP // 2, y), text, fill="black", font=font)
+        x += step
+    return picture.crop((0, 0, width, y + LINE))
+
+
+@functools.cache
+def font_of(text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, or the first one of this machine that has all letters of the text."""
+    def has_all(font):
+        missing = font.getmask("\uffff")
+        return all(bytes(font.getmask(c)) != bytes(missing) for c in text if not c.isspace())
+    own = ImageFont.load_default(LETTERS)
+    others = [] if has_all(own) else [p for f in FONTS for p in Path(f).expanduser().rglob("*.[ot]t[cf]")]
+    for path in sorted(others, key=lambda path: (len(path.name), path)):    # upright ones have the shortest names
+        with contextlib.suppress(OSError):
+            if has_all(font := ImageFont.truetype(path, LETTERS)):
+                return font
+    return own
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -922,9 +991,9 @@ def export(args: argparse.Namespace):
     """Writes the model for one image of one size as a file that runs without this project, once its outputs for a
     random image are those of the model. Raises ValueError where they are not, or what it needs is not installed."""
     keep_inputs(args.export, [args.checkpoint])
-    model, config = load_checkpoint(args.checkpoint, torch.device("cpu"), args.encoder, args.encoder_kwargs)
+    model, checkpoint = load_checkpoint(args.checkpoint, torch.device("cpu"), args.encoder, args.encoder_kwargs)
     choose_backend(model, "loop")
-    size = args.img_size or config.get("img_size")
+    size = args.img_size or checkpoint["config"].get("img_size")
     if size is None:
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
     write, run = EXPORTS[args.export.suffix]
@@ -934,7 +1003,7 @@ def export(args: argparse.Namespace):
         if args.with_preprocessing:
             network = Prepared(model).eval()
             image = torch.randint(256, (1, *size, 3), generator=generator, dtype=torch.uint8)
-            expected = predict_maps(model, model(normalised(to_tensor(image[0].numpy()))[None]))
+            expected = predict_maps(labels_of(model), model(normalised(to_tensor(image[0].numpy()))[None]))
         else:
             network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
             expected = model(image)
@@ -1021,7 +1090,8 @@ def print_cost(args: argparse.Namespace, device: torch.device):
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
     for variant in VARIANTS if everything else [args.variant or "mtmamba"]:
         if args.checkpoint:
-            model, config = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+            model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+            config = checkpoint["config"]
         else:
             tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
             config = dict(tasks=tasks, variant=variant, img_size=args.img_size or data_set.SIZE,
@@ -1033,8 +1103,8 @@ def print_cost(args: argparse.Namespace, device: torch.device):
         variant = config.get("variant", "mtmamba")
         parameters, flops = count_cost(model, size)
         as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and not config.get("encoder_kwargs")
-                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"]) and variant in PAPER_COST)
-        first, second = (f"{value:.2f}" for value in PAPER_COST[variant]) if as_in_paper else ("", "")
+                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"]))
+        first, second = map("{:.2f}".format, PAPER_COST[variant]) if as_in_paper and variant in PAPER_COST else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
     if everything:
         return
@@ -1132,7 +1202,7 @@ def start(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:    # of a name, of a build without CUDA
         raise ValueError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # float32 is true float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # true float32
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # events and streams belong to the current device
     if distributed and not dist.is_initialized():

@@ -193,9 +193,11 @@ def bilinear(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(...) -> (..., 3) in 0..255, from the first to the last colour of COLOUR_MAP."""
-    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * (len(COLOUR_MAP) - 1)
-    return np.stack([np.interp(position, np.arange(len(COLOUR_MAP)), COLOUR_MAP[:, c]) for c in range(3)], axis=-1)
+    """(...) -> uint8 (..., 3), from the first to the last colour of COLOUR_MAP."""
+    steps = np.linspace(0, len(COLOUR_MAP) - 1, 256)
+    table = np.stack([np.interp(steps, np.arange(len(COLOUR_MAP)), channel) for channel in COLOUR_MAP.T], axis=1)
+    position = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+    return np.uint8(table)[np.uint8(255 * np.nan_to_num(position))]
 
 
 # Anchors of a perceptually uniform colour map, dark blue over green to yellow.

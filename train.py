@@ -68,12 +68,11 @@ from datasets import (
     usable_cpus,
 )
 from evaluate import (
-    REFERENCE_IMAGES,
+    Evaluation,
     Results,
     add_up,
     allow_open_files,
     choose_backend,
-    compare,
     digest_names,
     evaluate,
     fit_workers,
@@ -81,7 +80,7 @@ from evaluate import (
     leave_processes,
     load_checkpoint,
     load_weights,
-    print_table,
+    print_scores,
     rank_and_world,
     read_baseline,
     read_checkpoint,
@@ -108,6 +107,7 @@ PAPER = {
 SMALL = dict(encoder="convnext_atto", pretrained=False,
              encoder_kwargs=dict(dims=(16, 32, 96, 160), depths=(1, 1, 3, 2), drop_path_rate=0.0), d_state=1,
              iterations=350, batch_size=8, lr=1e-2, weight_decay=1e-5, loss="log", save_every=100, log_every=10)
+REFERENCE_IMAGES = 100    # on which an untrained model is scored
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -383,7 +383,7 @@ class Run:
                       iteration=self.iteration))
         references, images = {}, min(len(self.val_set), args.val_images or REFERENCE_IMAGES, REFERENCE_IMAGES)
         if self.train_set.REFERENCES and not args.no_references and self.iteration == 0:
-            references["untrained"] = self.evaluate("evaluating, untrained", odsf=True, limit=images)
+            references["untrained"] = self.evaluate(odsf=True, limit=images)
 
         with self.interruption:
             self.train()
@@ -391,7 +391,7 @@ class Run:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; continue with the same command "
                       "and --resume")
                 return {}
-            trained = self.evaluate("evaluating", odsf=True)
+            trained = self.evaluate(odsf=True)
             if trained is None:
                 print(f"trained; scoring was interrupted. Do it with: python train.py --resume --out {args.out}")
                 return {}
@@ -412,7 +412,7 @@ class Run:
         try:
             while self.iteration < args.iterations and not stopping:
                 if self.evaluation_is_due():
-                    scores = self.evaluate("evaluating")
+                    scores = self.evaluate()
                     if scores is not None:
                         self.keep(scores)
                     if self.any_process(self.interruption.noted):
@@ -489,16 +489,16 @@ class Run:
         dist.all_reduce(flag, group=self.between_cpus)
         return bool(flag)
 
-    def evaluate(self, description: str, odsf: bool = False, limit: int | None = None) -> Results | None:
+    def evaluate(self, odsf: bool = False, limit: int | None = None) -> Results | None:
         """Scores the present weights on the validation images, in float32. None where it was interrupted.
 
         odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: number of
         images.
         """
-        begun, self.record = time.perf_counter(), {}
-        results = evaluate(self.model, self.val_set, self.device, description, self.args.workers, odsf,
-                           stop=lambda: self.interruption.noted, limit=limit or self.scored, losses=True,
-                           record=self.record)
+        begun = time.perf_counter()
+        self.evaluation = Evaluation(self.val_set, self.device, self.args.workers, None if odsf else (),
+                                     limit or self.scored)
+        results = evaluate(self.model, self.evaluation, stop=lambda: self.any_process(self.interruption.noted))
         self.evaluation_seconds = time.perf_counter() - begun
         return results
 
@@ -531,7 +531,7 @@ class Run:
     def keep(self, results: Results):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
         score = selection_score(results, self.kinds) if results else None
-        self.evaluated, losses = self.iteration, self.record["validation_losses"]
+        self.evaluated, losses = self.iteration, self.evaluation.record()["validation_losses"]
         self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection=score,
                       seconds=self.evaluation_seconds),
                  {**{f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()},
@@ -539,7 +539,7 @@ class Run:
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
-            save_contact_sheet(self.model, self.val_set, self.device, folder / f"{self.iteration:06d}.png")
+            save_contact_sheet(self.model, self.evaluation, folder / f"{self.iteration:06d}.png")
         if score is not None and score > self.best:
             self.best = score
             self.save("best.pt")
@@ -557,22 +557,17 @@ class Run:
     def finish(self, results: dict[str, Results]):
         """The final table, results.json and the last contact sheet."""
         data_set, out, trained = self.val_set, self.args.out, results["trained"]
-        encoder = {timm_name: name for name, timm_name in ENCODERS.items()}.get(self.args.encoder, self.args.encoder)
-        print_table(results, data_set.labels, data_set.PAPER.get((self.args.variant, encoder)), primary_only=True)
-        improvement = compare(trained, self.single_task or data_set.SINGLE_TASK, self.kinds)
-        if improvement is not None:
-            print(f"delta_m against {'--baseline' if self.single_task else 'the single-task row of Table 2'}: "
-                  f"{improvement:+.2f} %")
+        improvement = print_scores(results, data_set, self.description["config"], self.single_task, primary_only=True)
         self.keep(trained)    # after the table, as writing may fail
         if self.rank == 0:
-            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), images=self.scored,
-                           boundary_images=self.scored, results=trained, delta_m=improvement)
+            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), delta_m=improvement,
+                           results=trained)
             checkpoint = dict(self.description, iteration=self.iteration)
-            write_results(out / "results.json", entries, self.model, data_set, checkpoint, self.record)
+            write_results(out / "results.json", entries, self.model, self.evaluation, checkpoint)
             draw_curves(out, data_set.labels)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)" if (out / "best.pt").exists() else "")
             print("results:   ", out / "results.json")
-            print("pictures:  ", save_contact_sheet(self.model, data_set, self.device, out / "contact_sheet.png"))
+            print("pictures:  ", save_contact_sheet(self.model, self.evaluation, out / "contact_sheet.png"))
 
     def save(self, name: str):
         """A checkpoint, with everything that is needed to continue."""

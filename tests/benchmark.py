@@ -479,9 +479,9 @@ lines = [train.json.loads(line) for line in open(OUT + "/log.jsonl")]
 times = [line["time"] for line in lines if "losses" in line]
 model, _ = evaluate.load_checkpoint(train.Path(OUT) / "last.pt", torch.device("cpu"))
 data = datasets.Synthetic.open("val", (64, 96))
-evaluate.evaluate(model, data, torch.device("cpu"))    # warm
+evaluate.evaluate(model, evaluate.Evaluation(data, torch.device("cpu")))    # warm
 start = time.perf_counter()
-evaluate.evaluate(model, data, torch.device("cpu"))
+evaluate.evaluate(model, evaluate.Evaluation(data, torch.device("cpu")))
 images = train.SMALL["batch_size"] * (len(times) - 2)    # of which the times are known
 print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() - start))
 """

@@ -397,14 +397,15 @@ def evaluate(report: Report):
 
     def speed():
         from datasets import DATASETS
-        from evaluate import evaluate, load_checkpoint
+        from evaluate import Evaluation, evaluate, load_checkpoint
         device = torch.device(DEVICE)
-        model, config = load_checkpoint(checkpoint, device)
+        model, stored = load_checkpoint(checkpoint, device)
+        config = stored["config"]
         data_set = DATASETS["nyud"].open("val", config["img_size"], list(config["tasks"]), root)
         seconds = []
         for _ in range(2):    # the first one compiles
             start = time.perf_counter()
-            evaluate(model, data_set, device, workers=0 if DRY else 8, odsf=False)
+            evaluate(model, Evaluation(data_set, device, 0 if DRY else 8, scored=()))
             seconds.append(time.perf_counter() - start)
         return {"images": len(data_set), "images/s": len(data_set) / seconds[1]}
     report.case("evaluate.py", lambda: finish(report, start_script(

@@ -85,6 +85,10 @@ def fails(capsys, *argv):
     return error
 
 
+def score(model, dataset):
+    return evaluate.evaluate(model, evaluate.Evaluation(dataset, torch.device("cpu")))
+
+
 # --------------------------------------------------------------------------------------------------------- scores
 
 def test_table_and_results_json(checkpoint, nyud, tmp_path, capsys):
@@ -131,7 +135,7 @@ def test_scores_are_those_of_the_outputs(checkpoint, nyud, tmp_path):
 def test_a_distance_without_a_true_map_is_drawn_from_its_least_to_its_largest():
     labels = metrics.Labels({"height": ("depth", 1)}, units={"height": " cm"})
     values = np.float32([[[30, 40], [50, 70]]])
-    picture, legend = labels.kinds["height"].picture(values, np.append(values.reshape(1, -1), [[np.nan]], axis=1))
+    picture, legend = labels.kinds["height"].picture(values, np.full((1, 4), np.nan, np.float32))
     assert [text for text, _ in legend] == ["30.00 to 70.00 cm", "unknown"]
     assert len({tuple(colour) for colour in picture.reshape(4, 3).tolist()}) == 4
 
@@ -168,8 +172,7 @@ def test_boundaries_count_only_where_there_is_a_label(unknown, monkeypatch):
     monkeypatch.setattr(Edges, "unknown", unknown)
     for data in (without, Edges("val", (32, 96))):
         monkeypatch.setattr(Edges, "unknown", unknown if data is not without else None)
-        scores.append((evaluate.evaluate(Model(), data, torch.device("cpu"))["boundary"],
-                       score_constants(data)["boundary"]))
+        scores.append((score(Model(), data)["boundary"], score_constants(data)["boundary"]))
     (all_known, constant), (part_known, constant_known) = scores
     for metric in ("odsF", "oisF"):
         assert all_known[metric] < 80 and part_known[metric] > 98
@@ -183,12 +186,10 @@ def test_scores_are_in_true_float32(checkpoint, nyud, tmp_path, monkeypatch):
 
     def tf32():
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    before = tf32()
-    for flags, expected in ((["--tf32"], "tf32"), ([], "float32")):
-        allowed.clear()
-        evaluate.main(arguments(checkpoint, nyud, tmp_path, *flags))
-        assert set(allowed) == {2 * (expected == "tf32",)} and tf32() == before
-        assert json.loads((tmp_path / "results.json").read_text())["precision"]["scoring"] == expected
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)    # PyTorch's default
+    evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    assert set(allowed) == {(False, False)}
+    assert json.loads((tmp_path / "results.json").read_text())["precision"]["scoring"] == "float32"
 
 
 def test_no_row_of_another_model_is_printed(checkpoint, nyud, tmp_path, capsys, monkeypatch):
@@ -206,12 +207,12 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"dataset": "nyud", "results": half}))
     evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", path))
-    assert f"delta_m against {path}: +0.00 %" in capsys.readouterr().out    # two gains and two losses of 100 %
+    assert "delta_m against --baseline: +0.00 %" in capsys.readouterr().out    # two gains and two losses of 100 %
     parts = [tmp_path / f"{task}.json" for task in half]    # of a network per task
     for task, part in zip(half, parts):
         part.write_text(json.dumps({"dataset": "nyud", "results": {task: half[task]}}))
     evaluate.main(arguments(checkpoint, nyud, tmp_path, "--baseline", *parts))
-    assert f"{parts[-1]}: +0.00 %" in capsys.readouterr().out
+    assert "delta_m against --baseline: +0.00 %" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "evaluate", None)    # what is wrong shows before hours are spent
     assert "none of boundary" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", *parts[:-1]))
     zero = half | {"semseg": {"mIoU": 0}}
@@ -258,8 +259,9 @@ def test_the_table_is_printed_before_anything_is_written(checkpoint, nyud, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.os, "fsync", full)
         patch.setattr(evaluate, "evaluate", None)
-        assert f"cannot write to the folder {tmp_path} (No space left" in fails(
-            capsys, *arguments(checkpoint, nyud, tmp_path))
+        with pytest.raises(SystemExit, match="1"):
+            evaluate.main(arguments(checkpoint, nyud, tmp_path))
+        assert f"cannot write to the folder {tmp_path} (No space left" in capsys.readouterr().err
     monkeypatch.setattr(evaluate.os, "replace", lambda *paths: full(None))
     with pytest.raises(SystemExit):
         evaluate.main(arguments(checkpoint, nyud, tmp_path))
@@ -332,17 +334,18 @@ def test_sharing_covers_every_image_once(checkpoint, nyud, monkeypatch):
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
     dataset = SmallNYUDv2(nyud, "val", None)
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 4)
-    alone, sums = evaluate.evaluate(model, dataset, torch.device("cpu")), []
+    alone, sums = score(model, dataset), []
     monkeypatch.setattr(evaluate, "add_up", lambda tensor: sums[-1].append(tensor.clone()) or tensor)
     monkeypatch.setattr(evaluate, "digest_names", lambda dataset, device: None)
     monkeypatch.setattr(metrics.Meter, "compute", lambda self: {"pixelF": 0.0})
     for rank in range(3):
         sums.append([])
         monkeypatch.setattr(evaluate, "rank_and_world", lambda: (rank, 3))
-        evaluate.evaluate(model, dataset, torch.device("cpu"))
+        score(model, dataset)
     total = [sum(parts) for parts in zip(*sums)]
     assert sums[2][0].sum() == 0 and total[0].sum() == sum((sample["semseg"] != 255).sum() for sample in dataset)
-    assert 100 * ods_f(total[-1].numpy()[:-1]) == alone["boundary"]["odsF"]
+    counts = next(parts for parts in total if parts.shape == (102, 4))
+    assert 100 * ods_f(counts.numpy()[:-1]) == alone["boundary"]["odsF"]
 
 
 @pytest.mark.parametrize("images, pixels, expected", [(8, 2 ** 20, [5]), (8, 2 * 48 * 64, [2, 2, 1]), (8, 1, [1] * 5),
@@ -353,7 +356,7 @@ def test_batches_hold_few_images_and_few_pixels(images, pixels, expected, checkp
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
     found = []
     model.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
-    evaluate.evaluate(model, SmallNYUDv2(nyud, "val", None), torch.device("cpu"))
+    score(model, SmallNYUDv2(nyud, "val", None))
     assert found == expected
 
 
@@ -410,12 +413,41 @@ def test_contact_sheets(checkpoint, nyud, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["contact_sheet.png", "contact_sheet_2.png"]
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet_2.png"))
     image = np.asarray(Image.open(nyud / "images/0005.png"))
-    # 40x50 pixels are enlarged four times, as their longer side then stays within 240.
-    assert abs(sheet[16:16 + 160, :200].astype(int) - image.repeat(4, 0).repeat(4, 1)).max() <= 1
+    # Five columns of 1600 / 5 pixels: 40x50 pixels are enlarged six times. Each picture has a line of text above it.
+    line, gap, height = evaluate.LINE, evaluate.GAP, 6 * 40
+    assert abs(sheet[line:line + height, :300].astype(int) - image.repeat(6, 0).repeat(6, 1)).max() <= 1
     truth = np.asarray(Image.open(nyud / "segmentation/0005.png")) - np.uint8(1)
-    shown = sheet[16 + 164:16 + 164 + 160, 204:204 + 200]
-    np.testing.assert_array_equal(shown, VOC[truth].repeat(4, 0).repeat(4, 1))
-    assert len(sheet) > 16 + 2 * 164 + 16 * len(np.unique(truth))    # and a legend of its classes
+    below = line + height + gap + line
+    shown = sheet[below:below + height, 320:320 + 300]
+    np.testing.assert_array_equal(shown, VOC[truth].repeat(6, 0).repeat(6, 1))
+    assert len(sheet) >= below + height + gap + 4 * line    # and a legend of each task
+    legend = {tuple(pixel) for pixel in sheet[below + height:].reshape(-1, 3).tolist()}
+    assert legend >= {tuple(colour) for colour in VOC[np.unique(truth)].tolist()}
+
+
+@pytest.mark.parametrize("size, columns", [((64, 96), 7), ((448, 576), 5), ((400, 600), 7), ((1024, 2048), 3),
+                                           ((900, 30), 9)])
+def test_sheets_are_as_wide_as_a_screen(size, columns):
+    """Of pictures of any size: reduced to 300 pixels at least, else the columns go on below."""
+    pictures = [Image.new("RGB", size[::-1], (i, 100, 200)) for i in range(1, columns + 1)]
+    sheet = evaluate.draw_sheet([[[("title", picture)] for picture in pictures]], [[("text", None)]])
+    assert 800 <= sheet.width <= evaluate.SHEET
+    pixels, counts = np.unique(np.asarray(sheet).reshape(-1, 3), axis=0, return_counts=True)
+    areas = [counts[(pixels == (i, 100, 200)).all(1)].sum() for i in range(1, columns + 1)]
+    assert len(set(areas)) == 1 and areas[0] >= (min(300, max(size)) / max(size)) ** 2 * np.prod(size) * 0.98
+
+
+def test_letters_of_other_scripts(tmp_path, monkeypatch):
+    """Pillow's own font has no Cyrillic letters: they come from a font of the machine; without one they are boxes."""
+    monkeypatch.setattr(evaluate, "FONTS", [])
+    evaluate.font_of.cache_clear()
+    boxes = evaluate.draw_lines([("стена", None)], 200)
+    assert boxes == evaluate.draw_lines([("стенд", None)], 200)
+    fonts = pytest.importorskip("matplotlib").get_data_path() + "/fonts/ttf"
+    monkeypatch.setattr(evaluate, "FONTS", [fonts])
+    evaluate.font_of.cache_clear()
+    assert evaluate.draw_lines([("стена", None)], 200) != evaluate.draw_lines([("стенд", None)], 200) != boxes
+    evaluate.font_of.cache_clear()
 
 
 def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys, monkeypatch):
@@ -452,9 +484,7 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert f"loaded {len(state)}/{len(state)} tensors" in capsys.readouterr().out
     model = tiny_model()
     evaluate.load_published_checkpoint(model, state)
-    assert evaluate.evaluate(model, SmallNYUDv2(str(nyud), "val", None), torch.device("cpu"),
-                             predictions=str(tmp_path / "maps")) == results
-    assert len(list((tmp_path / "maps").rglob("*.*"))) == 4 * 5
+    assert score(model, SmallNYUDv2(str(nyud), "val", None)) == results
     torch.save({key.removeprefix("module."): value for key, value in state.items()}, path)    # as saved without DDP
     assert evaluate.main(arguments(path, nyud, tmp_path, *options)) == results
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
@@ -561,8 +591,11 @@ def test_legend_names_what_occurs():
     colours, lines = labels.kinds["semseg"].picture(label, label)
     assert [text for text, _ in lines] == ["wall", "other prop"] and (lines[1][1] == VOC[39]).all()
     assert (colours[0, 0] == VOC[39]).all() and colours.shape == (4, 4, 3)
-    drawn = np.asarray(evaluate.legend(lines))
-    assert drawn.shape[0] == 2 * 16 + 2 and (drawn[8 + 16, 6] == VOC[39]).all()
+    _, both = labels.kinds["semseg"].picture(label, np.full_like(label, 255))    # of predictions and truth
+    assert [text for text, _ in both] == ["wall", "other prop", "unknown"]
+    drawn = np.asarray(evaluate.draw_lines(lines, 70))    # in two lines
+    assert drawn.shape[:2] == (2 * evaluate.LINE, 70)
+    assert (drawn[evaluate.LINE + 10, 2 * evaluate.GAP + 8] == VOC[39]).all()
     for data_set, task, names in ((datasets.PascalContext, "semseg", {0: "background", 15: "person", 20: "tvmonitor"}),
                                   (datasets.PascalContext, "parsing", {1: "head"}),
                                   (datasets.Cityscapes, "semseg", {0: "road", 18: "bicycle"})):
@@ -570,7 +603,10 @@ def test_legend_names_what_occurs():
         assert len(found) == data_set.TASKS[task] and all(found[i] == name for i, name in names.items())
     depth = np.linspace(1, 5, 16).reshape(1, 4, 4)
     _, lines = labels.kinds["depth"].picture(depth, depth)
-    assert [text for text, _ in lines] == ["1.00 to 5.00 m"] and lines[0][1] is metrics.COLOUR_MAP
+    (text, bar), = lines
+    assert text == "1.00 to 5.00 m" and (bar == metrics.COLOUR_MAP).all()
+    drawn = np.asarray(evaluate.draw_lines(lines, 300))[evaluate.LINE // 2, :130].astype(int)
+    assert abs(drawn[4] - bar[0]).max() < 10 > abs(drawn[-6] - bar[-1]).max() and len(np.unique(drawn, axis=0)) > 50
 
 
 def test_classes_without_names_get_no_other_data_sets_names():
@@ -595,19 +631,19 @@ def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(check
     """Against the model's own maps of the reduced picture: classes by index arithmetic, depth by their order."""
     large = picture.resize((210, 135))
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
-    maps, heat = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=70)
-    small, _ = evaluate.predict_picture(model, large.resize((70, 45), Image.Resampling.BICUBIC), torch.device("cpu"))
+    maps, heat, shares = evaluate.predict_picture(model, large, torch.device("cpu"), 70, True)
+    small, *_ = evaluate.predict_picture(model, large.resize((70, 45), Image.Resampling.BICUBIC), torch.device("cpu"))
     y, x = (np.arange(n) // 3 for n in (135, 210))
     assert (maps["semseg"][0].numpy() == small["semseg"][0].numpy()[y][:, x]).all()
     assert all(values.shape[1:] == (135, 210) for values in maps.values()) and heat["depth"].shape == (135, 210)
     np.testing.assert_allclose(maps["depth"][0, 1::3, 1::3], small["depth"][0], atol=1e-5)    # the centres
     assert (maps["normal"].norm(dim=0) - 1).abs().max() < 1e-5
-    shares = evaluate.predict_all(model, large, torch.device("cpu"), max_side=70)[1]["semseg"]
+    shares = shares["semseg"]
     assert shares.shape == (40, 135, 210) and (shares.sum(0) - 1).abs().max() < 1e-5
     assert (shares[:, 1::3, 1::3].argmax(0) == small["semseg"][0]).float().mean() > 0.999
-    whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
+    whole, *_ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
     assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
-    thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
+    thin, *_ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
     assert thin["semseg"].shape == (1, 40, 640)
 
 
@@ -701,16 +737,16 @@ def test_what_cannot_be_used_is_named_and_skipped(checkpoint, picture, tmp_path,
 def test_a_picture_too_large_for_the_memory_is_skipped(checkpoint, picture, tmp_path, capsys, monkeypatch):
     for name in ("large", "good"):
         picture.save(tmp_path / f"{name}.png")
-    predict, errors = evaluate.predict_all, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-    monkeypatch.setattr(evaluate, "predict_all", lambda *a: raise_or(errors, predict, *a))
+    predict, errors = evaluate.predict_picture, [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    monkeypatch.setattr(evaluate, "predict_picture", lambda *a: raise_or(errors, predict, *a))
     files, code = draw(checkpoint, tmp_path / "out", tmp_path / "large.png", tmp_path / "good.png")
     assert code == 1 and "large.png: DefaultCPUAllocator" in capsys.readouterr().err
     assert {name.rsplit("_", 1)[0] for name in files} == {"good"}
     errors.append(MemoryError())
     assert draw(checkpoint, tmp_path / "out", tmp_path / "large.png")[1] == 1
     assert "large.png: MemoryError" in capsys.readouterr().err
-    errors.append(RuntimeError("a bug"))
-    with pytest.raises(RuntimeError, match="a bug"):
+    errors.append(TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
         draw(checkpoint, tmp_path / "out", tmp_path / "large.png")
 
 
@@ -746,8 +782,6 @@ def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out.count("pictures:") == 5
     files, code = draw(checkpoint, tmp_path / "more", folder / "same.*", folder / "pipe.png")
     assert code == 1 and len(files) == 2 * 5 and "pipe.png is not a file" in capsys.readouterr().err
-    arguments = ["--checkpoint", checkpoint, "--device", "cpu", "--image"]
-    assert "download the picture" in fails(capsys, *arguments, "https://example.org/a.png")
 
 
 def test_pictures_of_a_folder_without_any(checkpoint, tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_preprocessing_gives_the_maps_of_a_picture():
     """For each kind of task."""
     model = build({"semseg": 5, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1})
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    expected, _ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
+    expected, *_ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
     maps = evaluate.Prepared(model)(torch.from_numpy(pixels)[None])
     assert (maps["semseg"][0] == expected["semseg"]).float().mean() > 0.999
     for task in ("saliency", "normal", "boundary", "depth"):

@@ -30,7 +30,8 @@ def test_equals_the_published_implementation(data, tmp_path, capsys, compare, na
     archive = data(name)
     state = published_state(archive)
     torch.save({"model": state}, tmp_path / "published.pth")
-    model, config = load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
+    model, checkpoint = load_checkpoint(tmp_path / "published.pth", torch.device("cpu"), encoder_kwargs=TINY_SWIN)
+    config = checkpoint["config"]
     assert f"loaded {len(state)}/{len(state)} tensors" in capsys.readouterr().out
     assert (config["variant"], config["output_scale"], config["tasks"]) == (variant, 2, CITYSCAPES_TASKS)
     stages = []
