@@ -526,10 +526,10 @@ def test_the_untrained_model_is_scored_on_the_first_images(tmp_path, monkeypatch
     monkeypatch.setattr(train, "REFERENCE_IMAGES", 2)
     results = train.main([*SMALL[:-1], *FEW, "--out", str(tmp_path / "two")])
     assert "untrained (2)" in capsys.readouterr().out and list(results) == ["trained", "untrained"]
-    assert results["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "two/last.pt"), "--no-references"])
+    assert results["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "two/last.pt")])
     scored = []
-    monkeypatch.setattr(train, "evaluate", lambda *arguments, limit, **options: scored.append(limit) or (
-        evaluate.evaluate(*arguments, limit=limit, **options)))
+    monkeypatch.setattr(train, "evaluate", lambda model, evaluation, **options: scored.append(evaluation.images) or (
+        evaluate.evaluate(model, evaluation, **options)))
     without = run(tmp_path / "without", *FEW, "--no-references")
     assert without["trained"] == results["trained"] and list(without) == ["trained"] and scored == [3]
     trial = train.main([*SMALL[:-1], *FEW, "--val-images", "1", "--eval-every", "3", "--out", str(tmp_path / "trial")])
@@ -537,7 +537,7 @@ def test_the_untrained_model_is_scored_on_the_first_images(tmp_path, monkeypatch
     content = json.loads((tmp_path / "trial/results.json").read_text())
     assert content["images"] == content["boundary_images"] == 1
     monkeypatch.setattr(Synthetic, "open", few_scenes(1))
-    assert trial["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "trial/last.pt"), "--no-references"])
+    assert trial["trained"] == evaluate.main(["--checkpoint", str(tmp_path / "trial/last.pt")])
 
 
 def test_a_run_inside_its_data_is_refused(tmp_path, capsys):
