@@ -1374,8 +1374,7 @@ class Parser(argparse.ArgumentParser):
 
 # What the machine is to blame for: a pattern of an error's type and text, and the line to print.
 TROUBLES = {
-    r"(?:OS|Write)Error: (?:cannot write )?(.*(No space left on device|Disk quota exceeded|File too large).*)":
-        r"cannot write \1; MAKE ROOM",
+    r"OSError: (.*(?:No space left on device|Disk quota exceeded|File too large).*)": r"cannot write \1; MAKE ROOM",
     r"Too many open files|ancdata":    # the second is how another process learns of it
         "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
     r"(DataLoader worker \(pid.*?)[. ]*\n?$": r"\1; if memory is short, give fewer --workers",
@@ -1530,49 +1529,36 @@ def interrupt(number: int, frame: object):
     raise KeyboardInterrupt
 
 
-class WriteError(OSError):
-    """Names what could not be written, and why."""
-
-
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the error of a full disk and the like into a WriteError, even if a library has raised another error."""
-    try:
-        yield
-    except Exception as error:
-        reason, cause = None, error
-        while cause:
-            reason = cause if isinstance(cause, OSError) else reason
-            cause = cause.__cause__ or cause.__context__
-        if reason is None:
-            raise
-        raise WriteError(f"cannot write {path} ({reason.strerror or reason})") from error
-
-
-@contextmanager
-def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to. Once it is complete, it replaces path. If writing fails, it is removed, path stays as it was,
-    and WriteError is raised."""
-    temporary = path.with_suffix(suffix)
+    and the OSError, perhaps the cause of a library's error, names path."""
+    temporary = path.with_suffix(".tmp")
     try:
-        with writing(path):
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-    except BaseException:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException as error:
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
+                cause.filename = str(path)
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
 def append(path: Path, text: str):
-    """Adds the whole text to the end of a file. If that fails, it adds nothing and raises WriteError."""
+    """Adds the whole text to the end of a file. If that fails, it adds nothing and raises an OSError."""
     data = text.encode()
-    with writing(path), open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(data) < len(data):    # what a disk still has room for
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) < len(data):    # what a disk still has room for
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def check_writable(folder: Path):

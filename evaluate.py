@@ -78,7 +78,6 @@ from datasets import (
     replacing,
     to_tensor,
     usable_cpus,
-    writing,
 )
 from metrics import (
     COLOUR_MAP,
@@ -1008,8 +1007,7 @@ def export(args: argparse.Namespace):
             network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
             expected = model(image)
         try:
-            with writing(args.export):
-                write(network, image, path, describe_export(model, size, args.with_preprocessing))
+            write(network, image, path, describe_export(model, size, args.with_preprocessing))
             outputs = run(path, image)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
@@ -1053,7 +1051,8 @@ def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str,
     buffer = io.BytesIO()    # PyTorch's writer of these files aborts the process where a disk is full
     files = {f"{name}.json": json.dumps(content) for name, content in metadata.items()}
     torch.export.save(torch.export.export(network, (image,)), buffer, extra_files=files)
-    path.write_bytes(buffer.getbuffer())
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:

@@ -600,7 +600,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, content: dict):
-    """Replaces an existing file only when the new one is completely on the disk. Raises WriteError."""
+    """Replaces an existing file only when the new one is completely on the disk. Raises OSError."""
     with replacing(path) as file:
         torch.save(content, file)
         file.flush()

@@ -24,7 +24,6 @@ from datasets import (
     SPHERE,
     Parser,
     Synthetic,
-    WriteError,
     interrupt,
     replacing,
 )
@@ -46,7 +45,7 @@ def export(kind: str, root: Path, count: int, size: tuple[int, int] | None = Non
     files of a benchmark: "pascal", "nyud" or "cityscapes". size: (h, w) of the images in pixels, None for that of
     SIZES; of PASCAL-Context's images every fourth is upright.
 
-    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses, WriteError.
+    Raises FileExistsError where root holds anything, ValueError for a count or size that Synthetic refuses, OSError.
     """
     root, size = Path(root), size or SIZES[kind]
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -150,15 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=f"of the images; default: {SIZES}")
     args = parser.parse_args(argv)
-    try:
+    with parser.told():
         export(args.kind, args.root, args.count, args.size)
-        return 0
-    except KeyboardInterrupt:
-        parser.exit(130, "archives.py: interrupted\n")
-    except WriteError as error:
-        parser.exit(1, f"archives.py: {error}; make room, then run it again\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
