@@ -130,12 +130,10 @@ def main(argv: list[str] | None = None) -> Results:
         if args.export:
             export(args)
             return {}
-        device = start(args.device)
-        if args.cost:
-            print_cost(args, device)
-            return {}
-        rank, _ = rank_and_world()
-        with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):    # None: print is silent
+        with start(args.device) as device:
+            if args.cost:
+                print_cost(args, device)
+                return {}
             if args.dataset:
                 find_dataset_class(args.dataset)    # the user names its file, which may define the checkpoint's kinds
             model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
@@ -144,7 +142,7 @@ def main(argv: list[str] | None = None) -> Results:
             # add_up also waits for all processes: torchrun ends the others when one has failed.
             skipped = draw_pictures(args, model, device) if args.image else 0
             skipped = int(add_up(torch.tensor(skipped, device=device)))
-        leave_processes()
+            rank, _ = rank_and_world()
     if skipped:
         parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
     return results
@@ -338,11 +336,10 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
     name, dataset = open_dataset(args, model.labels, checkpoint)
     scored = read_boundary_list(args.boundary_list, dataset)
-    baseline = read_baseline(args.baseline, name, dataset)
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
+    baseline = read_baseline(args.baseline, name, dataset, out)
     if (out / "log.jsonl").exists():
         raise ValueError(f"{out} holds a run of train.py and its results.json; give another folder with --out")
-    keep_inputs(out / "results.json", args.baseline or ())
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
@@ -441,10 +438,11 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
     return names
 
 
-def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
+def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset, out: Path) -> dict[str, float] | None:
     """The primary metrics by task in one or several results.json, such as those of a network per task. Raises
-    FileNotFoundError, or ValueError for another kind of file or data set, a missing task, and figures of 0, by which
-    delta_m divides."""
+    FileNotFoundError, or ValueError for another kind of file or data set, a missing task, figures of 0, by which
+    delta_m divides, and for the file that will be written to out."""
+    keep_inputs(out / "results.json", paths or ())
     figures = {}
     for path in paths or ():
         try:
@@ -1186,9 +1184,10 @@ def peak_memory(device: torch.device) -> str:
 
 # ------------------------------------------------------------------------ processes of torchrun, shared with train.py
 
-def start(name: str) -> torch.device:
-    """The device, and under torchrun the process group. Raises ValueError for a device that does not exist, and for
-    several processes that cannot find each other."""
+@contextlib.contextmanager
+def start(name: str) -> Iterator[torch.device]:
+    """The device, and under torchrun the process group, of which only the first process prints. Raises ValueError for a
+    device that does not exist, and for several processes that cannot find each other."""
     distributed = "RANK" in os.environ
     missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if missing and (distributed or os.environ.get("WORLD_SIZE", "1") != "1"):
@@ -1206,12 +1205,10 @@ def start(name: str) -> torch.device:
         torch.cuda.set_device(device)    # events and streams belong to the current device
     if distributed and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def leave_processes():
-    """At the end, but not after an error: NCCL would wait for the others, which wait for this process."""
-    if sys.exc_info()[0] is None and dist.is_available() and dist.is_initialized():
+    with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
+        yield device
+    # Not after an error: NCCL would wait for the others, which wait for this process.
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

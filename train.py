@@ -76,8 +76,6 @@ from evaluate import (
     digest_names,
     evaluate,
     fit_workers,
-    keep_inputs,
-    leave_processes,
     load_checkpoint,
     load_weights,
     print_scores,
@@ -89,7 +87,7 @@ from evaluate import (
     versions,
     write_results,
 )
-from metrics import TASKS, Labels, Task, expect_here
+from metrics import TASKS, Kind, Labels, expect_here
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
@@ -119,16 +117,11 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    with (parser.told("earlier checkpoints are unchanged; make room, then continue with --resume"),
-          contextlib.ExitStack() as held):
+    with parser.told("earlier checkpoints are unchanged; make room, then continue with --resume"):
         if args.resume and args.out:
             args = take_flags(parser, args, argv)
-        device = start(args.device)
-        # Only the first process prints: with None, print does nothing.
-        held.enter_context(contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None))
-        results = Run(args, device, held).execute()
-        leave_processes()
-        return results
+        with start(args.device) as device, contextlib.ExitStack() as held:
+            return Run(args, device, held).execute()
 
 
 def take_flags(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
@@ -292,9 +285,8 @@ class Run:
                                      args.data_root)
         self.kinds = self.train_set.kinds
         self.scored = min(len(self.val_set), args.val_images or len(self.val_set))    # validation images
-        self.single_task = read_baseline(args.baseline, args.dataset, self.val_set)
+        self.single_task = read_baseline(args.baseline, args.dataset, self.val_set, args.out)
         self.train_set.refuse_folder(args.out)
-        keep_inputs(args.out / "results.json", args.baseline or ())
         self.description |= dict(labels=self.train_set.labels.plain(), names={
             "train": digest_names(self.train_set, self.device), "val": digest_names(self.val_set, self.device)})
 
@@ -526,16 +518,14 @@ class Run:
         shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
         bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
         self.log(dict(iteration=self.iteration, losses=losses, lr=lr, images_per_second=speed, peak_memory_gib=memory,
-                      time=time.time()), {**{f"loss/{task}": loss for task, loss in losses.items()}, "lr": lr})
+                      time=time.time()))
 
     def keep(self, results: Results):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
         score = selection_score(results, self.kinds) if results else None
-        self.evaluated, losses = self.iteration, self.evaluation.record()["validation_losses"]
-        self.log(dict(iteration=self.iteration, results=results, validation_losses=losses, selection=score,
-                      seconds=self.evaluation_seconds),
-                 {**{f"{task}/{name}": value for task, scores in results.items() for name, value in scores.items()},
-                  **{f"validation_loss/{task}": loss for task, loss in losses.items()}})
+        self.evaluated = self.iteration
+        self.log(dict(iteration=self.iteration, results=results, selection=score, seconds=self.evaluation_seconds,
+                      validation_losses=self.evaluation.record()["validation_losses"]))
         if self.rank == 0:
             folder = self.args.out / "pictures"
             folder.mkdir(exist_ok=True)
@@ -544,14 +534,13 @@ class Run:
             self.best = score
             self.save("best.pt")
 
-    def log(self, line: dict, curves: Mapping[str, float | None] | None = None):
-        """A line of log.jsonl. curves: values for TensorBoard."""
+    def log(self, line: dict):
+        """A line of log.jsonl, whose numbers TensorBoard gets, too."""
         if self.rank == 0:
             append(self.args.out / "log.jsonl", json.dumps(line) + "\n")
-        if self.tensorboard and curves:
-            for name, value in curves.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, self.iteration)
+        if self.tensorboard and "config" not in line:
+            for name, value in numbers(line):
+                self.tensorboard.add_scalar(name, value, self.iteration)
             self.tensorboard.flush()
 
     def finish(self, results: dict[str, Results]):
@@ -682,38 +671,39 @@ def draw_curves(folder: Path, labels: Labels):
     print("curves:    ", folder / "curves.png")
 
 
-def selection_score(results: Results, rows: Mapping[str, Task]) -> float:
+def selection_score(results: Results, kinds: Mapping[str, Kind]) -> float:
     """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) where lower is better.
 
     So relative improvements count, whatever a metric's unit; to first order it is delta_m against any baseline. A
     task's last metric counts: boundaries are compared by pixelF, as evaluations during the training lack odsF. A metric
     of 0, whose logarithm is infinite, counts as 1e-6.
     """
-    logs = [(-1) ** rows[task].lower_is_better * math.log(max(scores[rows[task].metrics[-1]], 1e-6))
+    logs = [(-1) ** kinds[task].lower_is_better * math.log(max(scores[kinds[task].metrics[-1]], 1e-6))
             for task, scores in results.items()]
     return sum(logs) / len(logs)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
-def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping[str, Task] = TASKS) -> Tensor:
-    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS."""
+def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping = TASKS) -> Tensor:
+    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS.
+    rows: what has the tasks' weights, by task, Task or Kind."""
     return make_total(kind, rows)(losses)
 
 
-def make_total(kind: str, rows: Mapping[str, Task]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def make_total(kind: str, rows: Mapping) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """TOTALS[kind] for these tasks: a module that is made of its class, or the function."""
     total = TOTALS[kind]
     return total(rows) if isinstance(total, type) else functools.partial(total, rows)
 
 
-def log_total(rows: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
+def log_total(rows: Mapping, losses: Mapping[str, Tensor]) -> Tensor:
     """The sum of log(loss + 1e-8), as in the published runs; the paper does not state the total. A task counts by its
     relative improvement, so it needs no weight."""
     return sum(torch.log(loss + 1e-8) for loss in losses.values()).mean()
 
 
-def weighted_total(rows: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
+def weighted_total(rows: Mapping, losses: Mapping[str, Tensor]) -> Tensor:
     """The sum of weight * loss, with the weights of the rows."""
     return sum(rows[task].weight * loss for task, loss in losses.items()).mean()
 

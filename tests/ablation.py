@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train
 from datasets import Parser, Synthetic, usable_cpus
-from metrics import delta_m, task_rows
+from metrics import Labels, delta_m
 
 MULTI_TASK = ["stm1", "stm2", "stm3", "fusion-specific", "fusion-shared", "mtmamba", "mtmamba++", "s-ctm-dense",
               "f-ctm-lite"]
@@ -112,22 +112,22 @@ def print_table(args: argparse.Namespace):
     """Mean and standard deviation of the primary metrics over the seeds, delta_m against the single-task means and the
     parameters of a row's networks, as Markdown. A row without all of its runs says how many there are, and without all
     single-task runs there is no delta_m."""
-    rows = task_rows(Synthetic.TASKS)
-    heads = [f"{task} {row.metrics[0]} {'↓' if row.lower_is_better else '↑'}" for task, row in rows.items()]
+    kinds = Labels(Synthetic.TASKS).kinds
+    heads = [f"{kind.title} {kind.metrics[0]} {'↓' if kind.lower_is_better else '↑'}" for kind in kinds.values()]
     print(f"\n| Network | {' | '.join(heads)} | Δm % | #Param (M) |\n|{'---|' * (len(heads) + 3)}")
     results = {row: [read_results(args.out / f"{name}_{seed}") for name in networks for seed in range(args.seeds)]
                for row, networks in NETWORKS.items()}
     baseline = None
     if all(results["single-task"]):
-        baseline = {task: statistics.mean(values) for task, values in by_seed(results["single-task"], rows).items()}
+        baseline = {task: statistics.mean(values) for task, values in by_seed(results["single-task"], kinds).items()}
     for row in args.networks:
         runs = list(filter(None, results[row]))
         if len(runs) < len(results[row]):
             print(f"| {row} | {len(runs)} of {len(results[row])} runs" + " |" * (len(heads) + 2))
             continue
-        figures = by_seed(runs, rows)
-        cells = [spread(values, rows[task].digits // 2) for task, values in figures.items()]
-        gains = [delta_m(dict(zip(figures, values)), baseline, rows) for values in zip(*figures.values()) if baseline]
+        figures = by_seed(runs, kinds)
+        cells = [spread(values, kinds[task].digits // 2) for task, values in figures.items()]
+        gains = [delta_m(dict(zip(figures, values)), baseline, kinds) for values in zip(*figures.values()) if baseline]
         parameters = sum(run["parameters"] for run in runs) / args.seeds / 1e6
         print(f"| {row} | {' | '.join(cells)} | {spread(gains, 1) if gains else ''} | {parameters:.2f} |")
 
@@ -137,10 +137,10 @@ def read_results(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def by_seed(runs: list[dict], rows: dict) -> dict[str, list[float]]:
+def by_seed(runs: list[dict], kinds: dict) -> dict[str, list[float]]:
     """The primary metrics by task, of the seeds."""
-    return {task: [run["results"][task][row.metrics[0]] for run in runs if task in run["results"]]
-            for task, row in rows.items()}
+    return {task: [run["results"][task][kind.metrics[0]] for run in runs if task in run["results"]]
+            for task, kind in kinds.items()}
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -32,7 +32,7 @@ import train
 from archives import export
 from conftest import TINY_SWIN
 from datasets import SIGNALS, Synthetic
-from metrics import Kind, delta_m, task_rows
+from metrics import Kind, Labels, delta_m
 from mtmamba import MTMamba
 
 ROOT = Path(train.__file__).parent
@@ -45,10 +45,11 @@ SWIN = ["--variant", "stm1", "--encoder", "swin-tiny", "--encoder-kwargs", json.
 DRIVER = """
 import functools, os, shutil, sys, time
 import torch
-import datasets, train
+import datasets, evaluate, train
 if __name__ == "__main__":
+    scenes = int(os.environ.get("SCENES", 3))
     def open_few(cls, split, size, tasks=None, root=None, seed=0):
-        return cls(3, size, 2 * seed if split == "train" else 1, tasks)
+        return cls(3 if split == "train" else scenes, size, 2 * seed if split == "train" else 1, tasks)
     datasets.Synthetic.open = classmethod(open_few)
     if "KEEP" in os.environ:    # the checkpoint of every iteration
         save = train.save_checkpoint
@@ -56,6 +57,9 @@ if __name__ == "__main__":
             save(path, content)
             shutil.copy(path, path.with_name(f"{content['iteration']}.pt"))
         train.save_checkpoint = save_and_keep
+    if "SCENES" in os.environ:    # so many to score, one second each
+        evaluate.EVALUATION_BATCH, update = 1, evaluate.Evaluation.update
+        evaluate.Evaluation.update = lambda *arguments: time.sleep(1) or update(*arguments)
     if "SLOW" in os.environ:
         step = train.Run.step
         train.Run.step = lambda *arguments: time.sleep(0.4) or step(*arguments)
@@ -378,11 +382,11 @@ def test_tensorboard_gets_losses_and_scores(tmp_path, monkeypatch):
     run(tmp_path, "--variant", "stm1", "--tensorboard", "--tasks", "depth", "--log-every", 3)
     losses = log(tmp_path, "losses")
     assert calls.pop(0) == 1    # the first iteration whose points are replaced
-    assert [call for call in calls if call[0] == "loss/depth"] == [
-        ("loss/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
+    assert [call for call in calls if call[0] == "losses/depth"] == [
+        ("losses/depth", line["losses"]["depth"], line["iteration"]) for line in losses]
     scores = log(tmp_path, "selection")[0]
-    assert ("depth/RMSE", scores["results"]["depth"]["RMSE"], 6) in calls
-    assert ("validation_loss/depth", scores["validation_losses"]["depth"], 6) in calls
+    assert ("results/depth/RMSE", scores["results"]["depth"]["RMSE"], 6) in calls
+    assert ("validation_losses/depth", scores["validation_losses"]["depth"], 6) in calls
 
 
 # ------------------------------------------------------------------------------------------------------ interruption
@@ -445,6 +449,19 @@ def test_terminated_by_launcher_and_cluster(driver, tmp_path):
     _, error = resumed.communicate()
     assert resumed.returncode == 0, error
     assert_same_training(load(out / "last.pt"), load(tmp_path / "straight/last.pt"))
+
+
+def test_a_signal_to_one_process_of_an_evaluation_ends_it_in_all(driver, tmp_path):
+    """Within a batch, not after the minute that the others would need."""
+    run = driver([*FEW, "--iterations", 1, "--out", tmp_path / "run"], 2, SCENES="120")
+    while not (tmp_path / "run/last.pt").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    time.sleep(2)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    output, error = run.communicate(timeout=40)
+    assert run.returncode == 0 and "trained; scoring was interrupted" in output, error
 
 
 @pytest.fixture
@@ -611,8 +628,8 @@ def test_a_process_without_local_rank_takes_the_first_gpu(monkeypatch):
     for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match="cannot use --device cuda:0"):
-        evaluate.start("cuda")
+    with pytest.raises(ValueError, match="cannot use --device cuda:0"), evaluate.start("cuda"):
+        pass
 
 
 def test_a_script_without_a_main_guard_is_named_at_the_start(script, tmp_path):
@@ -666,7 +683,7 @@ def test_a_log_makes_no_file_from_elsewhere_run(flats, signals, tmp_path, monkey
     resume = ["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]
     with pytest.raises(SystemExit):
         train.main(resume)
-    assert f"to run it, give --dataset {flats}" in capsys.readouterr().err and "flats" not in sys.modules
+    assert "name the data set yourself with --dataset" in capsys.readouterr().err and "flats" not in sys.modules
     train.main([*resume, "--dataset", flats])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run/results.json").unlink()
@@ -771,6 +788,12 @@ def test_default_precision(device, capability, expected, monkeypatch):
     assert completed(device=device).amp == expected
 
 
+def test_float32_is_true_float32(tmp_path):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    run(tmp_path, *FEW, "--iterations", 1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_bf16_trains(tmp_path):
     run(tmp_path, *SWIN, *FEW, "--amp", "bf16")
     content = load(tmp_path / "last.pt")
@@ -784,7 +807,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     """Also where the shell leaves it, as in --out=~/x."""
     monkeypatch.setenv("HOME", str(tmp_path))
     train.main([*SMALL, *FEW, "--iterations", "1", "--out=~/run"])
-    assert evaluate.main(["--checkpoint=~/run/last.pt", "--out=~/scores", "--no-references"])
+    assert evaluate.main(["--checkpoint=~/run/last.pt", "--out=~/scores"])
     assert (tmp_path / "scores/results.json").exists()
 
 
@@ -988,14 +1011,14 @@ def test_tasks_without_labels_or_with_a_score_of_0_do_not_end_the_run(tmp_path, 
 
 def test_the_best_checkpoint_has_the_best_geometric_mean():
     """To first order its logarithm differs as delta_m does, against any baseline."""
-    rows = task_rows({"semseg": 3, "depth": 1, "boundary": 1})
+    kinds = Labels({"semseg": 3, "depth": 1, "boundary": 1}).kinds
     first = {"semseg": {"mIoU": 40.0}, "depth": {"RMSE": 2.0}, "boundary": {"odsF": 1.0, "pixelF": 30.0}}
     second = {"semseg": {"mIoU": 40.4}, "depth": {"RMSE": 1.99}, "boundary": {"pixelF": 29.97}}
-    gain = train.selection_score(second, rows) - train.selection_score(first, rows)
+    gain = train.selection_score(second, kinds) - train.selection_score(first, kinds)
     assert gain == pytest.approx((math.log(40.4 / 40) - math.log(1.99 / 2) + math.log(29.97 / 30)) / 3)
     primary = [{task: scores.get("pixelF", next(iter(scores.values()))) for task, scores in results.items()}
                for results in (first, second)]
-    assert 100 * gain == pytest.approx(delta_m(primary[1], primary[0], rows), rel=0.01)
+    assert 100 * gain == pytest.approx(delta_m(primary[1], primary[0], kinds), rel=0.01)
 
 
 def test_the_mean_of_logged_losses_leaves_out_images_without_a_label(tmp_path, monkeypatch):
