@@ -3,6 +3,7 @@ and LabelledDataset, which you subclass for your own data.
 
     python datasets.py check --dataset pascal --root data/PASCALContext      # what is missing or wrong
     python datasets.py check --dataset rooms.py:Rooms                        # the same for your own data
+    python datasets.py check --dataset rooms.py:Rooms --pictures a.png       # and see samples as training sees them
 
 Every data set yields one dictionary per image:
 
@@ -1266,8 +1267,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, help=f"{', '.join(DATASETS)} or path/to/file.py:Class")
     parser.add_argument("--root", type=Path, help="folder of a benchmark (default: data/...)")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes that read (default: one per CPU)")
-    parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"),
-                        help="half the size of Cityscapes' images, where that is not 512 1024")
+    parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="size of the samples (Cityscapes: "
+                        "half the size of the images, where that is not 512 1024)")
+    parser.add_argument("--pictures", type=Path, metavar="FILE.png", help="draw the first samples of each split, those "
+                        "to train on also as training sees them in epoch 0")
     args = parser.parse_args(argv)
     with parser.told():
         dataset = find_dataset_class(args.dataset)
@@ -1275,7 +1278,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected --workers of at least 0, found {args.workers}")
         if not issubclass(dataset, LabelledDataset):
             raise ValueError(f"{args.dataset} has no files")
-        return int(check(dataset, args) > 0)
+        found = check(dataset, args)
+        if args.pictures:
+            draw_samples(dataset, args)
+        return int(found > 0)
 
 
 def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
@@ -1320,6 +1326,30 @@ class Checks(Dataset):
 
     def __getitem__(self, index):
         return self.dataset.check(index)
+
+
+def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace, count: int = 3):
+    """A sheet of the first samples of each split, plain and, below that, augmented, with a legend for each task."""
+    from evaluate import draw_sheet, to_picture  # which imports this module
+    shown, blocks, legends = [], [], []
+    for split in ("train", "val"):
+        data, versions = dataset.open(split, args.img_size, root=args.root), []
+        for augmented in sorted({False, data.augment}):
+            data.augment = augmented
+            versions.append(fetch(data, range(min(count, len(data))), args.workers))
+        shown += [dict(zip((f"{split}:", "in training:"), samples)) for samples in zip(*versions)]
+    for samples in shown:
+        blocks.append([[(f"{what} {sample['name']}", to_picture(sample["image"])) for what, sample in samples.items()]])
+    for task, kind in data.kinds.items():
+        values = np.concatenate([sample[task].flatten(1)[:, None].numpy() for samples in shown
+                                 for sample in samples.values()], axis=2)
+        legends.append([(kind.title, None), *kind.picture(values, values)[1]])
+        for columns, samples in zip(blocks, shown):
+            columns.append([(kind.title, Image.fromarray(kind.picture(sample[task].numpy(), values)[0]))
+                            for sample in samples.values()])
+    with replacing(args.pictures) as file:
+        draw_sheet(blocks, legends).save(file, "PNG")
+    print("pictures:", args.pictures)
 
 
 def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:

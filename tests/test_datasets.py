@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 import archives
 import datasets
+import evaluate
 import metrics
 from datasets import (
     IGNORE,
@@ -1335,6 +1336,25 @@ def test_larger_labels_lie_where_their_image_lies(inner):
     known = sample["semseg"][0] != IGNORE
     assert (known == inside.repeat_interleave(2, 0).repeat_interleave(2, 1)).all()
     assert (known == ~sample["where"].isnan().any(0)).all()
+
+
+def test_samples_are_drawn_as_training_sees_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Sided)
+    sheets = []
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda *drawn, draw=evaluate.draw_sheet: (
+        sheets.append(drawn), draw(*drawn))[1])
+    assert main(["check", "--dataset", "Sided", "--workers", "1", "--img-size", "16", "24", "--pictures",
+                 str(tmp_path / "a.png")]) == 0
+    (blocks, legends), = sheets
+    assert [[title for title, _ in column] for column in blocks[0]] == [
+        ["train: one", "in training: one"], ["semseg", "semseg"], ["limb", "limb"]]
+    assert [[title for title, _ in column] for column in blocks[1]] == [["val: one"], ["semseg"], ["limb"]]
+    assert [text for text, _ in legends[0]][:3] == ["semseg", "left arm", "right arm"]
+    palette = Sided("val").kinds["semseg"].palette
+    for column, data in zip(range(2), (Sided("val", (16, 24)), Sided("train", (16, 24)))):
+        assert (np.array(blocks[0][1][column][1]) == palette[data[0]["semseg"][0]]).all()
+        assert np.array(blocks[0][0][column][1]).shape == (16, 24, 3)
+    assert Image.open(tmp_path / "a.png").width > 100 and capsys.readouterr().out.endswith("a.png\n")
 
 
 class Numbers(Own):
