@@ -1383,6 +1383,8 @@ class Parser(argparse.ArgumentParser):
 
         Anything else is a fault in the code, ours or the user's. It keeps its traceback.
         """
+        if in_main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, interrupt)
         try:
             yield
         except KeyboardInterrupt:
@@ -1400,6 +1402,8 @@ class Parser(argparse.ArgumentParser):
             self.exit(1 if isinstance(error, FloatingPointError) else 2, f"{self.prog}: {message}\n")
         finally:
             end_loaders()
+            if in_main_thread() and signal.getsignal(signal.SIGTERM) == interrupt:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # What the machine is to blame for: a pattern of an error's type and text, and the line to print.
@@ -1465,12 +1469,43 @@ def usable_cpus() -> int:
     return min(cpus, 61) if sys.platform == "win32" else cpus    # Windows cannot wait for more processes
 
 
+def expect_main_guard():
+    """Raises ValueError where a script calls this outside of `if __name__ == "__main__":`. The processes that we start
+    import the script, so each would begin the run again."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        path = Path(frame.f_code.co_filename)
+        if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():
+            guards = (node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If)
+                      and "__name__" in ast.unparse(node.test))
+            if not any(node.lineno <= frame.f_lineno <= node.end_lineno for node in guards):
+                raise ValueError(f"line {frame.f_lineno} of {path} starts processes that import this file; put it "
+                                 "below `if __name__ == '__main__':`, or give --workers 0")
+
+
+def allow_open_files(workers: int):
+    """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
+    allowed: they would fail during the run, and wait for each other forever."""
+    if sys.platform == "win32":    # which has no such limit
+        return
+    import resource
+    needed, (soft, hard) = 64 + 32 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(f"expected a limit of at least {needed} open files for --workers {workers}, found {hard}; "
+                         f"raise it (ulimit -n {needed}) or give fewer --workers")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> DataLoader:
     """What loads the samples of each of the batches in `workers` processes, in order. options: of DataLoader.
 
     Where a run has loading processes, its main process never reads a sample itself: a file that `read` opens and keeps
     would be shared, with its position, by all processes that are forked later. It takes single samples from `fetch`.
     """
+    if workers:
+        expect_main_guard()
+        allow_open_files(workers)
     if workers and get_start_method() != "fork":    # DataLoader would fail in the middle of starting its processes
         try:
             pickle.dumps(dataset)
@@ -1492,7 +1527,7 @@ def end_loaders():
     """After an error, some loaders may be left. PyTorch and multiprocessing would send them a SIGTERM, which they
     ignore, and wait."""
     loaders = [process for process in multiprocessing.active_children() if process.daemon]
-    if loaders and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+    if loaders and hasattr(signal, "SIGCHLD") and in_main_thread():
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
         for process in loaders:
             process.kill()
@@ -1536,6 +1571,11 @@ def open_again():
                 os.lseek(opened, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
                 os.dup2(opened, number, inheritable=False)
                 os.close(opened)
+
+
+def in_main_thread() -> bool:
+    """Whether signals can be handled here."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
@@ -1608,5 +1648,4 @@ if __name__ == "__main__":
     # A user's file imports this module, too. Both must mean the same LabelledDataset.
     import datasets
 
-    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(datasets.main())

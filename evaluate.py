@@ -25,7 +25,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.k
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
-import ast
 import contextlib
 import copy
 import functools
@@ -38,7 +37,6 @@ import math
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -70,7 +68,6 @@ from datasets import (
     check_writable,
     fetch,
     find_dataset_class,
-    interrupt,
     loader,
     normalised,
     read_image,
@@ -347,7 +344,6 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
     workers = args.workers
     if workers is None:
         workers = min(16, max(1, usable_cpus() // rank_and_world()[1])) if dataset.SHUFFLED else 0
-    allow_open_files(workers)
     evaluation = Evaluation(dataset, device, workers, scored)
     results = evaluate(model, evaluation, raw.save_batch)
     if not results:
@@ -1251,36 +1247,5 @@ def fit_workers(workers: int, sample: dict, batch: int) -> int:
     return min(workers, fitting)
 
 
-def expect_main_guard():
-    """Raises ValueError where a script calls this outside of `if __name__ == "__main__":`. The processes that we start
-    import the script, so each would begin the run again."""
-    frame = sys._getframe()
-    while frame := frame.f_back:
-        path = Path(frame.f_code.co_filename)
-        if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():
-            guards = (node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If)
-                      and "__name__" in ast.unparse(node.test))
-            if not any(node.lineno <= frame.f_lineno <= node.end_lineno for node in guards):
-                raise ValueError(f"line {frame.f_lineno} of {path} starts processes that import this file; put it "
-                                 "below `if __name__ == '__main__':`, or give --workers 0")
-
-
-def allow_open_files(workers: int):
-    """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
-    allowed: they would fail during the run, and wait for each other forever. Also for a script without a main guard."""
-    if workers:
-        expect_main_guard()
-    if workers == 0 or sys.platform == "win32":    # which has no such limit
-        return
-    import resource
-    needed, (soft, hard) = 64 + 32 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"expected a limit of at least {needed} open files for --workers {workers}, found {hard}; "
-                         f"raise it (ulimit -n {needed}) or give fewer --workers")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
     main()

@@ -62,7 +62,6 @@ from datasets import (
     check_writable,
     fetch,
     find_dataset_class,
-    interrupt,
     loader,
     replacing,
     usable_cpus,
@@ -71,7 +70,6 @@ from evaluate import (
     Evaluation,
     Results,
     add_up,
-    allow_open_files,
     choose_backend,
     digest_names,
     evaluate,
@@ -253,7 +251,6 @@ class Run:
         self.best = -math.inf                    # selection_score of best.pt
         data_set = find_dataset_class(args.dataset)
         complete_flags(args, data_set, device, self.world)
-        allow_open_files(args.workers)
         if self.rank == 0:
             held.enter_context(locked(args.out))
         checkpoint = find_checkpoint(args.out, args.resume)
@@ -878,5 +875,4 @@ class Interruption:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)    # until Run.execute notes signals
     main()

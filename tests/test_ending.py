@@ -153,8 +153,6 @@ evaluate.own_area = lambda *arguments: time.sleep(1.5) or own_area(*arguments)
 metrics.suppress_non_maxima = lambda prediction: time.sleep(1.5) or suppress(prediction)
 datasets.PascalContext.check = lambda *arguments: time.sleep(0.2) or check(*arguments)
 if __name__ == "__main__":
-    import signal
-    signal.signal(signal.SIGTERM, datasets.interrupt)
     {"train": train, "evaluate": evaluate, "datasets": datasets}[sys.argv[1]].main(sys.argv[2:])
 """
 
