@@ -68,7 +68,6 @@ from datasets import (
 )
 from evaluate import (
     Evaluation,
-    Results,
     add_up,
     choose_backend,
     digest_names,
@@ -85,7 +84,7 @@ from evaluate import (
     versions,
     write_results,
 )
-from metrics import TASKS, Kind, Labels, expect_here
+from metrics import TASKS, Labels, expect_here
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
@@ -107,8 +106,9 @@ REFERENCE_IMAGES = 100    # on which an untrained model is scored
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Results]:
-    """The scores on the validation images: {"trained": ...} and what it is compared with. Empty after an interruption.
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """The scores on the validation images, {task: {metric: figure}}: of "trained" and what it is compared with. Empty
+    after an interruption.
 
     Exit code 2 on bad input, 1 where the run had to stop, 130 after Ctrl-C or SIGTERM where nothing could be saved.
     """
@@ -356,7 +356,7 @@ class Run:
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
 
-    def execute(self) -> dict[str, Results]:
+    def execute(self) -> dict[str, dict]:
         """Trains and scores the result. After SIGTERM or Ctrl-C: saves, and returns nothing."""
         args = self.args
         for split, data_set in (("train", self.train_set), ("val", self.val_set)):    # labels that would train nothing
@@ -478,18 +478,15 @@ class Run:
         dist.all_reduce(flag, group=self.between_cpus)
         return bool(flag)
 
-    def evaluate(self, odsf: bool = False, limit: int | None = None) -> Results | None:
+    def evaluate(self, odsf: bool = False, limit: int | None = None) -> dict | None:
         """Scores the present weights on the validation images, in float32. None where it was interrupted.
 
         odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: number of
         images.
         """
-        begun = time.perf_counter()
         self.evaluation = Evaluation(self.val_set, self.device, self.args.workers, None if odsf else (),
                                      limit or self.scored)
-        results = evaluate(self.model, self.evaluation, stop=lambda: self.any_process(self.interruption.noted))
-        self.evaluation_seconds = time.perf_counter() - begun
-        return results
+        return evaluate(self.model, self.evaluation, stop=lambda: self.any_process(self.interruption.noted))
 
     def read_losses(self) -> list[list[float]]:
         """The sums of what step returned since the last line of the log. Waits for the device.
@@ -517,11 +514,11 @@ class Run:
         self.log(dict(iteration=self.iteration, losses=losses, lr=lr, images_per_second=speed, peak_memory_gib=memory,
                       time=time.time()))
 
-    def keep(self, results: Results):
+    def keep(self, results: dict):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
         score = selection_score(results, self.kinds) if results else None
         self.evaluated = self.iteration
-        self.log(dict(iteration=self.iteration, results=results, selection=score, seconds=self.evaluation_seconds,
+        self.log(dict(iteration=self.iteration, results=results, selection=score, seconds=self.evaluation.seconds,
                       validation_losses=self.evaluation.record()["validation_losses"]))
         if self.rank == 0:
             folder = self.args.out / "pictures"
@@ -540,7 +537,7 @@ class Run:
                 self.tensorboard.add_scalar(name, value, self.iteration)
             self.tensorboard.flush()
 
-    def finish(self, results: dict[str, Results]):
+    def finish(self, results: dict[str, dict]):
         """The final table, results.json and the last contact sheet."""
         data_set, out, trained = self.val_set, self.args.out, results["trained"]
         improvement = print_scores(results, data_set, self.description["config"], self.single_task, primary_only=True)
@@ -668,7 +665,7 @@ def draw_curves(folder: Path, labels: Labels):
     print("curves:    ", folder / "curves.png")
 
 
-def selection_score(results: Results, kinds: Mapping[str, Kind]) -> float:
+def selection_score(results: dict, kinds: Mapping) -> float:
     """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) where lower is better.
 
     So relative improvements count, whatever a metric's unit; to first order it is delta_m against any baseline. A

@@ -781,6 +781,28 @@ def completed(*arguments, device="cpu", data_set=Synthetic):
     return args
 
 
+def test_the_least_values_of_flags():
+    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, val_images=1,
+                 eval_every=0, workers=0, seed=0)
+    for name, value in least.items():
+        flag = f"--{name.replace('_', '-')}"
+        assert getattr(completed(flag, str(value)), name) == value
+        with pytest.raises(ValueError, match=f"{flag} of at least {value}, found {value - 1}"):
+            completed(flag, str(value - 1))
+    assert completed("--weight-decay", "0").weight_decay == 0
+    for value in ("-1e-9", "nan", "inf"):
+        with pytest.raises(ValueError, match="--weight-decay of at least 0"):
+            completed(f"--weight-decay={value}")
+
+
+def test_loading_processes_share_the_cpus(monkeypatch):
+    for cpus, local, expected in ((6, 4, 1), (6, 2, 3), (6, 1, 6), (20, 1, 8), (1, 2, 1)):
+        monkeypatch.setattr(train, "usable_cpus", lambda: cpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert completed("--dataset", "nyud").workers == expected
+    assert completed("--dataset", "nyud", "--workers", "30").workers == 30
+
+
 @pytest.mark.parametrize("device, capability, expected", [
     ("cpu", None, "off"), ("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("cuda", (12, 0), "bf16")])
 def test_default_precision(device, capability, expected, monkeypatch):
@@ -819,6 +841,8 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
     losses = log(tmp_path, "losses")
     assert [line["iteration"] for line in losses] == [2, 4, 6] and list(losses[0]["losses"]) == ["depth", "semseg"]
     assert losses[0]["lr"] == pytest.approx(train.learning_rate(1e-2, 1, 6))
+    seconds = losses[1]["time"] - losses[0]["time"]    # with an evaluation
+    assert 8 / seconds < losses[1]["images_per_second"] < 8000 / seconds
     scores = log(tmp_path, "selection")
     assert [line["iteration"] for line in scores] == [3, 6] and scores[1]["results"] == results["trained"]
     assert load(tmp_path / "best.pt")["best"] == max(line["selection"] for line in scores)
