@@ -68,6 +68,7 @@ from datasets import (
     check_writable,
     fetch,
     find_dataset_class,
+    is_deliberate,
     loader,
     normalised,
     read_image,
@@ -124,6 +125,8 @@ def main(argv: list[str] | None = None) -> Results:
     args = parser.parse_args(argv)
     with parser.told("make room, or name another folder with --out"):
         check_arguments(args, parser)
+        if args.dataset:
+            find_dataset_class(args.dataset)    # the user names its file, which may define the checkpoint's kinds
         if args.export:
             export(args)
             return {}
@@ -131,13 +134,11 @@ def main(argv: list[str] | None = None) -> Results:
             if args.cost:
                 print_cost(args, device)
                 return {}
-            if args.dataset:
-                find_dataset_class(args.dataset)    # the user names its file, which may define the checkpoint's kinds
             model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
             print("scan backend:", choose_backend(model, args.backend))
             results = {} if args.image else score(args, model, checkpoint, device)
-            # add_up also waits for all processes: torchrun ends the others when one has failed.
             skipped = draw_pictures(args, model, device) if args.image else 0
+            # This also waits for all processes: torchrun ends the others when one has failed.
             skipped = int(add_up(torch.tensor(skipped, device=device)))
             rank, _ = rank_and_world()
     if skipped:
@@ -251,15 +252,9 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
     return model.to(device).eval(), checkpoint
 
 
-FETCHING = re.compile("pretrained|checkpoint_path|cache_dir")    # arguments of timm's models that need other files
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
-    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file.
-
-    A file cannot make this program fetch or read others: arguments of its encoder that would are left out, as the
-    weights are in the file itself."""
+    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
@@ -269,12 +264,7 @@ def read_checkpoint(path: str | Path) -> dict:
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError("expected the entries model, config and labels of a checkpoint of train.py, or final_project "
                          f"of a published one, in {path}, found {found}")
-    config = {key: value for key, value in checkpoint["config"].items() if key != "pretrained"}
-    if ":" in str(config.get("encoder")):    # timm would take it for an address or a folder
-        raise ValueError(f"{path} names the encoder {config['encoder']}, which is not one of timm's own")
-    if kwargs := config.get("encoder_kwargs"):
-        config["encoder_kwargs"] = {key: value for key, value in kwargs.items() if not FETCHING.match(key)}
-    return dict(checkpoint, config=config, labels=Labels(**checkpoint["labels"]))
+    return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
 def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
@@ -579,7 +569,8 @@ class Evaluation:
         for meter in self.ods.values():
             meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
         for task, values in self.losses.items():
-            self.losses[task] = add_up(rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1).to(shared))
+            sums = rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1)
+            self.losses[task] = add_up(sums.to(shared)).tolist()
         empty = [task for task, meter in self.meters.items() if meter.empty()]
         if empty:    # one task without labels is no reason to lose the others' scores
             print(f"not scored, as no pixel has a label: {', '.join(empty)}")
@@ -592,8 +583,7 @@ class Evaluation:
     def record(self) -> dict:
         """What results.json tells beside the scores. validation_losses: means over the images with a label. confusion:
         of classes, [label][prediction]."""
-        losses = {task: total / images for task, (total, images) in
-                  ((task, sums.tolist()) for task, sums in self.losses.items()) if images}
+        losses = {task: total / images for task, (total, images) in self.losses.items() if images}
         confusions = {task: meter.kind.confusion(meter.sums) for task, meter in self.meters.items()}
         return dict(images_per_second=self.images / self.seconds, validation_losses=losses,
                     confusion={task: found for task, found in confusions.items() if found})
@@ -775,12 +765,12 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
         try:
             image = read_picture(path)
             maps, heat, shares = predict_picture(model, image, device, args.max_side, args.probabilities)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            # On a CPU, PyTorch has no error of its own for too little memory.
-            full = isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
-            if isinstance(error, RuntimeError) and not full:
-                raise
+        except Exception as error:
             reason = str(error) or type(error).__name__    # a MemoryError may say nothing
+            # On a CPU, PyTorch has no error of its own for too little memory.
+            full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in reason
+            if not (full or is_deliberate(error)):    # a fault in the code
+                raise
             print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
             skipped += 1
             continue
@@ -808,7 +798,7 @@ def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], hea
             files[f"{task}_feature"] = Image.blend(image, Image.fromarray(colour_map(norm, low, high)), 0.6)
             columns[-1].append((f"its feature: {low:.3g} to {high:.3g}", files[f"{task}_feature"]))
     if heat:
-        legends.append([("norm of a pixel's final decoder feature, from least to largest", COLOUR_MAP)])
+        legends.append([("features", None), ("norm of a pixel's final decoder feature, least to largest", COLOUR_MAP)])
     return files | {"sheet": draw_sheet([columns], legends)}
 
 
@@ -911,20 +901,20 @@ def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
     go on below. legends: lines as of Kind.picture, the first of which is the title.
     """
     number = max(map(len, blocks))
-    longest = max(max(picture.size) for columns in blocks for column in columns for _, picture in column)
-    rows = -(-number * (min(SMALL_CELL, 2 * longest) + GAP) // SHEET)
+    sizes = [picture.size for columns in blocks for column in columns for _, picture in column]
+    rows = -(-number * (min(SMALL_CELL, 2 * max(map(max, sizes))) + GAP) // SHEET)
     abreast = -(-number // rows)
     cell = min(CELL, SHEET // abreast - GAP)
-    width, below = max(SHEET // 2, abreast * (cell + GAP)), 0
-    placed = []
+    step = max(SMALL_CELL // 2, *(cell * width // max(width, height) for width, height in sizes)) + GAP
+    width, below, placed = max(SHEET // 2, abreast * step), 0, []
     for columns in blocks:
         for i in range(0, number, abreast):
             top = below
             for j, column in enumerate(columns[i:i + abreast]):
-                x, y = j * (cell + GAP), top
+                x, y = j * step, top
                 for title, picture in column:
                     picture = fit(picture, cell)
-                    placed += [(draw_lines([(title, None)], cell), (x, y)), (picture, (x, y + LINE))]
+                    placed += [(draw_lines([(title, None)], step), (x, y)), (picture, (x, y + LINE))]
                     y += LINE + picture.height + GAP
                 below = max(below, y)
     for lines in legends:

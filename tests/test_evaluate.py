@@ -226,6 +226,45 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
     assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
 
 
+def test_classes_are_compared_by_name(checkpoint, nyud, tmp_path, capsys, monkeypatch):
+    """Other names or another order are refused; names that one side lacks are told."""
+    expected, names = evaluate.main(arguments(checkpoint, nyud, tmp_path)), datasets.NYUDv2.CLASSES["semseg"]
+    assert "semseg: only the data set names its classes" in capsys.readouterr().out
+    stored, checkpoint = torch.load(checkpoint), tmp_path / "named.pt"
+    torch.save(stored | {"labels": datasets.NYUDv2.describe(NYUD_TASKS).plain()}, checkpoint)
+    assert evaluate.main(arguments(checkpoint, nyud, tmp_path)) == expected
+    assert "names its classes" not in capsys.readouterr().out
+    monkeypatch.setattr(SmallNYUDv2, "CLASSES", {"semseg": (*names[:3], names[4], names[3], *names[5:])})
+    message = fails(capsys, *arguments(checkpoint, nyud, tmp_path))
+    assert f"class 3 of semseg is {names[3]!r} in {checkpoint} and {names[4]!r} in nyud" in message
+    monkeypatch.setattr(SmallNYUDv2, "CLASSES", {})
+    unnamed = evaluate.main(arguments(checkpoint, nyud, tmp_path))
+    assert unnamed["depth"] == expected["depth"] and unnamed["semseg"]["mIoU"] == expected["semseg"]["mIoU"]
+    assert "semseg: only the model names its classes" in capsys.readouterr().out
+
+
+def test_no_file_runs_on_a_checkpoints_word(checkpoint, nyud, tmp_path, capsys, monkeypatch):
+    """Of its data set or of its kinds, unless the file is in or below the current folder, or is named by the user."""
+    (tmp_path / "theirs.py").write_text(
+        "from pathlib import Path\nfrom metrics import Values\nimport test_evaluate\n"
+        "Path(__file__).with_name('ran').touch()\nclass Theirs(test_evaluate.SmallNYUDv2):\n    pass\n"
+        "class Kind(Values):\n    pass\n")
+    named, kind = f"{tmp_path}/theirs.py:Theirs", f"{tmp_path}/theirs.py:Kind"
+    stored = torch.load(checkpoint)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    torch.save(stored | {"training": {"dataset": named}}, tmp_path / "set.pt")
+    torch.save(stored | {"labels": stored["labels"] | {"tasks": {"flow": [kind, 2]}}}, tmp_path / "kind.pt")
+    torch.save(stored | {"training": {"dataset": "../theirs.py:Theirs"}}, tmp_path / "up.pt")
+    for path in ("set.pt", "kind.pt", "up.pt"):
+        assert "--dataset" in fails(capsys, *arguments(tmp_path / path, nyud, tmp_path))
+    assert not (tmp_path / "ran").exists()
+    results = evaluate.main(arguments(tmp_path / "set.pt", nyud, tmp_path, "--dataset", named))
+    assert (tmp_path / "ran").exists()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(arguments(tmp_path / "set.pt", nyud, tmp_path)) == results
+
+
 def test_images_larger_than_the_data_sets_size(checkpoint, nyud, tmp_path):
     """They are padded to the next multiple of 32, a batch of their own, and count as all others."""
     root = shutil.copytree(nyud, tmp_path / "data")
@@ -766,6 +805,24 @@ def test_a_broken_picture_does_not_stop_the_other_process(script, checkpoint, pi
     _, error = run.communicate()
     assert run.returncode == 1 and "1 of the pictures skipped" in error
     assert {path.name for path in (tmp_path / "out").glob("*_sheet.png")} == {f"{i}_sheet.png" for i in (1, 2, 3)}
+
+
+def test_no_two_pictures_have_a_file_in_common():
+    paths = [Path(name) for name in ("x.png", "x_coarse.png", "x.jpg", "X.png", "y.png")]
+    stems = evaluate.distinct_stems(paths, ["semseg", "coarse_semseg", "sheet"])
+    assert stems == ["x", "x_coarse_2", "x_2", "X_3", "y"]
+
+
+def test_probabilities_change_no_other_file(checkpoint, picture, tmp_path):
+    """Also of a picture that the model sees reduced."""
+    picture.resize((210, 135)).save(tmp_path / "a.png")
+    for name, more in (("plain", ()), ("soft", ("--probabilities",))):
+        folder = tmp_path / name
+        draw(checkpoint, folder, tmp_path / "a.png", "--max-side", 64, "--save-predictions", folder, *more)
+    files = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.*")]
+    assert len(files) == 5 + 4
+    assert all((tmp_path / "plain" / file).read_bytes() == (tmp_path / "soft" / file).read_bytes() for file in files)
+    assert len(list((tmp_path / "soft").rglob("*.npz"))) == 2
 
 
 def test_odd_names_and_paths(checkpoint, picture, tmp_path, capsys, monkeypatch):
