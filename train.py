@@ -258,7 +258,9 @@ class Run:
         self.description = dict(training={name: self.flags[name] for name in DECISIVE}, versions=versions())
         self.build_data(data_set)
         self.build_model(new=checkpoint is None)
-        self.build_optimizer()
+        self.optimizer = self.build_optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]    # initial ones
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")    # otherwise it does nothing
         if checkpoint:
             self.restore(checkpoint)
         check_writable(args.out)
@@ -323,15 +325,12 @@ class Run:
                                                    gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False    # `kept` differs by process. DDP's argument is deprecated
 
-    def build_optimizer(self):
-        """The place for another optimiser, or groups of parameters with rates of their own; learning_rate is that for
-        another schedule."""
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The place for another optimiser, or for groups of parameters with rates of their own. learning_rate is the
+        place for another schedule: it scales the rate of each group."""
         trained = [p for part in (self.model, self.learned) for p in part.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay,
-                                           betas=(0.9, 0.999), fused=self.device.type in ("cuda", "cpu"))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]    # initial ones
-        # Without fp16, it does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.amp == "fp16")
+        return torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay, betas=(0.9, 0.999),
+                                 fused=self.device.type in ("cuda", "cpu"))
 
     def restore(self, checkpoint: dict):
         """Continues from last.pt. Raises ValueError where it belongs to a run with other flags or images."""

@@ -213,9 +213,7 @@ def test_other_optimisers_and_rates(signals, tmp_path, monkeypatch):
         heads = list(self.model.heads.parameters())
         rest = [*self.model.encoder.parameters(), *self.model.stages.parameters()]
         groups = dict(params=rest, lr=1e-3), dict(params=heads, lr=4e-3)
-        self.optimizer = create_optimizer_v2(groups, "nadamlegacy")    # keeps a number, m_schedule
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return create_optimizer_v2(groups, "nadamlegacy")    # keeps a number, m_schedule
     monkeypatch.setattr(train.Run, "build_optimizer", build)
     run(tmp_path / "straight", *FEW)
     signals(3, signal.SIGTERM)
