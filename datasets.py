@@ -1027,14 +1027,15 @@ INDOOR = np.isin(np.arange(460), [    # by class of LabelMap
 DATASETS = {"synthetic": Synthetic, "pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
 
 
-def find_dataset_class(name: str) -> type[DenseDataset]:
-    """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class"."""
+def find_dataset_class(name: str, said_by: object = None) -> type[DenseDataset]:
+    """A class of DATASETS by its name, or a subclass of LabelledDataset by "path/to/file.py:Class". said_by: the file
+    that gives the name, where the user does not, see find_class."""
     if name in DATASETS:
         return DATASETS[name]
     if ".py:" not in name:
         raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class (no other dot in the "
                          f"file's name), found {name!r}")
-    found = find_class(name, LabelledDataset)
+    found = find_class(name, LabelledDataset, said_by)
     try:
         task_rows(choose_tasks(found.TASKS, None))
         signature = inspect.signature(found)

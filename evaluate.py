@@ -88,7 +88,6 @@ from metrics import (
     bilinear,
     colour_map,
     delta_m,
-    expect_here,
     rounded,
     task_rows,
 )
@@ -378,11 +377,10 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
 def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
     """The name of the data set to score on, and its images. labels: the model's. Raises ValueError where the data set
     has other tasks or classes than the model, or labels of another size than its outputs."""
-    config, name = checkpoint["config"], args.dataset
-    if not name:
-        name = checkpoint.get("training", {}).get("dataset") or find_dataset(labels.tasks)
-        expect_here(name, args.checkpoint)
-    data_set, scale = find_dataset_class(name), config.get("output_scale", 1)
+    config = checkpoint["config"]
+    name = args.dataset or checkpoint.get("training", {}).get("dataset") or find_dataset(labels.tasks)
+    data_set = find_dataset_class(name, said_by=None if args.dataset else args.checkpoint)
+    scale = config.get("output_scale", 1)
     if not task_rows(labels.tasks).items() <= task_rows(data_set.TASKS).items():
         raise ValueError(f"the model's tasks (channels) are {labels.tasks}, those of {name} {data_set.TASKS}; choose "
                          "another --dataset")

@@ -650,8 +650,7 @@ def task_rows(tasks: TaskTable) -> dict[str, Task]:
                              "uses)")
         like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
         if isinstance(like, str) and ".py:" in like:
-            expect_here(like, "a checkpoint")
-            like = find_class(like, Kind)
+            like = find_class(like, Kind, said_by="a checkpoint")
         if isinstance(like, type) and issubclass(like, Kind):
             row = Task(like, **like.row)
         elif like in TASKS:
@@ -711,27 +710,24 @@ def plain(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def find_class(name: str, base: type) -> type:
-    """The subclass of `base` that "path/to/file.py:Class" names. Raises ValueError where there is none."""
+def find_class(name: str, base: type, said_by: object = None) -> type:
+    """The subclass of `base` that "path/to/file.py:Class" names. Raises ValueError where there is none.
+
+    said_by: the file that gives the name, where the user does not. It may come from somebody else, and no code runs on
+    its word: the Python file must be in or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or "." in path.stem:
         raise ValueError(f"expected path/to/file.py:Class (no other dot in the file's name), found {name!r}")
+    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
+    if said_by and not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
+        raise ValueError(f"{said_by} names the Python file {path}, which is not in or below the current folder; to run "
+                         "it, name the data set yourself with --dataset")
     found = getattr(import_file(path), class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
         raise ValueError(f"expected a subclass {class_name!r} of {base.__module__}.{base.__name__} in {path}, with all "
                          f"that it asks for, found {found}")
     return found
-
-
-def expect_here(name: str, source: object):
-    """Raises ValueError where path/to/file.py:Class is not in or below the current folder, unless the file is loaded
-    already. source, which names it, may come from somebody else: no code runs on its word."""
-    path = Path(name.rpartition(":")[0]).expanduser().resolve()
-    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
-    if not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
-        raise ValueError(f"{source} names the Python file {path}, which is not in or below the current folder; to run "
-                         "it, name the data set yourself with --dataset")
 
 
 def import_file(path: Path):

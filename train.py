@@ -84,7 +84,7 @@ from evaluate import (
     versions,
     write_results,
 )
-from metrics import TASKS, Labels, expect_here
+from metrics import TASKS, Labels
 from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
 
 # What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
@@ -131,7 +131,7 @@ def take_flags(parser: Parser, args: argparse.Namespace, argv: list[str] | None)
     parser.set_defaults(**{key: flags[-1][key] for key in flags[-1].keys() - {"resume", "out", "device"}})
     taken = parser.parse_args(argv)
     if taken.dataset != args.dataset:
-        expect_here(taken.dataset, f"the run in {args.out}")
+        find_dataset_class(taken.dataset, said_by=f"the run in {args.out}")
     return taken
 
 
