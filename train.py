@@ -601,8 +601,8 @@ def find_checkpoint(folder: Path, resume: bool) -> dict | None:
             print(f"nothing to resume in {folder}: starting")
         return None
     checkpoint = read_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{path} has weights alone; start from it with --init-from {path}")
+    if "learned" not in checkpoint:
+        raise ValueError(f"{path} has weights alone or is of an earlier version; start from it with --init-from {path}")
     return checkpoint
 
 
