@@ -588,16 +588,18 @@ def test_lines_of_a_run_that_died_without_a_checkpoint_go(tmp_path):
         assert [line["iteration"] for line in log(out, "losses")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     """One warning; only a lock that is held stops a run."""
-    def lockf(*_):
-        raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(train.fcntl, "lockf", lockf)
-    run(tmp_path / "run", *FEW, "--iterations", 1)
-    assert f"{tmp_path / 'run'} cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
-    number = errno.EACCES
-    assert "another run writes to" in fails(capsys, 2, tmp_path / "other", *FEW)
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES):
+        def lockf(*_):
+            raise OSError(number, os.strerror(number))    # noqa: B023
+        monkeypatch.setattr(train.fcntl, "lockf", lockf)
+        if number == errno.EACCES:
+            with pytest.raises(ValueError, match="another run writes to"), train.locked(tmp_path / "run"):
+                pass
+        else:
+            with train.locked(tmp_path / "run"):
+                assert f"{tmp_path / 'run'} cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
 
 
 def test_scoring_that_is_interrupted_is_no_interrupted_training(signals, tmp_path, capsys):
@@ -613,13 +615,11 @@ def test_scoring_that_is_interrupted_is_no_interrupted_training(signals, tmp_pat
     ({"WORLD_SIZE": "4"}, "not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"),
     ({"RANK": "0"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun"),
     ({"WORLD_SIZE": "1"}, None)])
-def test_variables_of_a_launcher_without_one(variables, message, tmp_path, monkeypatch, capsys):
+def test_variables_of_a_launcher_without_one(variables, message, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    if message:
-        assert message in fails(capsys, 2, tmp_path, *FEW)
-    else:
-        run(tmp_path, *FEW, "--iterations", 1)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext(), evaluate.start("cpu"):
+        assert evaluate.rank_and_world() == (0, 1)
 
 
 def test_a_process_without_local_rank_takes_the_first_gpu(monkeypatch):
@@ -808,10 +808,11 @@ def test_default_precision(device, capability, expected, monkeypatch):
     assert completed(device=device).amp == expected
 
 
-def test_float32_is_true_float32(tmp_path):
+def test_float32_is_true_float32():
+    """In training and in scores."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    run(tmp_path, *FEW, "--iterations", 1)
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    with evaluate.start("cpu"):
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_bf16_trains(tmp_path):
@@ -977,12 +978,8 @@ def test_pretrained_weights_first_then_those_that_fit(tmp_path, capsys):
         torch.testing.assert_close(new[f"encoder.backbone.{ours}"], expected, rtol=0, atol=1e-9)
     message = fails(capsys, 2, tmp_path / "third", *arguments, *atto, kwargs, "--freeze-encoder")
     assert "would freeze" in message and "add --pretrained" in message
-    run(tmp_path / "third", *arguments, *atto, kwargs, "--freeze-encoder", "--pretrained")
-    run(tmp_path / "fourth", *FEW, "--init-from", tmp_path / "second/last.pt", "--iterations", 1, *atto, kwargs,
-        "--pretrained", "--freeze-encoder", "--init-partial", "--no-pretrained")
-    capsys.readouterr()
-    run(tmp_path / "fifth", *FEW, "--init-from", tmp_path / "second/last.pt", "--iterations", 1, *atto, kwargs,
-        "--pretrained")
+    run(tmp_path / "third", *FEW, "--init-from", tmp_path / "second/last.pt", "--iterations", 1, *atto, kwargs,
+        "--pretrained", "--freeze-encoder")
     assert "--pretrained has no effect" in capsys.readouterr().out
 
 
