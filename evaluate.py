@@ -62,7 +62,6 @@ from datasets import (
     IMAGE_STD,
     DenseDataset,
     Helpers,
-    NYUDv2,
     Parser,
     centred,
     check_writable,
@@ -72,14 +71,12 @@ from datasets import (
     loader,
     normalised,
     read_image,
-    read_names,
     replacing,
     to_tensor,
     usable_cpus,
 )
 from metrics import (
     COLOUR_MAP,
-    IGNORE,
     TASKS,
     Kind,
     Labels,
@@ -252,13 +249,12 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict;
-    "config", without the encoder; and "labels". Raises FileNotFoundError, or ValueError for another kind of file."""
+    """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict,
+    and what describe_published gives. Raises FileNotFoundError, or ValueError for another kind of file."""
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
-        config, labels = describe_published(state)
-        return dict(published=state, config=config, labels=labels)
+        return describe_published(state) | {"published": state}
     if not (isinstance(checkpoint, dict) and {"model", "config", "labels"} <= checkpoint.keys()):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError("expected the entries model, config and labels of a checkpoint of train.py, or final_project "
@@ -266,20 +262,21 @@ def read_checkpoint(path: str | Path) -> dict:
     return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
-def describe_published(state: dict[str, Tensor]) -> tuple[dict, Labels]:
-    """MTMamba's tasks, variant and output_scale for a published checkpoint, and what its data set says of the tasks.
-    The heads' channels show which data set it is, and so the order of the tasks. If they fit none, the heads' order is
-    used. Raises ValueError for unknown tasks."""
+def describe_published(state: dict[str, Tensor]) -> dict:
+    """Of a published checkpoint: "config", MTMamba's tasks, variant and output_scale; "dataset", a name; "labels", what
+    that says of the tasks. The heads' channels show which data set it is, and so the order of the tasks. If they fit
+    none, the heads' order is used, and "dataset" is None. Raises ValueError for unknown tasks."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     tasks = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
     if not tasks.keys() <= TASKS.keys():
         raise ValueError(f"expected heads of the tasks {', '.join(TASKS)}, found {', '.join(tasks)}")
-    fitting = [data_set for data_set in DATASETS.values() if tasks.items() <= data_set.TASKS.items()]
-    data_set = fitting[0] if len(fitting) == 1 else DenseDataset
+    fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
+    name = fitting[0] if len(fitting) == 1 else None
+    data_set = DATASETS.get(name, DenseDataset)
     tasks = {task: tasks[task] for task in data_set.TASKS or tasks if task in tasks}
     config = dict(tasks=tasks, variant=published_variant(state), output_scale=data_set.LABEL_SCALE)
-    return config, data_set.describe(tasks)
+    return dict(config=config, dataset=name, labels=data_set.describe(tasks))
 
 
 def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
@@ -377,8 +374,10 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
 def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
     """The name of the data set to score on, and its images. labels: the model's. Raises ValueError where the data set
     has other tasks or classes than the model, or labels of another size than its outputs."""
-    config = checkpoint["config"]
-    name = args.dataset or checkpoint.get("training", {}).get("dataset") or find_dataset(labels.tasks)
+    config, name = checkpoint["config"], args.dataset or checkpoint.get("training", checkpoint).get("dataset")
+    if not name:
+        raise ValueError(f"the model's tasks (channels) {labels.tasks} are not those of one data set; name it with "
+                         "--dataset")
     data_set = find_dataset_class(name, said_by=None if args.dataset else args.checkpoint)
     scale = config.get("output_scale", 1)
     if not task_rows(labels.tasks).items() <= task_rows(data_set.TASKS).items():
@@ -401,20 +400,11 @@ def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> 
     return name, dataset
 
 
-def find_dataset(tasks: dict) -> str:
-    """The data set with these tasks. Raises ValueError where none or several have them."""
-    fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
-    if len(fitting) != 1:
-        raise ValueError(f"expected the tasks (channels) of one data set, found {tasks}, which fit "
-                         f"{' and '.join(fitting) or 'none'}; name the data set with --dataset")
-    return fitting[0]
-
-
 def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | None:
     """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
     if path is None:
         return None
-    names = set(read_names(path))
+    names = {line.strip() for line in path.read_text("utf-8-sig").splitlines()} - {""}
     unknown = sorted(names.difference(dataset.names))
     if unknown or not names:
         raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
@@ -634,7 +624,7 @@ class RawMaps:
             raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
         if self.folder:
             files = [f"{task}/{name}{suffix}" for name in names for task, kind in labels.kinds.items()
-                     for suffix in (kind.suffix, *([".npz"] if args.probabilities and kind.unknown == IGNORE else []))]
+                     for suffix in (kind.suffix, ".npz")[:1 + self.probabilities]]
             claim(self.folder, files, read, args.overwrite, device)
 
     def save_batch(self, batch: dict, outputs: dict[str, Tensor]):
@@ -1083,8 +1073,9 @@ def print_cost(args: argparse.Namespace, device: torch.device):
         size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
         variant = config.get("variant", "mtmamba")
         parameters, flops = count_cost(model, size)
-        as_in_paper = (config["tasks"] == NYUDv2.TASKS and size == NYUDv2.SIZE and not config.get("encoder_kwargs")
-                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"]))
+        as_in_paper = ((config["tasks"], size) == (DATASETS["nyud"].TASKS, DATASETS["nyud"].SIZE)
+                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"])
+                       and not config.get("encoder_kwargs"))
         first, second = map("{:.2f}".format, PAPER_COST[variant]) if as_in_paper and variant in PAPER_COST else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
     if everything:

@@ -16,6 +16,7 @@ import evaluate
 import train
 from conftest import NYUD_TASKS
 from evaluate import count_cost
+from metrics import Labels
 from mtmamba import SS2D, MTMamba
 
 ATTO = dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)), d_state=2)
@@ -37,7 +38,8 @@ def run_alone(code, *arguments):
 def save_checkpoint(path, variant):
     config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 32), variant=variant)
     torch.manual_seed(0)
-    train.save_checkpoint(path, dict(model=MTMamba(**config).state_dict(), config=config))
+    content = dict(model=MTMamba(**config).state_dict(), config=config, labels=Labels(config["tasks"]).plain())
+    train.save_checkpoint(path, content)
     return path
 
 
