@@ -137,6 +137,8 @@ def test_export_of_any_size():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_of_a_fast_scan_names_the_cause(strict):
+    if strict and torch.__version__ < "2.11":
+        pytest.skip("an older Dynamo tells an error's class alone; seen with 2.8")
     with pytest.raises(RuntimeError, match="use backend='loop' for exports"):
         torch.export.export(SS2D(4, backend="torch"), (torch.zeros(1, 2, 2, 4),), strict=strict)
 
@@ -185,6 +187,7 @@ def test_compiled_at_a_second_size(tiny_model):
             assert counter.frame_count == min(i + 1, 2)
 
 
+@pytest.mark.xfail(torch.__version__ < "2.12", strict=True, reason="wrong in PyTorch 2.8 to 2.11; check_scan tells")
 def test_compiled_loop_has_gradients():
     torch.manual_seed(0)
     ss2d, x, gradients = SS2D(4, d_state=2, backend="loop"), torch.randn(2, 3, 5, 4, requires_grad=True), []
