@@ -508,14 +508,14 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
     """
     delta = F.softplus(delta + delta_bias)                                      # Eq. 8
 
-    def step(h, u, delta, B, C, A):    # u, delta: (..., D, 1). B, C: (..., 1, N). h, A: (..., D, N)
-        A_bar, B_bar = torch.exp(delta * A), delta * B                          # Eq. 5
-        h = A_bar * h + B_bar * u                                               # Eq. 3
-        return h.clone(), (h * C).sum(-1)    # Eq. 4; a copy, as the operator's outputs may not share memory
-    h = u.new_zeros(*u.shape[:-2], *A.shape[-2:])
-    sequences = [t.movedim(-3, 0) for t in (u[..., None], delta[..., None], B[..., None, :], C[..., None, :])]
-    y = _run_steps(step, h, sequences, A)
-    return y.movedim(0, -2) + D * u                                             # the skip of Eq. 2
+    def step(h, delta, delta_u, B, C, A):    # (..., N, D); delta, delta_u (..., 1, D); B (..., N, 1), C (..., 1, N)
+        A_bar, B_bar_u = torch.exp(delta * A), B * delta_u                      # Eq. 5, with u
+        h = A_bar * h + B_bar_u                                                 # Eq. 3
+        return h, C @ h                                                         # Eq. 4
+    h = u.new_zeros(*u.shape[:-2], *A.mT.shape[-2:])
+    sequences = delta[..., None, :], (delta * u)[..., None, :], B[..., None], C[..., None, :]
+    y = _run_steps(step, h, [t.movedim(-3, 0) for t in sequences], A.mT.contiguous())
+    return y.squeeze(-2).movedim(0, -2) + D * u                                 # the skip of Eq. 2
 
 
 def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
@@ -534,14 +534,20 @@ def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
     return torch.stack(y)
 
 
-def scan_orders(H: int, W: int, device: torch.device | None = None) -> Tensor:
-    """expand(., v) of Eq. 10: (K, L), the pixel (row * W + column) that each direction visits at each step.
+def expand(t: Tensor, k: int) -> Tensor:
+    """expand(., v) of Eq. 10: (H, W, ...) -> (L, ...), the pixels in the order in which direction k visits them.
 
-    Row-major, column-major, and both reversed, the order of the published implementation's parameters.
+    Row-major, column-major, and both reversed, the order of the published implementation's parameters. Transposes and
+    flips, because index lists would make most of an exported file.
     """
-    rows = torch.arange(H * W, device=device)
-    columns = rows.view(H, W).T.flatten()
-    return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+    t = (t.transpose(0, 1) if k % 2 else t).flatten(0, 1)
+    return t.flip(0) if k >= 2 else t
+
+
+def merge(y: Tensor, k: int, H: int, W: int) -> Tensor:
+    """Eq. 12 for one direction, the inverse of expand: (L, ...) -> (H, W, ...)."""
+    y = y.flip(0) if k >= 2 else y
+    return y.unflatten(0, (W, H)).transpose(0, 1) if k % 2 else y.unflatten(0, (H, W))
 
 
 def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
@@ -582,8 +588,8 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if backend != "loop" and exporting:
         raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
-        delta = delta if dt_weight is None else torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight)
-        return _scan_loop(x, delta, A, B, C, D, delta_bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight)
     inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
@@ -609,17 +615,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scan_loop(x, delta, A, B, C, D, delta_bias):
-    dtype = _compute_dtype(x)    # s6 has no operator whose type autocast changes
-    orders = scan_orders(*x.shape[1:3], x.device)                                  # (K, L)
-    u = x.to(dtype).flatten(1, 2)[:, orders]                                       # Eq. 10   (B, K, L, D)
-    directions = torch.arange(K, device=x.device)[:, None]
-    delta, B, C = (t.to(dtype).flatten(1, 2)[:, orders, directions] for t in (delta, B, C))    # (B, K, L, .)
-    A = A.to(dtype).contiguous()    # as the state: the scan operator demands that a step keeps the state's strides
-    D, delta_bias = (t[:, None].to(dtype) for t in (D, delta_bias))
+def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
+    maps = (t.to(_compute_dtype(x)) for t in (x.unsqueeze(3), delta, B, C))
+    u, delta, B, C = (_to_sequences(t).permute(1, 2, 0, 3) for t in maps)          # Eq. 10   (B, K, L, .)
+    A, D, delta_bias = A.to(u.dtype), D.to(u.dtype)[:, None], delta_bias.to(u.dtype)[:, None]
+    if dt_weight is not None:
+        delta = delta @ dt_weight.to(u.dtype).mT                                   # (B, K, L, D)
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
-    y = y[:, directions, orders.argsort(dim=1)].sum(1)                             # Eq. 12
-    return y.view_as(x).to(x.dtype)
+    y = sum(merge(y[:, k].transpose(0, 1), k, *x.shape[1:3]) for k in range(K))    # Eq. 12   (H, W, B, D)
+    return y.movedim(2, 0).to(x.dtype).contiguous()
 
 
 # -------------------------------------------------------------------------------------------- patch expand and head
@@ -1065,16 +1069,12 @@ def _is_transformed(t: Tensor) -> bool:
 
 def _to_sequences(t: Tensor) -> Tensor:
     """A map (B, H, W, K or 1, X) -> sequences (L, B, K, X), each direction in its order. 1: all read the same."""
-    orders = scan_orders(*t.shape[1:3], t.device)
-    rows = t.flatten(1, 2).transpose(0, 1).expand(-1, -1, K, -1)                               # (L, B, K, X)
-    return torch.stack([rows[order, :, k] for k, order in enumerate(orders)], dim=2)
+    return torch.stack([expand(t[:, :, :, k % t.shape[3]].movedim(0, 2), k) for k in range(K)], dim=2)
 
 
 def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
     """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    orders = scan_orders(H, W, t.device).argsort(dim=1)
-    rows = torch.stack([t[order, :, k] for k, order in enumerate(orders)], dim=2)
-    return rows.transpose(0, 1).unflatten(1, (H, W))
+    return torch.stack([merge(t[:, :, k], k, H, W).movedim(2, 0) for k in range(K)], dim=3)
 
 
 @torch.inference_mode(False)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import mtmamba
 import train
-from mtmamba import SS2D, K, s6, scan_orders, selective_scan_2d
+from mtmamba import SS2D, K, expand, merge, s6, selective_scan_2d
 
 # (batch, H, W, D, N): one chunk or several, lengths that the chunk divides or not, single pixels, rows and columns; for
 # "numba", one block of channels or two, full or not.
@@ -76,8 +76,11 @@ def test_s6_equals_the_closed_form(compare):
 
 
 def test_scan_orders():
-    assert scan_orders(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5],
-                                          [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+    pixels = torch.arange(6).view(2, 3)
+    orders = [expand(pixels, k) for k in range(K)]
+    assert [order.tolist() for order in orders] == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5],
+                                                    [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+    assert all(torch.equal(merge(order, k, 2, 3), pixels) for k, order in enumerate(orders))
 
 
 PATHS = {    # the (row, column) pairs that each direction visits in turn
