@@ -31,6 +31,7 @@ SS2D, the scan, patch expand and head, what MTMamba++ changes, window attention 
 The appendix has the fast scans, for CPUs and GPUs, published checkpoints, and batch norm over processes.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -56,6 +57,7 @@ from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 try:    # comes with PyTorch for CUDA; macOS and Windows have none
     import triton
@@ -588,7 +590,9 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if backend != "loop" and exporting:
         raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast would change the type of products. A .pt2 file cannot hold this context, so it is for autocast alone.
+        mixed = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if mixed else contextlib.nullcontext():
             return _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight)
     inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
@@ -1044,6 +1048,22 @@ _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
 
 
+def _scan_flops(x, delta, A, B, C, D, delta_bias, dt_weight, *_, **__) -> int:
+    """Of the forward operator, from its shapes, for PyTorch's FlopCounterMode, which counts 2 per multiply-add: 9 N + 1
+    of them per step and channel, as in the paper's counts, and R to expand delta."""
+    return 2 * math.prod(x) * A[0] * (9 * A[-1] + 1 + (0 if dt_weight is None else dt_weight[-1]))
+
+
+def _scan_backward_flops(grad_y, states, *shapes, **_) -> int:
+    return 2 * _scan_flops(*shapes)
+
+
+for _operator, _formula in {torch.ops.mtmamba.selective_scan_2d: _scan_flops,
+                            torch.ops.mtmamba.selective_scan_2d_backward: _scan_backward_flops}.items():
+    flop_registry.pop(_operator, None)    # where this file is loaded again
+    register_flop_formula(_operator)(_formula)
+
+
 def _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
@@ -1474,7 +1494,8 @@ def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
                            f"{_numba_fault() or f'{x.dtype} on {x.device}'}; use the backend torch")
     x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
     x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
-    return x, delta, A, B.contiguous(), C.contiguous(), delta_bias
+    # A copy of the one parameter: FSDP resizes its memory, and numpy() would forbid that.
+    return x, delta, A, B.contiguous(), C.contiguous(), delta_bias.clone()
 
 
 def _numba_blocks(t: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 belong to a model are refused, and what people change in the model that they copied."""
 
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train
@@ -133,6 +136,47 @@ def test_export_of_any_size():
         for shape in ((1, 3, 96, 64), (3, 3, 64, 128)):
             image = torch.randn(shape)
             torch.testing.assert_close(program(image)["depth"], plain(image)["depth"], rtol=1e-4, atol=1e-5)
+
+
+def count_operators(graph, counts):
+    for node in graph.node:
+        counts[node.op_type] += 1
+        for attribute in node.attribute:
+            if attribute.type == attribute.GRAPH:
+                counts["body of Scan"] += len(attribute.g.node)
+                count_operators(attribute.g, counts)
+    return counts
+
+
+def test_operators_of_an_exported_scan(tmp_path):
+    """No order by sorting, no stored index lists, 6 operators per step; outputs within 1e-5 of the largest."""
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    torch.manual_seed(0)
+    module, x = SS2D(8, d_state=4, backend="loop").eval(), torch.randn(1, 7, 9, 8)
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    program.save(tmp_path / "scan.onnx")
+    counts = count_operators(program.model_proto.graph, Counter())
+    assert counts["Scan"] == 1 and counts["body of Scan"] == 6, counts
+    assert not counts.keys() & {"TopK", "GatherElements", "GatherND", "ScatterElements", "ScatterND"}
+    assert max(math.prod(t.dims) for t in program.model_proto.graph.initializer if t.data_type == t.INT64) < 8
+    with torch.no_grad():
+        session = onnxruntime.InferenceSession(tmp_path / "scan.onnx", providers=["CPUExecutionProvider"])
+        y = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        torch.testing.assert_close(y, module(x), rtol=0, atol=1e-5 * module(x).abs().max().item())
+
+
+def test_flops_of_a_scan():
+    """PyTorch's counter knows the operator: 2 per multiply-add, 9 N + 1 + R per pixel, direction and channel, and twice
+    that in the backward pass; the projection beside it by hand."""
+    module, x = SS2D(8, d_state=4, dt_rank=2, backend="torch"), torch.randn(1, 3, 5, 8)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    scan, projection = 2 * 15 * 4 * 8 * (9 * 4 + 1 + 2), 2 * 15 * 8 * 4 * (2 + 2 * 4)
+    assert forward == scan + projection
+    assert counter.get_total_flops() == 3 * scan + 2 * projection    # x needs no gradient
 
 
 @pytest.mark.parametrize("strict", [False, True])
