@@ -731,13 +731,12 @@ if __name__ == "__main__":
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    loss = train.task_loss
-    calls = []
+    losses, calls = Kind.image_losses, []
 
-    def poisoned(task, *arguments):
-        calls.append(task)
-        return loss(task, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, in the fifth
-    monkeypatch.setattr(train, "task_loss", poisoned)
+    def poisoned(kind, *arguments):
+        calls.append(kind.task)
+        return losses(kind, *arguments) * (float("nan") if len(calls) == 6 * 4 + 4 else 1)    # normal, in the fifth
+    monkeypatch.setattr(Kind, "image_losses", poisoned)
     message = fails(capsys, 1, tmp_path, "--variant", "stm1", "--save-every", 2, "--log-every", 50)
     assert "the loss of normal is nan in iteration 4" in message
     content = load(tmp_path / "last.pt")
@@ -1122,7 +1121,7 @@ class Plain(LabelledDataset):
         return np.zeros((64, 64, 3), np.uint8), labels
     def spoil(self, labels, name):
         if self.split == "train" and name == "scene 18":
-            labels["depth"][5, 7] = float("nan")
+            labels["depth"][5, 7] = float("inf")
 class TwiceAsLarge(Plain):
     def spoil(self, labels, name):
         labels["semseg"] = np.zeros((128, 128), np.uint8)
