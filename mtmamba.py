@@ -525,6 +525,8 @@ def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
     with PyTorch's scan operator. That is one node for any L, and exported files run without this project."""
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
+        # PyTorch 2.11 hands no gradient from step to step unless the first state needs one. Here it is 0, of A.
+        h = A.expand_as(h).masked_fill(torch.ones((), dtype=torch.bool, device=h.device), 0)
         return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
     if torch.compiler.is_compiling():    # the same operator, without compiling each step function
         from torch._higher_order_ops.scan import scan_op
