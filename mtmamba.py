@@ -956,7 +956,7 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
-    """Loads timm's pretrained weights into a features_only model, all of them or none.
+    """Loads timm's pretrained weights into a features_only model. Raises where one is missing.
 
     timm loads such a model with strict=False and does not report missing tensors. It loads the whole classifier
     strictly, so the tensors are copied from there.
@@ -964,21 +964,15 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
-        hub = timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
         raise ValueError(
-            f"cannot load timm's weights of {name} ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
-            "Without them: --no-pretrained, or pretrained=False. By hand: get model.safetensors from "
-            f"https://huggingface.co/{hub}, and add --encoder-kwargs '{{\"pretrained_cfg_overlay\": {{\"file\": "
-            "\"model.safetensors\"}}'") from error
+            f"cannot load timm's weights of {name} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "train without (--no-pretrained), or from the model.safetensors of https://huggingface.co/"
+            f"{timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')}, with --encoder-kwargs "
+            '\'{"pretrained_cfg_overlay": {"file": "model.safetensors"}}\'') from error
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
     flat = {key.replace(".", "_"): value for key, value in source.items()}
-    own = backbone.state_dict()
-    state = {key: flat.get(key.removeprefix("model.").replace(".", "_")) for key in own}
-    missing = [key for key, value in own.items() if state[key] is None or state[key].shape != value.shape]
-    if missing:
-        raise RuntimeError(f"timm's pretrained weights of {name} lack {len(missing)} of {len(state)} tensors, first "
-                           f"{missing[0]}; nothing was loaded")
-    backbone.load_state_dict(state)
+    names = {key: key.removeprefix("model.").replace(".", "_") for key in backbone.state_dict()}
+    backbone.load_state_dict({key: flat[name] for key, name in names.items() if name in flat})
 
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast

@@ -158,17 +158,19 @@ def test_processes_and_parts_change_nothing(tmp_path):
 
 def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
     """Weights and running statistics after 3 steps of MTMamba++ on a ResNet; compiled and with
-    --checkpoint-activations, too."""
+    --checkpoint-activations, too. torchrun's single process builds DDP and sums over itself, too."""
     arguments = ["--encoder", "resnet10t", "--encoder-kwargs", '{"channels": [8, 8, 8, 8], "stem_width": 8}',
                  "--variant", "mtmamba++", "--tasks", "semseg", "depth", "--iterations", 3, "--lr", 0.02]
-    options = {"one": [], "two": [], "two compiled": ["--compile", "--checkpoint-activations"]}
+    options = {"one": [], "torchrun": [], "two": [], "two compiled": ["--compile", "--checkpoint-activations"]}
+    alone = dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")    # torchrun's
     for name, more in options.items():
-        process = driver([*arguments, *more, "--out", tmp_path / name], 1 if name == "one" else 2, SGD="1")
+        process = driver([*arguments, *more, "--out", tmp_path / name], 2 if "two" in name else 1, SGD="1",
+                         **alone if name == "torchrun" else {})
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     expected = load(tmp_path / "one/last.pt")["model"]
     assert {"heads.depth.norm.running_var", "encoder.backbone.bn1.running_var"} <= set(expected)
-    for name in ("two", "two compiled"):
+    for name in list(options)[1:]:
         ours = load(tmp_path / name / "last.pt")["model"]
         assert list(ours) == list(expected)
         for key, value in expected.items():
