@@ -160,7 +160,8 @@ def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
     """Weights and running statistics after 3 steps of MTMamba++ on a ResNet; compiled and with
     --checkpoint-activations, too. torchrun's single process builds DDP and sums over itself, too."""
     arguments = ["--encoder", "resnet10t", "--encoder-kwargs", '{"channels": [8, 8, 8, 8], "stem_width": 8}',
-                 "--variant", "mtmamba++", "--tasks", "semseg", "depth", "--iterations", 3, "--lr", 0.02]
+                 "--variant", "mtmamba++", "--iterations", 3, "--lr", 0.02,
+                 "--tasks", "semseg", "boundary"]    # whose losses have no kink, where rounding may turn a gradient
     options = {"one": [], "torchrun": [], "two": [], "two compiled": ["--compile", "--checkpoint-activations"]}
     alone = dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")    # torchrun's
     for name, more in options.items():
@@ -169,7 +170,7 @@ def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     expected = load(tmp_path / "one/last.pt")["model"]
-    assert {"heads.depth.norm.running_var", "encoder.backbone.bn1.running_var"} <= set(expected)
+    assert {"heads.boundary.norm.running_var", "encoder.backbone.bn1.running_var"} <= set(expected)
     for name in list(options)[1:]:
         ours = load(tmp_path / name / "last.pt")["model"]
         assert list(ours) == list(expected)
