@@ -1131,16 +1131,13 @@ def _scan_compare(ss2d: SS2D, kind: torch.dtype, gradients: bool, compiled: bool
     for name, result in results.items():
         difference = ((result - expected[name]).abs().max() / expected[name].abs().max()).item()
         if not difference <= tolerance:
-            where = [f"{kind}", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                     f"PyTorch {torch.__version__}", *["compiled"] * compiled]
-            if backend in ("numba", "triton", "mamba_ssm"):
-                where += [f"{backend} {sys.modules[backend].__version__}"]
-            if backend == "triton":
-                where += [f"segments of {SEGMENTS} steps"]
+            machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            versions = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("torch", "numba", "triton")
+                                 if sys.modules.get(name))
             raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
-                               f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} "
-                               f"({', '.join(where)}); give {'--no-compile or ' * compiled}--backend "
-                               f"{'loop' if backend == 'torch' else 'torch'}")
+                               f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} ({kind}, "
+                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {machine}, {versions}); give "
+                               f"{'--no-compile or ' * compiled}--backend {'loop' if backend == 'torch' else 'torch'}")
 
 
 CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
