@@ -13,6 +13,15 @@
 Losses, optimiser and schedule are the paper's. Where it is silent, they are the published implementation's. A run
 writes to runs/DATASET, or to --out: last.pt, best.pt, log.jsonl, pictures/, and at its end results.json,
 contact_sheet.png and curves.png.
+
+Under torchrun the exit code after SIGTERM is 1, and torchrun kills 30 s after it: a step and a save must finish by then
+(3.7 GB with Swin-Large). For Slurm, 120 s before the time is up:
+
+    #SBATCH --signal=B:USR1@120 --gpus-per-node=8
+    trap 'stopped=1; kill -TERM $run' USR1
+    srun torchrun --nproc_per_node=8 train.py --dataset pascal --resume & run=$!
+    wait $run; wait $run    # the first one ends with the trap
+    [ -z "$stopped" ] || scontrol requeue $SLURM_JOB_ID
 """
 
 # Order: recipes; main and its flags; Run, with its set-up, loop, step and files; losses; schedule and batches; weights
