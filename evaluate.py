@@ -77,7 +77,6 @@ from datasets import (
 )
 from metrics import (
     COLOUR_MAP,
-    TASKS,
     Kind,
     Labels,
     Meter,
@@ -205,18 +204,11 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
         useful -= {"variant", "dataset"}
     for name, value in vars(args).items():
         if name not in useful and value != parser.get_default(name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} has no effect here; see --help for what it belongs to")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here; see --help for what it belongs to")
     if (args.probabilities or args.label_ids) and not args.save_predictions:
         raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
-    if args.max_side < 32:
-        raise ValueError(f"expected --max-side of at least 32, found {args.max_side}")
-    if min(args.workers or 0, args.save_images, (args.batch_size or 1) - 1) < 0:
-        raise ValueError("expected --workers and --save-images of at least 0, --batch-size of at least 1")
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
-    if not isinstance(args.encoder_kwargs or {}, dict):
-        raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
 
 
 # ------------------------------------------------------------------------------------------- models and checkpoints
@@ -257,20 +249,17 @@ def read_checkpoint(path: str | Path) -> dict:
         return describe_published(state) | {"published": state}
     if not (isinstance(checkpoint, dict) and {"model", "config", "labels"} <= checkpoint.keys()):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError("expected the entries model, config and labels of a checkpoint of train.py, or final_project "
-                         f"of a published one, in {path}, found {found}")
+        raise ValueError(f"{path} has not the entries model, config and labels of train.py's checkpoints, but {found}")
     return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
 def describe_published(state: dict[str, Tensor]) -> dict:
     """Of a published checkpoint: "config", MTMamba's tasks, variant and output_scale; "dataset", a name; "labels", what
     that says of the tasks. The heads' channels show which data set it is, and so the order of the tasks. If they fit
-    none, the heads' order is used, and "dataset" is None. Raises ValueError for unknown tasks."""
+    none, the heads' order is used, and "dataset" is None."""
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     tasks = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
-    if not tasks.keys() <= TASKS.keys():
-        raise ValueError(f"expected heads of the tasks {', '.join(TASKS)}, found {', '.join(tasks)}")
     fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
     name = fitting[0] if len(fitting) == 1 else None
     data_set = DATASETS.get(name, DenseDataset)
@@ -284,14 +273,13 @@ def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     published, order = "published" in checkpoint, list(checkpoint["config"]["tasks"])
     state = checkpoint["published" if published else "model"]
     if not published and order != list(model.tasks):    # which no shape shows
-        raise ValueError(f"{path} has the tasks in the order {order}, in which the cross-task blocks concatenate their "
-                         f"features, the model in the order {list(model.tasks)}; use the former")
+        raise ValueError(f"{path} has the tasks in the order {order}, the model in the order {list(model.tasks)}")
     try:
         load_published_checkpoint(model, state) if published else model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         advice = "; give its encoder with --encoder" if published else ""
         raise ValueError(f"{path} holds weights of another architecture or of other tasks than {model.tasks}: "
-                         f"{' '.join(str(error).split())[:300]}{advice}") from error
+                         f"{str(error)[:300]}{advice}") from error
     count = len(state) - ("_extra_state" in state)
     print(f"loaded {count}/{count} tensors of {path}")
 
@@ -356,8 +344,6 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
     encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
     paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
     print_table(columns, dataset.labels, paper, primary_only)
-    if not (paper or dataset.REFERENCES):
-        print("the paper's figure is not known here for this variant and encoder")
     single, results = baseline or dataset.SINGLE_TASK, next(iter(columns.values()))
     figures = {task: metrics[dataset.kinds[task].primary(metrics)] for task, metrics in results.items()}
     if not figures or not figures.keys() <= single.keys():
@@ -373,30 +359,22 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
 
 def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
     """The name of the data set to score on, and its images. labels: the model's. Raises ValueError where the data set
-    has other tasks or classes than the model, or labels of another size than its outputs."""
+    has other tasks or classes than the model."""
     config, name = checkpoint["config"], args.dataset or checkpoint.get("training", checkpoint).get("dataset")
     if not name:
-        raise ValueError(f"the model's tasks (channels) {labels.tasks} are not those of one data set; name it with "
-                         "--dataset")
+        raise ValueError(f"the model's tasks {labels.tasks} are not those of one data set; give it with --dataset")
     data_set = find_dataset_class(name, said_by=None if args.dataset else args.checkpoint)
-    scale = config.get("output_scale", 1)
     if not task_rows(labels.tasks).items() <= task_rows(data_set.TASKS).items():
-        raise ValueError(f"the model's tasks (channels) are {labels.tasks}, those of {name} {data_set.TASKS}; choose "
-                         "another --dataset")
-    if scale != data_set.LABEL_SCALE:
-        raise ValueError(f"the model's outputs are {scale} times as large as its images, the labels of {name} "
-                         f"{data_set.LABEL_SCALE} times; build it with that output_scale")
+        raise ValueError(f"the model's tasks are {labels.tasks}, those of {name} {data_set.TASKS}; another --dataset?")
     size = args.img_size or data_set.VAL_SIZE or config.get("img_size")
     dataset = data_set.open("val", size, list(labels.tasks), args.data_root)
     for task in labels.kinds:
         trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
         for i, (a, b) in enumerate(zip(trained, scored)):
             if a != b:
-                raise ValueError(f"class {i} of {task} is {a!r} in {args.checkpoint} and {b!r} in {name}, so scores "
-                                 "would compare different things; score it on a data set with the model's classes")
+                raise ValueError(f"class {i} of {task} is {a!r} in {args.checkpoint} and {b!r} in {name}")
         if bool(trained) != bool(scored):
-            print(f"{task}: only the {'model' if trained else 'data set'} names its classes; they are taken to be the "
-                  "same")
+            print(f"{task}: only the {'model' if trained else 'data set'} names its classes; taken to be the same")
     return name, dataset
 
 
@@ -407,33 +385,25 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
     names = {line.strip() for line in path.read_text("utf-8-sig").splitlines()} - {""}
     unknown = sorted(names.difference(dataset.names))
     if unknown or not names:
-        raise ValueError(f"expected IDs of the data set's images in {path}, one per line, found "
-                         f"{f'{len(unknown)} others, first {unknown[0]}' if unknown else 'none'}")
+        raise ValueError(f"expected IDs of the data set's images in {path}, found {len(unknown)} others {unknown[:1]}")
     return names
 
 
-def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset, out: Path) -> dict[str, float] | None:
+def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
     """The primary metrics by task in one or several results.json, such as those of a network per task. Raises
-    FileNotFoundError, or ValueError for another kind of file or data set, a missing task, figures of 0, by which
-    delta_m divides, and for the file that will be written to out."""
-    keep_inputs(out / "results.json", paths or ())
+    FileNotFoundError, or ValueError for another kind of file, another data set, and missing figures."""
     figures = {}
     for path in paths or ():
         try:
             content = json.loads(path.read_text())
-            new = {task: content["results"][task][kind.metrics[0 if dataset.BOUNDARY_TOLERANCE else -1]]
-                   for task, kind in dataset.kinds.items() if task in content["results"]}
-            right = content["dataset"] == name and min(new.values(), default=1) > 0
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is not a results.json of evaluate.py or train.py ({reason})") from error
-        if not right:
-            raise ValueError(f"expected a baseline on {name} with figures above 0, as delta_m divides by them, found "
-                             f"{new} on {content['dataset']} in {path}")
-        figures |= new
-    if paths and (missing := dataset.kinds.keys() - figures.keys()):
-        raise ValueError(f"expected a baseline of every task, found none of {', '.join(sorted(missing))} in "
-                         f"{', '.join(map(str, paths))}")
+            figures |= {task: content["results"][task][kind.metrics[0 if dataset.BOUNDARY_TOLERANCE else -1]]
+                        for task, kind in dataset.kinds.items() if task in content["results"]
+                        if content["dataset"] == name}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not a results.json of evaluate.py or train.py ({error!r})") from error
+    missing = [task for task in dataset.kinds if not figures.get(task)]
+    if paths and missing:
+        raise ValueError(f"expected figures above 0 of every task of {name} in --baseline, found none of {missing}")
     return figures or None
 
 
@@ -752,7 +722,7 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat, shares = predict_picture(model, image, device, args.max_side, args.probabilities)
+            maps, heat, shares = predict_all(model, image, device, args.max_side, args.probabilities)
         except Exception as error:
             reason = str(error) or type(error).__name__    # a MemoryError may say nothing
             # On a CPU, PyTorch has no error of its own for too little memory.
@@ -801,11 +771,10 @@ def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool,
     """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
     read, and where one of the files is there, unless they may be overwritten."""
     if folder.resolve() in {path.resolve() for path in read}:
-        raise ValueError(f"{folder} is read; give a folder of its own with --out (or --save-predictions)")
+        raise ValueError(f"{folder} is read; give another --out or --save-predictions")
     found = [name for name in names if os.path.lexists(folder / name)]
     if found and not overwrite:
-        raise ValueError(f"{folder / found[0]}{f' and {len(found) - 1} others' if found[1:] else ''} would be "
-                         "overwritten; add --overwrite, or give another folder with --out (or --save-predictions)")
+        raise ValueError(f"{folder / found[0]} would be overwritten, one of {len(found)}; add --overwrite if it may be")
     check_writable(folder)
     add_up(torch.zeros(1, device=device))    # no process writes before all have looked
 
@@ -819,8 +788,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
         else:    # a quoted pattern, too
             found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
     if not found:
-        raise ValueError(f"no pictures in {', '.join(map(str, paths))}; their names must end with one of "
-                         f"{' '.join(PICTURE_FILES)}")
+        raise ValueError(f"no pictures in {', '.join(map(str, paths))}, with names in {' '.join(PICTURE_FILES)}")
     return found
 
 
@@ -850,11 +818,16 @@ def read_picture(path: str | Path) -> Image.Image:
     return Image.fromarray(read_image(path, turn=True))
 
 
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
+                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}), see below."""
+    return predict_all(model, image, device, max_side)[:2]
+
+
 @torch.inference_mode()
-def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, max_side: int = MAX_SIDE,
-                    with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}, {task:
-    probabilities as of Kind.probability}, which is empty unless they are asked for)
+def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_side: int,
+                with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
+    """What predict_picture gives, and {task: probabilities as of Kind.probability}, empty unless they are asked for.
 
     max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
     the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
@@ -1129,14 +1102,12 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
 def run_times(model: MTMamba, size: tuple[int, int], batch: int, device: torch.device) -> list[float]:
     """Seconds of forward passes, after two that warm up: at least 3, at most 50, as many as fit into 5 seconds."""
     images, times = torch.randn(batch, model.in_chans, *size, device=device), []
-    with tqdm(desc=f"batches of {batch}", leave=False) as bar:
-        while len(times) < 5 or (sum(times[2:]) < 5 and len(times) < 52):
-            start_time = time.perf_counter()
-            model(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start_time)
-            bar.update()
+    while len(times) < 5 or (sum(times[2:]) < 5 and len(times) < 52):
+        start_time = time.perf_counter()
+        model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start_time)
     return times[2:]
 
 

@@ -97,7 +97,7 @@ def test_preprocessing_gives_the_maps_of_a_picture():
     """For each kind of task."""
     model = build({"semseg": 5, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1})
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    expected, *_ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
+    expected, _ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
     maps = evaluate.Prepared(model)(torch.from_numpy(pixels)[None])
     assert (maps["semseg"][0] == expected["semseg"]).float().mean() > 0.999
     for task in ("saliency", "normal", "boundary", "depth"):
@@ -200,7 +200,7 @@ def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("flags, message", [
     (["--export", "model.pth"], "expected --export to a file that ends with .onnx or .pt2"),
     (["--features"], "--features has no effect here"),
-    (["--export", "model.pt2", "--dataset", "nyud"], "--dataset has no effect here"),
+    (["--export", "model.pt2", "--data-root", "data"], "--data-root has no effect here"),
     (["--export", "model.pt2", "--image", "a.jpg"], "--image has no effect here")])
 def test_export_flags(flags, message, checkpoint, capsys):
     with pytest.raises(SystemExit):
