@@ -249,7 +249,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return describe_published(state) | {"published": state}
     if not (isinstance(checkpoint, dict) and {"model", "config", "labels"} <= checkpoint.keys()):
         found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} has not the entries model, config and labels of train.py's checkpoints, but {found}")
+        raise ValueError(f"{path}: expected the entries model, config and labels of train.py, found {found}")
     return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
@@ -389,9 +389,11 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
     return names
 
 
-def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset) -> dict[str, float] | None:
+def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset, out: Path) -> dict[str, float] | None:
     """The primary metrics by task in one or several results.json, such as those of a network per task. Raises
-    FileNotFoundError, or ValueError for another kind of file, another data set, and missing figures."""
+    FileNotFoundError, or ValueError for another kind of file, another data set, missing figures, and the file that will
+    be written to out."""
+    keep_inputs(out / "results.json", paths or ())
     figures = {}
     for path in paths or ():
         try:

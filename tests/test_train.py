@@ -197,7 +197,7 @@ def test_a_script_shows_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated"),
-    (lambda path: torch.save(torch.zeros(3), path), "has not the entries model, config and labels"),
+    (lambda path: torch.save(torch.zeros(3), path), "expected the entries model, config and labels"),
     (lambda path: torch.save({"state_dict": {}}, path), "found ['state_dict']"),
     (lambda path: edit(path, lambda c: c["config"].update(variant="stm3")), "another architecture"),
     (lambda path: edit(path, lambda c: c["model"].update(extra=torch.zeros(1))), "another architecture"),
