@@ -127,6 +127,11 @@ class DenseDataset(Dataset):
     REFERENCES = True            # whether the untrained model is scored beside a trained one
     UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.UNIT_LENGTH
 
+    def __init_subclass__(cls):
+        for name in vars(cls).keys() & {"SIZE", "VAL_SIZE", "SCALES", "RECIPE", "LABEL_SCALE", "BOUNDARY_TOLERANCE"}:
+            value = plain(vars(cls)[name])    # numbers of numpy cannot be read from a checkpoint
+            setattr(cls, name, tuple(value) if isinstance(value, list) else value)
+
     def __init__(self, size, tasks, seed, smallest=1):
         """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
         self.labels = self.describe(choose_tasks(self.TASKS, tasks))

@@ -1366,7 +1366,9 @@ class Numbers(Own):
     COLOURS = {"semseg": np.eye(3, dtype=np.uint8)}
     DEPTH_RANGE = np.float32([0, 80])
     FLIP_PAIRS = {"semseg": np.array([["a", "b"]])}
-    SIZE = np.array([8, 16])
+    SIZE, VAL_SIZE, SCALES = np.array([8, 16]), (np.int64(8), np.int64(16)), np.float64([0.5, 2])
+    BOUNDARY_TOLERANCE, LABEL_SCALE = np.float64(0.02), np.int64(1)
+    RECIPE = {"lr": np.float64(1e-3), "iterations": np.int64(7), "img_size": np.array([8, 16])}
 
 
 def test_attributes_of_numpy_are_plain_values(tmp_path):
@@ -1375,6 +1377,10 @@ def test_attributes_of_numpy_are_plain_values(tmp_path):
     labels = datasets.Labels(**torch.load(tmp_path / "labels.pt", weights_only=True))
     assert labels.kinds["semseg"].label_ids == [4, 7, 9] and labels == datasets.Labels(**data.labels.plain())
     assert json.loads(json.dumps(data.labels.plain())) == data.labels.plain() and data.size == (8, 16)
+    attributes = [Numbers.SIZE, Numbers.VAL_SIZE, Numbers.SCALES, Numbers.BOUNDARY_TOLERANCE, Numbers.LABEL_SCALE,
+                  Numbers.RECIPE]
+    assert repr(attributes) == repr([(8, 16), (8, 16), (0.5, 2.0), 0.02, 1,
+                                     {"lr": 1e-3, "iterations": 7, "img_size": [8, 16]}])
     assert data.kinds["depth"].depth_range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
 
 
