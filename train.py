@@ -208,8 +208,10 @@ def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], devic
     preset = dict(RECIPE, img_size=data_set.SIZE)
     if unknown := data_set.RECIPE.keys() - preset.keys() - {"recipe"}:
         raise ValueError(f"expected flags of {', '.join(preset)} in {data_set.__name__}.RECIPE, found {unknown}")
-    preset |= data_set.RECIPE | PAPER.get(args.dataset, {}) | PAPER.get((args.dataset, args.variant), {})
-    preset |= SMALL if "small" in (args.recipe, preset.pop("recipe", None)) else {}
+    own = dict(data_set.RECIPE)
+    preset |= SMALL if own.pop("recipe", None) else {}
+    preset |= own | PAPER.get(args.dataset, {}) | PAPER.get((args.dataset, args.variant), {})
+    preset |= SMALL if args.recipe else {}
     preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.init_from and not args.init_partial:
         if args.pretrained:

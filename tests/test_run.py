@@ -875,6 +875,9 @@ def test_the_small_recipe_fits_any_data_set(dataset, size):
     if dataset != "nyud":
         args = completed(*flags, "--lr", "0.5", data_set=Own)
         assert (args.lr, args.iterations, args.img_size) == (0.5, 77, size) and "swin_large" in args.encoder
+        Own.RECIPE = dict(recipe="small", iterations=5)
+        args = completed(*flags, data_set=Own)
+        assert (args.encoder, args.iterations, args.lr) == ("convnext_atto", 5, 1e-2)
         Own.RECIPE = dict(pose=3)
         with pytest.raises(ValueError, match="in Own.RECIPE, found {'pose'}"):
             completed(*flags, data_set=Own)
