@@ -926,7 +926,7 @@ def font_of(text: str) -> ImageFont.FreeTypeFont:
     others = [] if has_all(own) else [p for f in FONTS for p in Path(f).expanduser().rglob("*.[ot]t[cf]")]
     for path in sorted(others, key=lambda path: (len(path.name), path)):    # upright ones have the shortest names
         with contextlib.suppress(OSError):
-            if has_all(font := ImageFont.truetype(path, LETTERS)):
+            if has_all(font := ImageFont.truetype(str(path), LETTERS)):
                 return font
     return own
 

@@ -364,7 +364,8 @@ def test_two_processes_give_exactly_the_figures_of_one(script, checkpoint, nyud,
     assert run.returncode == 0, error
     assert json.loads((tmp_path / "two/results.json").read_text())["results"] == alone
     output, table = (re.sub(r"[\d.e+]+ per second", "", text) for text in (output, table))
-    assert output.replace("two/results", "one/results") == table    # one process prints
+    # One process prints; Gloo of PyTorch 2.8 says before that what it has connected.
+    assert output.replace("two/results", "one/results").endswith(table)
     maps = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*")) for d in ("maps1", "maps2")]
     assert maps[0] == maps[1] and len(maps[0]) == 4 * 5
 
@@ -530,7 +531,7 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
     assert "does not fit the model" in message and "--encoder" in message
     assert "another --dataset?" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
-    assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"nonsense": 1}'))
+    assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"depths": 1}'))
     torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
     assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
     torch.save({"model": {"module.final_project.sky.weight": torch.zeros(1, 12, 1, 1)}}, path)
