@@ -153,8 +153,7 @@ class MTMamba(nn.Module):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
         if not tasks or not isinstance(tasks, dict) or any(channels < 1 for channels in tasks.values()):
-            raise ValueError("expected tasks like {'semseg': 40, 'depth': 1}, at least one task with 1 or more output "
-                             f"channels each, found {tasks}")
+            raise ValueError(f"expected 1 or more output channels by task, {{'semseg': 40, 'depth': 1}}, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
         config = DecoderConfig(**VARIANTS[variant], d_state=d_state)
@@ -194,17 +193,14 @@ class MTMamba(nn.Module):
         to multiples of 32."""
         stride = ENCODER_STRIDES[-1]
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
-            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, "
-                             f"normalised with ImageNet's mean and deviation; found {tuple(image.shape)} {image.dtype} "
-                             "(other numbers of channels: MTMamba(..., in_chans=4))")
+            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, found "
+                             f"{tuple(image.shape)} {image.dtype} (for other channels: MTMamba(..., in_chans=4))")
         dtype = next(self.stages.parameters()).dtype
         if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
-            raise ValueError(f"expected an image of the weights' type {dtype}, found {image.dtype}; convert one of "
-                             "them, or use torch.autocast")
+            raise ValueError(f"expected an image of the weights' type {dtype}, or autocast, found {image.dtype}")
         H, W = image.shape[2:]
         if H < stride or W < stride:
-            raise ValueError(f"expected an image of at least {stride}x{stride} pixels (the encoder's stride), found "
-                             f"{H}x{W}; enlarge it first")
+            raise ValueError(f"expected an image of at least {stride}x{stride} pixels, found {H}x{W}; enlarge it")
         image = F.pad(image, (0, round_up(W, stride) - W, 0, round_up(H, stride) - H))
 
         if self.shared_encoder:
@@ -230,8 +226,8 @@ class MTMamba(nn.Module):
             b, h, w, _ = z[t].shape
             n = y.shape[1] // h if y.ndim == 4 else 1
             if y.shape != (b, n * h, n * w, self.tasks[t]):
-                raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C) = "
-                                 f"{tuple(z[t].shape)}, with a whole number n; found {tuple(y.shape)}")
+                raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C), "
+                                 f"{tuple(z[t].shape)}, found {tuple(y.shape)}")
             y = y.permute(0, 3, 1, 2)
             padded = [4 * self.output_scale * h, 4 * self.output_scale * w]
             if list(y.shape[2:]) != padded:
@@ -291,8 +287,7 @@ class MTMamba(nn.Module):
         different = [f"{key} {found.get(key, 'of several models')} (here {own[key]})" for key in own
                      if found.get(key) != own[key]]
         if different:
-            raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded. "
-                             "Build the model with the same arguments")
+            raise ValueError(f"these weights are of another model, with {'; '.join(different)}; nothing was loaded")
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -801,8 +796,7 @@ def pad_to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 def check_heads(dim: int, heads: int):
     if dim % heads:
-        raise ValueError(f"this variant's window attention has {heads} heads, which must divide its width; found width "
-                         f"{dim}. Choose an encoder whose widths fit, such as Swin's")
+        raise ValueError(f"expected a width that {heads} heads divide, found {dim}; choose an encoder such as Swin")
 
 
 def pad_before_shift(module: nn.Module) -> nn.Module:
@@ -849,8 +843,8 @@ class Encoder(nn.Module):
         if isinstance(encoder, nn.Module):
             self.name, self.backbone, self.channels = type(encoder).__name__, encoder, getattr(encoder, "channels", ())
             if len(self.channels) != 4 or pretrained or kwargs:
-                raise ValueError(f"expected a module as encoder with four numbers in its attribute `channels`, without "
-                                 f"pretrained and encoder_kwargs; found {self.name} with {self.channels}")
+                raise ValueError("expected a module with four numbers in its attribute `channels`, without pretrained "
+                                 f"and encoder_kwargs; found {self.name} with {self.channels}")
         else:
             self.name = ENCODERS.get(encoder, encoder)
             self.backbone, kwargs = create_backbone(self.name, img_size, kwargs)
@@ -887,8 +881,8 @@ class Encoder(nn.Module):
         expected = [(H // stride, W // stride, c) for stride, c in zip(ENCODER_STRIDES, self.channels)]
         found = [tuple(f.shape[1:]) for f in features]
         if found != expected:
-            raise ValueError(f"expected maps (height, width, channels) {expected} of the encoder {self.name} for an "
-                             f"image of {H}x{W} pixels, found {found}; try multiples of 64 or another encoder")
+            raise ValueError(f"expected maps (h, w, channels) {expected} of {self.name} for an image of {H}x{W}, "
+                             f"found {found}; try multiples of 64 or another encoder")
         return [norm(f) for norm, f in zip(self.norms, features)]
 
     def train(self, mode: bool = True):
@@ -934,8 +928,7 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
     """timm's features_only model and its arguments: with stochastic depth, unless the model has none. Arguments that
     fetch or read files count in load_pretrained_backbone alone, so nothing is fetched on a checkpoint's word."""
     if not timm.is_model(name):
-        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or a name that "
-                         "timm.list_models() returns")
+        raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or timm.list_models()")
     sizes = [{}]
     if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
         sizes = [{"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)}]
@@ -964,11 +957,10 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
-        raise ValueError(
-            f"cannot load timm's weights of {name} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "train without (--no-pretrained), or from the model.safetensors of https://huggingface.co/"
-            f"{timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')}, with --encoder-kwargs "
-            '\'{"pretrained_cfg_overlay": {"file": "model.safetensors"}}\'') from error
+        source = f"https://huggingface.co/{timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')}"
+        reason, flag = " ".join(str(error).split())[:300], '{"pretrained_cfg_overlay": {"file": "model.safetensors"}}'
+        raise ValueError(f"cannot load timm's weights of {name} ({type(error).__name__}: {reason}); train without "
+                         f"(--no-pretrained), or give {source}'s file with --encoder-kwargs '{flag}'") from error
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
     flat = {key.replace(".", "_"): value for key, value in source.items()}
     names = {key: key.removeprefix("model.").replace(".", "_") for key in backbone.state_dict()}
@@ -2077,12 +2069,11 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
                  for key, value in state.items() if key in own and own[key].shape != value.shape]
     if problems:
         raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
-                         f"{len(problems)} tensors (other tasks, encoder or variant?); nothing was loaded:\n  "
-                         + "\n  ".join(problems))
+                         f"{len(problems)} tensors; nothing was loaded:\n  " + "\n  ".join(problems))
     order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
     if order != list(model.tasks):    # all shapes fit then
-        raise ValueError("the checkpoint's tasks stand in another order, and the cross-task blocks concatenate their "
-                         f"features in it; nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+        raise ValueError("the checkpoint's tasks stand in another order, in which cross-task blocks concatenate them; "
+                         f"nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
     model.load_state_dict(state | {"_extra_state": description})
     return len(checkpoint)
 
@@ -2097,10 +2088,9 @@ def read_tensors(path: str | Path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:    # the unpickler and the zip reader raise many kinds
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code when "
-                             "they are loaded; save its state_dict alone") from error
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be truncated or "
-                         "another kind of file") from error
+            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code; save "
+                             "its state_dict alone") from error
+        raise ValueError(f"{path} is not a readable checkpoint, but truncated or another kind of file ({type(error).__name__})") from error
 
 
 def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:

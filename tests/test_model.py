@@ -474,7 +474,7 @@ def test_partial_pretrained_weights_are_an_error(tmp_path):
     (torch.zeros(3, 64, 64), r"\(B, 3, H, W\)"),
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
     (torch.zeros(0, 3, 64, 64), "at least one image"),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "the weights' type torch.float32, found torch.float64"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "type torch.float32, or autocast, found torch.float64"),
 ])
 def test_rejects_bad_images(tiny_model, image, message):
     with pytest.raises(ValueError, match=message):
@@ -487,9 +487,9 @@ def test_rejects_bad_images(tiny_model, image, message):
     (dict(encoder="levit_128"), r"or a plain ViT; found 'levit_128' with \(16, 32, 64\)"),
     (dict(encoder=torch.nn.Conv2d(3, 3, 1)), r"its attribute `channels`.*found Conv2d with \(\)"),
     (dict(encoder=OwnEncoder([6, 12, 24, 48]), pretrained=True), "without pretrained"),
-    (dict(tasks=["a", "b"]), r"tasks like .'semseg': 40.*found \['a', 'b'\]"),
+    (dict(tasks=["a", "b"]), r"channels by task, .'semseg': 40.*found \['a', 'b'\]"),
     (dict(encoder="convnext_atto", encoder_kwargs=dict(dims=(8, 16, 24, 40)), variant="gate-wmsa"), "6 heads"),
-    (dict(tasks={}), "at least one task"),
+    (dict(tasks={}), "1 or more output channels"),
     (dict(tasks={"depth": 0}), "1 or more output channels"),
 ])
 def test_rejects_bad_arguments(arguments, message):
