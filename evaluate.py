@@ -81,23 +81,19 @@ from metrics import (
     Labels,
     Meter,
     OdsMeter,
-    bilinear,
     colour_map,
     delta_m,
-    rounded,
-    task_rows,
 )
 from mtmamba import (
     BACKENDS,
     ENCODERS,
-    PUBLISHED_TASKS,
     SS2D,
     VARIANTS,
     MTMamba,
     check_scan,
     default_backend,
     load_published_checkpoint,
-    published_variant,
+    published_config,
     read_tensors,
 )
 
@@ -150,8 +146,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--image, predictions)")
     add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
     add("--save-predictions", type=Path, metavar="DIR", help="raw maps of the data set or of --image, at the images' "
-        "own sizes")
-    add("--probabilities", action="store_true", help="beside the raw maps, as .npz (float16)")
+        "own sizes: TASK/NAME.png of 8 bits (classes; 255 p of saliency and boundaries) or .npy of float32 (depth in "
+        "metres, of Cityscapes disparity in pixels; normals (3, h, w): x right, y up, z to the viewer)")
+    add("--probabilities", action="store_true", help='beside them .npz, whose float16 array "probability" is (C, h, w) '
+        "of classes, (1, h, w) of saliency and boundaries")
     add("--label-ids", action="store_true", help="raw maps hold the data set's official label IDs")
     add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the images; not for --image (default: as "
         "the model was trained, or as the data set is scored)")
@@ -174,8 +172,9 @@ def add_arguments(parser: argparse.ArgumentParser):
         "model, and their maps enlarged again (default: %(default)s)")
     add("--features", action="store_true", help="draw each task's final decoder feature, too (Figure 3)")
     add = parser.add_argument_group("export").add_argument
-    add("--export", type=Path, metavar="FILE", help="write the model, for images normalised with ImageNet's mean and "
-        "deviation, as .onnx or .pt2 (torch.export), and check it")
+    add("--export", type=Path, metavar="FILE", help="write the model as .onnx or .pt2 (torch.export), and check it: "
+        "float32 RGB (1, 3, H, W), normalised with ImageNet's mean and deviation -> an output of each task's name; the "
+        "file's metadata, image and tasks, say the rest")
     add("--with-preprocessing", action="store_true", help="for stored images, uint8 RGB (1, H, W, 3); gives classes, "
         "probabilities, metres and unit normals")
     add = parser.add_argument_group("cost").add_argument
@@ -257,14 +256,13 @@ def describe_published(state: dict[str, Tensor]) -> dict:
     """Of a published checkpoint: "config", MTMamba's tasks, variant and output_scale; "dataset", a name; "labels", what
     that says of the tasks. The heads' channels show which data set it is, and so the order of the tasks. If they fit
     none, the heads' order is used, and "dataset" is None."""
-    heads = {m[1]: len(value) for key, value in state.items()
-             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
-    tasks = {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()}
+    config = published_config(state)
+    tasks = config["tasks"]
     fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
     name = fitting[0] if len(fitting) == 1 else None
     data_set = DATASETS.get(name, DenseDataset)
     tasks = {task: tasks[task] for task in data_set.TASKS or tasks if task in tasks}
-    config = dict(tasks=tasks, variant=published_variant(state), output_scale=data_set.LABEL_SCALE)
+    config |= dict(tasks=tasks, output_scale=data_set.LABEL_SCALE)
     return dict(config=config, dataset=name, labels=data_set.describe(tasks))
 
 
@@ -347,7 +345,8 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
     single, results = baseline or dataset.SINGLE_TASK, next(iter(columns.values()))
     figures = {task: metrics[dataset.kinds[task].primary(metrics)] for task, metrics in results.items()}
     if not figures or not figures.keys() <= single.keys():
-        print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
+        if not primary_only:
+            print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
         return None
     improvement = delta_m(figures, {task: single[task] for task in figures}, dataset.kinds)
     known = not baseline and paper.keys() == figures.keys()
@@ -364,10 +363,12 @@ def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> 
     if not name:
         raise ValueError(f"the model's tasks {labels.tasks} are not those of one data set; give it with --dataset")
     data_set = find_dataset_class(name, said_by=None if args.dataset else args.checkpoint)
-    if not task_rows(labels.tasks).items() <= task_rows(data_set.TASKS).items():
-        raise ValueError(f"the model's tasks are {labels.tasks}, those of {name} {data_set.TASKS}; another --dataset?")
     size = args.img_size or data_set.VAL_SIZE or config.get("img_size")
     dataset = data_set.open("val", size, list(labels.tasks), args.data_root)
+    forms = [{task: (type(kind).__name__, kind.channels) for task, kind in side.kinds.items()}
+             for side in (labels, dataset.labels)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
     for task in labels.kinds:
         trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
         for i, (a, b) in enumerate(zip(trained, scored)):
@@ -480,7 +481,6 @@ class Evaluation:
         self.images = min(len(dataset), limit or len(dataset))
         self.boundary_images = self.images if scored is None else len(scored)
         self.meters = {task: Meter(kind) for task, kind in dataset.kinds.items()}
-        self.losses = {task: [torch.zeros(2, 1, device=device)] for task in self.meters}    # and whether there is one
         self.ods = {}
 
     @contextlib.contextmanager
@@ -510,11 +510,7 @@ class Evaluation:
     def update(self, batch: dict, outputs: dict[str, Tensor]):
         """outputs: of the network (B, C_t, H, W) for a batch of `running`."""
         for task, meter in self.meters.items():
-            target = batch[task].to(self.device)
-            meter.update(outputs[task], target)
-            for image, label in zip(outputs[task].split(1), target.split(1)):    # a whole batch takes more memory
-                labelled = meter.kind.valid(label).flatten(1).any(1)
-                self.losses[task].append(torch.stack([meter.kind.image_losses(image, label), labelled]))
+            meter.update(outputs[task], batch[task].to(self.device))
         for i, truths in enumerate(batch["truths"]):
             area = own_area(batch["image"], batch["size"][i], self.dataset.LABEL_SCALE)
             for task, truth in truths.items():
@@ -525,12 +521,10 @@ class Evaluation:
     def reduce(self):
         shared = self.device if self.device.type == "cuda" else "cpu"    # where processes add up
         for meter in self.meters.values():
-            meter.sums, meter.not_finite = add_up(meter.sums.to(shared)), add_up(meter.not_finite.to(shared))
+            for name in ("sums", "not_finite", "losses"):
+                setattr(meter, name, add_up(getattr(meter, name).to(shared)))
         for meter in self.ods.values():
             meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
-        for task, values in self.losses.items():
-            sums = rounded(torch.cat(values, 1).cpu().double(), bits=32).sum(1)
-            self.losses[task] = add_up(sums.to(shared)).tolist()
         empty = [task for task, meter in self.meters.items() if meter.empty()]
         if empty:    # one task without labels is no reason to lose the others' scores
             print(f"not scored, as no pixel has a label: {', '.join(empty)}")
@@ -543,7 +537,8 @@ class Evaluation:
     def record(self) -> dict:
         """What results.json tells beside the scores. validation_losses: means over the images with a label. confusion:
         of classes, [label][prediction]."""
-        losses = {task: total / images for task, (total, images) in self.losses.items() if images}
+        losses = {task: (meter.losses[0] / meter.losses[1]).item() for task, meter in self.meters.items()
+                  if meter.losses[1]}
         confusions = {task: meter.kind.confusion(meter.sums) for task, meter in self.meters.items()}
         return dict(images_per_second=self.images / self.seconds, validation_losses=losses,
                     confusion={task: found for task, found in confusions.items() if found})
@@ -579,12 +574,7 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
 
 
 class RawMaps:
-    """The files of --save-predictions: DIR/TASK/NAME.png (class, or probability times 255) or .npy (metres or, for
-    Cityscapes, pixels of disparity (h, w), unit vectors (3, h, w)).
-
-    With --probabilities also .npz, whose float16 array "probability" is (C, h, w) of classes and (1, h, w) of saliency
-    and boundaries. With --label-ids classes are written as Labels.label_ids has them.
-    """
+    """The files of --save-predictions, --probabilities and --label-ids; see their help."""
 
     def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path],
                  device: torch.device):
@@ -845,16 +835,20 @@ def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_si
     outputs = model.predict(features, pixels.shape[2:])
     labels = labels_of(model)
 
-    def enlarged(values: Tensor, resize: Callable = bilinear) -> Tensor:
+    def enlarged(values: Tensor, resize: Callable) -> Tensor:
         values = values[0, :, :image.height, :image.width].cpu()
         return values if values.shape[1:] == size else resize(values, size)
+
+    def bilinear(values: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
     shares = probabilities(labels, outputs if with_probabilities else {})
     heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        heat[task] = enlarged(F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False))[0]
-    return maps, heat, {task: enlarged(values) for task, values in shares.items()}
+        norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
+        heat[task] = enlarged(norm, bilinear)[0]
+    return maps, heat, {task: enlarged(values, bilinear) for task, values in shares.items()}
 
 
 def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
@@ -1039,7 +1033,7 @@ def print_cost(args: argparse.Namespace, device: torch.device):
             model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
             config = checkpoint["config"]
         else:
-            tasks = {task: row.channels for task, row in task_rows(data_set.TASKS).items()}
+            tasks = data_set.describe(data_set.TASKS).channels
             config = dict(tasks=tasks, variant=variant, img_size=args.img_size or data_set.SIZE,
                           encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
                           output_scale=data_set.LABEL_SCALE)

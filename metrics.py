@@ -762,6 +762,7 @@ class Meter:
         self.kind = copy.copy(kind)    # it may keep a tensor on the device of the outputs
         self.sums = torch.zeros(kind.shape, dtype=torch.float64)    # exact for counts up to 2^53
         self.not_finite = torch.zeros((), dtype=torch.int64)        # at how many pixels an output was nan or infinite
+        self.losses = torch.zeros(2, dtype=torch.float64)           # of images with a label, and their number
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor):
@@ -772,6 +773,8 @@ class Meter:
             counted = self.kind.count(self.kind.predict(image), known(label, valid), valid)
             self.sums = self.sums.to(image.device) + counted
             self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
+            loss = rounded(self.kind.image_losses(image, label).double(), bits=32)
+            self.losses = self.losses.to(image.device) + torch.stack([loss[0], valid.any()])
 
     def empty(self) -> bool:
         """Whether no pixel has counted yet."""

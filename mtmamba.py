@@ -2034,12 +2034,16 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
 ] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
 
 
-def published_variant(state: dict[str, Tensor]) -> str:
-    """The row of VARIANTS of a published state_dict: its keys show the cross-task block and the head."""
+def published_config(state: dict[str, Tensor]) -> dict:
+    """MTMamba's arguments "tasks" and "variant" for a published state_dict: its keys show the cross-task block and the
+    heads."""
     semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
     lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
     kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
-    return next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)
+    heads = {m[1]: len(value) for key, value in state.items()
+             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
+    return {"tasks": {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()},
+            "variant": next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)}
 
 
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
@@ -2068,8 +2072,9 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     problems += [f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
                  for key, value in state.items() if key in own and own[key].shape != value.shape]
     if problems:
-        raise ValueError(f"the checkpoint, of the variant {published_variant(checkpoint)}, does not fit the model in "
-                         f"{len(problems)} tensors; nothing was loaded:\n  " + "\n  ".join(problems))
+        variant = published_config(checkpoint)["variant"]
+        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model in {len(problems)} tensors; "
+                         "nothing was loaded:\n  " + "\n  ".join(problems))
     order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
     if order != list(model.tasks):    # all shapes fit then
         raise ValueError("the checkpoint's tasks stand in another order, in which cross-task blocks concatenate them; "

@@ -242,6 +242,8 @@ def test_classes_are_compared_by_name(checkpoint, nyud, tmp_path, capsys, monkey
     unnamed = evaluate.main(arguments(checkpoint, nyud, tmp_path))
     assert unnamed["depth"] == expected["depth"] and unnamed["semseg"]["mIoU"] == expected["semseg"]["mIoU"]
     assert "semseg: only the model names its classes" in capsys.readouterr().out
+    monkeypatch.setattr(SmallNYUDv2, "TASKS", datasets.NYUDv2.TASKS | {"depth": ("values", 1)})
+    assert "another --dataset?" in fails(capsys, *arguments(checkpoint, nyud, tmp_path))
 
 
 def test_no_file_runs_on_a_checkpoints_word(checkpoint, nyud, tmp_path, capsys, monkeypatch):
@@ -255,7 +257,7 @@ def test_no_file_runs_on_a_checkpoints_word(checkpoint, nyud, tmp_path, capsys, 
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     torch.save(stored | {"training": {"dataset": named}}, tmp_path / "set.pt")
-    torch.save(stored | {"labels": stored["labels"] | {"tasks": {"flow": [kind, 2]}}}, tmp_path / "kind.pt")
+    torch.save(stored | {"labels": stored["labels"] | {"tasks": {"depth": [kind, 1]}}}, tmp_path / "kind.pt")
     torch.save(stored | {"training": {"dataset": "../theirs.py:Theirs"}}, tmp_path / "up.pt")
     for path in ("set.pt", "kind.pt", "up.pt"):
         assert "--dataset" in fails(capsys, *arguments(tmp_path / path, nyud, tmp_path))
@@ -530,7 +532,7 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     assert evaluate.main(arguments(path, nyud, tmp_path, *options)) == results
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
     assert "does not fit the model" in message and "--encoder" in message
-    assert "another --dataset?" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
+    assert "expected tasks from" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
     assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"depths": 1}'))
     torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
     assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
@@ -552,7 +554,7 @@ def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--dataset", "synthetic"], "another --dataset?"),
+    (["--dataset", "synthetic"], "need no files"),
     (["--dataset", "kitti"], "kitti"),
     (["--data-root", "nowhere"], "no folder nowhere"),
     (["--device", "tpu9"], "tpu9"),
