@@ -75,15 +75,7 @@ from datasets import (
     to_tensor,
     usable_cpus,
 )
-from metrics import (
-    COLOUR_MAP,
-    Kind,
-    Labels,
-    Meter,
-    OdsMeter,
-    colour_map,
-    delta_m,
-)
+from metrics import COLOUR_MAP, Kind, Labels, Meter, OdsMeter, colour_map, delta_m
 from mtmamba import (
     BACKENDS,
     ENCODERS,
