@@ -502,7 +502,7 @@ class Evaluation:
     def update(self, batch: dict, outputs: dict[str, Tensor]):
         """outputs: of the network (B, C_t, H, W) for a batch of `running`."""
         for task, meter in self.meters.items():
-            meter.update(outputs[task], batch[task].to(self.device))
+            meter.update(outputs[task], batch[task].to(self.device), with_losses=True)
         for i, truths in enumerate(batch["truths"]):
             area = own_area(batch["image"], batch["size"][i], self.dataset.LABEL_SCALE)
             for task, truth in truths.items():

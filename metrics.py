@@ -751,7 +751,8 @@ def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None
 
 
 class Meter:
-    """The scores of a task. update(output, target) adds a batch, compute() gives the metrics by name.
+    """The scores of a task. update(output, target) adds a batch, compute() gives the metrics by name. with_losses: adds
+    the images' losses to `losses`, too.
 
     output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of
     classes, NaN in maps of numbers.
@@ -765,7 +766,7 @@ class Meter:
         self.losses = torch.zeros(2, dtype=torch.float64)           # of images with a label, and their number
 
     @torch.no_grad()
-    def update(self, output: Tensor, target: Tensor):
+    def update(self, output: Tensor, target: Tensor, with_losses: bool = False):
         if output.device.type == "mps":    # which has no float64
             output, target = output.cpu(), target.cpu()
         for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
@@ -773,8 +774,9 @@ class Meter:
             counted = self.kind.count(self.kind.predict(image), known(label, valid), valid)
             self.sums = self.sums.to(image.device) + counted
             self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
-            loss = rounded(self.kind.image_losses(image, label).double(), bits=32)
-            self.losses = self.losses.to(image.device) + torch.stack([loss[0], valid.any()])
+            if with_losses:    # whose labels must be in range
+                loss = rounded(self.kind.image_losses(image, label).double(), bits=32)
+                self.losses = self.losses.to(image.device) + torch.stack([loss[0], valid.any()])
 
     def empty(self) -> bool:
         """Whether no pixel has counted yet."""
