@@ -231,7 +231,6 @@ def test_compiled_at_a_second_size(tiny_model):
             assert counter.frame_count == min(i + 1, 2)
 
 
-@pytest.mark.xfail(torch.__version__ < "2.12", strict=True, reason="wrong in PyTorch 2.8 to 2.11; check_scan tells")
 def test_compiled_loop_has_gradients():
     torch.manual_seed(0)
     ss2d, x, gradients = SS2D(4, d_state=2, backend="loop"), torch.randn(2, 3, 5, 4, requires_grad=True), []
