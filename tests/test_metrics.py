@@ -208,7 +208,7 @@ def test_negative_depth_is_clamped():
 @pytest.mark.parametrize("task, channels", TASKS.items())
 def test_nothing_valid_is_an_error(task, channels):
     output, target = random_case(task, channels)
-    with pytest.raises(ValueError, match="no valid pixel"):
+    with pytest.raises(ValueError, match="valid pixels of .*found none"):
         score(task, channels, output, np.full_like(target, unknown(task)))
 
 
@@ -232,7 +232,7 @@ def test_tasks_of_other_names_are_treated_like_one_of_the_six():
 
 @pytest.mark.parametrize("table, message", [
     ({"pose": 17}, "found 'pose': 17"), ({"pose": ("pose", 17)}, "with like one of these"),
-    ({"depth": 2}, "1 channels"), ({"material": ("semseg", 1)}, "2 to 255 channels"),
+    ({"depth": 2}, "1 to 1 channels"), ({"material": ("semseg", 1)}, "2 to 255 channels"),
     ({"semseg": "12"}, "found '12'"), ({"semseg": 12.0}, "found 12.0"),
     ({"a/b": ("depth", 1)}, "found 'a/b'"), ({"image": ("depth", 1)}, "found 'image'"), ({3: ("depth", 1)}, "found 3"),
     ({"..": ("depth", 1)}, "found '..'"), ({"material": ("semseg", 5, 1)}, "like one of these")])
@@ -259,7 +259,7 @@ def test_delta_m_of_the_papers_tables(row, expected, compare):
 
 
 def test_delta_m_of_other_tasks_is_an_error():
-    with pytest.raises(ValueError, match="the same tasks"):
+    with pytest.raises(ValueError, match="the same tasks in"):
         delta_m({"semseg": 1.0}, {"semseg": 1.0, "depth": 1.0})
 
 
@@ -267,14 +267,14 @@ def test_delta_m_of_other_tasks_is_an_error():
 def test_outputs_that_are_not_finite_are_an_error(task, channels):
     output, target = random_case(task, channels)
     output[0, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match=r"outputs for \w+ are not finite at 1 pixels"):
+    with pytest.raises(ValueError, match=r"finite outputs of the model for \w+, found 1 other pixels"):
         score(task, channels, output, target)
 
 
 @pytest.mark.parametrize("label", [4, 7, -1])
 def test_labels_that_there_are_not_are_an_error(label):
     target = np.array([0, 3, label, IGNORE]).reshape(1, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"semseg in 0..3 or 255, found others at 1 pixels"):
+    with pytest.raises(ValueError, match="semseg in 0..3 or 255, found 1 other pixels"):
         score("semseg", 4, np.ones((1, 4, 2, 2), np.float32), target)
 
 
@@ -295,10 +295,10 @@ def test_thresholds_stay_on_the_device():
 
 
 def test_scores_that_are_not_finite_are_an_error():
-    with pytest.raises(ValueError, match="the scores of depth are not finite"):
+    with pytest.raises(ValueError, match="finite scores of depth, found .*inf"):
         score("depth", 1, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
 
 
 def test_delta_m_against_zero_is_an_error():
-    with pytest.raises(ValueError, match="found a 0"):
+    with pytest.raises(ValueError, match="other than 0, found"):
         delta_m({"depth": 1.0}, {"depth": 0.0})
