@@ -8,6 +8,7 @@
     python tests/benchmark.py synthetic    # images per second of the synthetic data set, one core
     python tests/benchmark.py data         # training samples per second and core, PASCAL-Context's files
     python tests/benchmark.py boundary     # seconds per image for odsF, one core
+    python tests/benchmark.py exported     # one image by an exported file in onnxruntime and by PyTorch, one thread
     python tests/benchmark.py busy         # the main job, alone and beside one busy process per core, 10 minutes
 """
 
@@ -35,7 +36,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from archives import export
+from conftest import TINY_SWIN
 from datasets import DATASETS, PascalContext, Synthetic
+from evaluate import write_onnx
 from metrics import boundary_counts, task_rows
 from mtmamba import (
     CTM,
@@ -50,6 +53,7 @@ from mtmamba import (
     has_mamba_ssm,
     has_numba,
     selective_scan_2d,
+    set_backend,
     triton,
 )
 
@@ -460,6 +464,27 @@ def boundary(size: tuple[int, int] = (321, 481)):
             print(f"{protocol:<7} image {i}, {size[0]}x{size[1]}: {seconds:.2f} s")
 
 
+def exported(size: tuple[int, int] = (448, 576), repeats: int = 5):
+    """A small Swin, one STM per stage, NYUDv2's tasks, N = 16."""
+    import onnxruntime
+    torch.set_num_threads(1)
+    tasks = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
+    network = MTMamba(tasks, size, variant="stm1", encoder_kwargs=TINY_SWIN).eval()
+    image, options = torch.randn(1, 3, *size), onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder, "model.onnx")
+        set_backend(network, "loop")
+        write_onnx(network, image, path, {"tasks": tasks})
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        set_backend(network, None)
+        times = medians_ms({"onnxruntime": lambda: session.run(None, {"image": image.numpy()}),
+                            "PyTorch": lambda: network(image)}, dict.fromkeys(("onnxruntime", "PyTorch"), repeats))
+        print(f"{size[0]}x{size[1]} on {hardware()}, one thread: "
+              + ", ".join(f"{name} {ms:.0f} ms" for name, ms in times.items())
+              + f"; a file of {path.stat().st_size / 1e6:.1f} MB")
+
+
 def busy(starts: int = 3, iterations: int = 8, images: int = 24, patience: int = 120):
     """Images per second of the main job, training and evaluation, alone and beside one busy process per core, with
     libgomp's waiting threads as they are, with their spinning limited as our scripts do, and with one thread.
@@ -519,7 +544,7 @@ print("RATES", images / (times[-1] - times[1]), {images} / (time.perf_counter() 
 
 if __name__ == "__main__":
     benchmarks = {"scan": scan, "model": model, "synthetic": synthetic, "data": data, "boundary": boundary,
-                  "busy": busy, "memory": memory}
+                  "busy": busy, "memory": memory, "exported": exported}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     options = {name: commands.add_parser(name) for name in benchmarks}
