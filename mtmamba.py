@@ -128,7 +128,8 @@ class MTMamba(nn.Module):
     """Figure 1: a shared encoder, three decoder stages, a head per task.
 
     tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. Their order matters:
-        CTM concatenates the tasks' features in this order (Eq. 20).
+        CTM concatenates the tasks' features in this order (Eq. 20). PyTorchModelHubMixin sorts the keys of a dict: let
+        your class take pairs and hand on dict(pairs).
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS; any timm model with features at strides 4, 8, 16 and 32, or a plain ViT; or a module of
         your own, see Encoder. train.py knows encoders by name, so a module is for Python alone.
@@ -558,7 +559,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     autocast (float64 where x is), because the state sums over thousands of steps.
     dt_weight: (K, D, R). If it is given, delta is (B, H, W, K, R), and this weight expands it to D channels.
 
-    backend: "loop": s6 along explicit index lists; for reading, tests, exports and any kind of derivative.
+    backend: "loop": s6 along the four orders; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
         "numba": this file's loops for CPUs, compiled by the package numba; float32.
         "triton": this file's GPU kernels.
