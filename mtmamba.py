@@ -2074,8 +2074,8 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
                  for key, value in state.items() if key in own and own[key].shape != value.shape]
     if problems:
         variant = published_config(checkpoint)["variant"]
-        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model in {len(problems)} tensors; "
-                         "nothing was loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model in {len(problems)} "
+                         "tensors; nothing was loaded:\n  " + "\n  ".join(problems))
     order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
     if order != list(model.tasks):    # all shapes fit then
         raise ValueError("the checkpoint's tasks stand in another order, in which cross-task blocks concatenate them; "
@@ -2094,9 +2094,10 @@ def read_tensors(path: str | Path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:    # the unpickler and the zip reader raise many kinds
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} holds pickled objects other than tensors ({refused[1]}), which may run code; save "
-                             "its state_dict alone") from error
-        raise ValueError(f"{path} is not a readable checkpoint, but truncated or another kind of file ({type(error).__name__})") from error
+            raise ValueError(f"{path} holds other pickled objects than tensors ({refused[1]}), which may run code; "
+                             "save its state_dict") from error
+        raise ValueError(f"{path} is not a readable checkpoint, but truncated or another kind of file "
+                         f"({type(error).__name__})") from error
 
 
 def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
