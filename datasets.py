@@ -42,7 +42,6 @@ import abc
 import argparse
 import ast
 import atexit
-import errno
 import inspect
 import linecache
 import multiprocessing
@@ -1569,20 +1568,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 cause.filename = str(path)
         with suppress(OSError):
             temporary.unlink()
-        raise
-
-
-def append(path: Path, text: str):
-    """Adds the whole text to the end of a file. If that fails, it adds nothing and raises an OSError."""
-    data = text.encode()
-    try:
-        with open(path, "ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if file.write(data) < len(data):    # what a disk still has room for
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        error.filename = str(path)
         raise
 
 

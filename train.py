@@ -66,7 +66,6 @@ from datasets import (
     SIGNALS,
     DenseDataset,
     Parser,
-    append,
     check_samples,
     check_writable,
     fetch,
@@ -94,7 +93,7 @@ from evaluate import (
     write_results,
 )
 from metrics import TASKS, Labels
-from mtmamba import BACKENDS, ENCODERS, VARIANTS, BatchNorm, MTMamba
+from mtmamba import BACKENDS, ENCODERS, VARIANTS, MTMamba
 
 # What is trained, unless flags of the same names, the data set's RECIPE or its row of PAPER say otherwise.
 RECIPE = dict(encoder=ENCODERS["swin-large"], encoder_kwargs=None, pretrained=True, d_state=16, iterations=50_000,
@@ -204,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], device: torch.device, world: int):
-    """Fills flags that were not given from the data set's recipe. Raises ValueError for impossible values."""
+    """Fills flags that were not given from the data set's recipe, and checks all."""
     preset = dict(RECIPE, img_size=data_set.SIZE)
     if unknown := data_set.RECIPE.keys() - preset.keys() - {"recipe"}:
         raise ValueError(f"expected flags of {', '.join(preset)} in {data_set.__name__}.RECIPE, found {unknown}")
@@ -229,6 +228,11 @@ def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], devic
         args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
     args.amp = args.amp or "off"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
+    check_flags(args, world)
+
+
+def check_flags(args: argparse.Namespace, world: int):
+    """Raises ValueError for impossible values."""
     least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, val_images=1,
                  eval_every=0, workers=0, seed=0, weight_decay=0)
     for name, value in least.items():
@@ -330,7 +334,7 @@ class Run:
             self.network = torch.compile(self.model, fullgraph=True, dynamic=False)    # images of one size
             # DDP cuts the graph, to sum gradients while it computes others. PyTorch 2.14 fails at that where operators
             # are ordered, as batch norm's are.
-            torch._dynamo.config.optimize_ddp = not any(isinstance(m, BatchNorm) for m in self.model.modules())
+            torch._dynamo.config.optimize_ddp = not any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
         self.distributed = dist.is_available() and dist.is_initialized()
         if self.distributed:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU
@@ -378,7 +382,7 @@ class Run:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(f"{args.variant} on {args.encoder}: {millions:.2f} M parameters; scan backend: {self.backend}; "
               f"{self.world} x {self.device.type}, {args.batch_size // self.world} images per process and iteration")
-        if args.accumulate > 1 and any(isinstance(norm, BatchNorm) and norm.training for norm in self.model.modules()):
+        if args.accumulate > 1 and any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.model.modules()):
             print(f"--accumulate: batch norm sees {self.part * self.world} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
@@ -618,6 +622,20 @@ def find_checkpoint(folder: Path, resume: bool) -> dict | None:
     if "learned" not in checkpoint:
         raise ValueError(f"{path} has weights alone or is of an earlier version; start from it with --init-from {path}")
     return checkpoint
+
+
+def append(path: Path, text: str):
+    """Adds the whole text to the end of a file. If that fails, it adds nothing and raises an OSError."""
+    data = text.encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) < len(data):    # what a disk still has room for
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def cut_log(path: Path, last: int):

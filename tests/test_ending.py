@@ -90,12 +90,12 @@ def test_training_names_the_file_and_can_be_resumed(name, full_disk, nyud, tmp_p
 
 def test_old_files_stay_where_a_part_of_the_new_ones_fits(small_files, tmp_path):
     train.save_checkpoint(tmp_path / "last.pt", {"iteration": 1})
-    datasets.append(tmp_path / "log", "line\n")
+    train.append(tmp_path / "log", "line\n")
     with pytest.raises(Exception) as raised:    # PyTorch's own
         train.save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10 ** 6)})
     assert any(str(e) == f"[Errno 27] File too large: '{tmp_path}/last.pt'" for e in datasets.causes(raised.value))
     with pytest.raises(OSError, match=rf"{FULL}: '.*log'"):
-        datasets.append(tmp_path / "log", "x" * 200_000)
+        train.append(tmp_path / "log", "x" * 200_000)
     assert torch.load(tmp_path / "last.pt") == {"iteration": 1} and (tmp_path / "log").read_text() == "line\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log"]
 
