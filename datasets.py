@@ -920,7 +920,7 @@ class Cityscapes(FileDataset):
     semseg     19 classes; all other label IDs are IGNORE.
     depth      disparity in pixels of the file's image: (p - 1) / 256, where p are its 16 bits. It is -1 where p is 0
                or 1, which means not measured, and 0 on label ID 10, rail track. Only values inside DEPTH_RANGE are
-               scored, but all of them train. With MASK_INVALID, those at -1 do not.
+               scored, but all of them train; mask_invalid makes those at -1 unknown.
     """
 
     TASKS = {"semseg": 19, "depth": 1}
@@ -934,12 +934,15 @@ class Cityscapes(FileDataset):
     TITLES, UNITS = {"depth": "disparity"}, {"depth": " px"}
     LABEL_SCALE = 2
     DEPTH_RANGE = (0, 80)
-    MASK_INVALID = False
     IMAGE = "leftImg8bit", "_leftImg8bit.png"
     COUNTS = {"train": 2975, "val": 500}
     LIST = "leftImg8bit/{}"
     ROOT = "data/Cityscapes"
     SIZE = (512, 1024)
+
+    def __init__(self, root=None, split="train", tasks=None, size=None, seed=0, mask_invalid=False):
+        super().__init__(root, split, tasks, size, seed)
+        self.mask_invalid = mask_invalid
 
     def list_names(self):
         suffix = self.IMAGE[1]
@@ -955,7 +958,7 @@ class Cityscapes(FileDataset):
         sample = {"image": normalised(to_tensor(np.array(image)))}
         for task, kind in self.kinds.items():
             sample[task] = torch.tensor(self.label(index, task), dtype=kind.dtype)
-        if self.MASK_INVALID and "depth" in self.tasks:
+        if self.mask_invalid and "depth" in self.tasks:
             sample["depth"][sample["depth"] < 0] = torch.nan
         return sample | {"name": self.names[index], "size": self.size}
 
