@@ -58,7 +58,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial, wraps
+from functools import lru_cache, partial
 from math import ceil, cos, pi, sin
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
@@ -73,11 +73,6 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:    # on Windows, which forks no processes
-    fcntl = None
 
 from metrics import (
     IGNORE,
@@ -139,7 +134,7 @@ class DenseDataset(Dataset):
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
         expect(seed >= 0, "seed of at least 0", seed)
         expect(0 <= tolerance <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal", tolerance)
-        self.size, self.seed, self._kept = tuple(map(int, size)), seed, {}
+        self.size, self.seed = tuple(map(int, size)), seed
 
     @classmethod
     def describe(cls, tasks: TaskTable) -> Labels:
@@ -170,17 +165,9 @@ def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
     return {task: table[task] for task in tasks}
 
 
-def kept(method):
-    """Decorates a method whose one argument is the name or index of an image: the method keeps its last result.
-
-    So a file that several labels need is read once. The result must not be changed in place.
-    """
-    @wraps(method)
-    def keep(self, key):
-        if method.__name__ not in self._kept or self._kept[method.__name__][0] != key:
-            self._kept[method.__name__] = key, method(self, key)
-        return self._kept[method.__name__][1]
-    return keep
+# Decorates a method that keeps its last result: a file that several labels need is read once. The result must not be
+# changed in place.
+kept = lru_cache(maxsize=1)
 
 
 # ------------------------------------------------------------------------------------------------- synthetic scenes
@@ -377,11 +364,7 @@ def draw_person(rng, place):
     hair = draw_paint(rng, PAINTS["hair"], UP, right, 0.1)
     sleeve, shin = (shirt if rng.random() < 0.4 else skin), (trousers if rng.random() < 0.7 else skin)
 
-    def limb(swing, spread):
-        """Unit vector: straight down at (0, 0), forward at swing pi/2; spread tilts it to the right."""
-        return sin(spread) * right + cos(spread) * (sin(swing) * forward - cos(swing) * UP)
-
-    spine = -limb(rng.uniform(-0.25, 0.1), rng.uniform(-0.1, 0.1))
+    spine = -limb(axes, rng.uniform(-0.25, 0.1), rng.uniform(-0.1, 0.1))
     neck, head, crown = 0.50 * spine, 0.69 * spine, 0.76 * spine - 0.03 * forward    # the pelvis is the origin
     bones = [(TORSO, 0.06, neck, head, skin),                    # part, radius, start, end, paint
              (HEAD, 0.105, head, head + 0.07 * spine, skin),
@@ -390,8 +373,8 @@ def draw_person(rng, place):
         swing, bend = rng.uniform(-0.6, 1.0) + 1.8 * (rng.random() < 0.2), rng.uniform(0.0, 1.8)
         spread = rng.uniform(0.05, 0.9) * (side @ right)
         shoulder = neck - 0.06 * spine + 0.19 * side
-        elbow = shoulder + 0.29 * limb(swing, spread)
-        fore = limb(swing + bend, spread * rng.uniform(-0.5, 1.0))
+        elbow = shoulder + 0.29 * limb(axes, swing, spread)
+        fore = limb(axes, swing + bend, spread * rng.uniform(-0.5, 1.0))
         wrist = elbow + 0.25 * fore
         bones += [(TORSO, 0.115, 0.08 * side, shoulder - 0.09 * side, shirt),
                   (UPPER_ARM, 0.058, shoulder, elbow, shirt),
@@ -399,8 +382,8 @@ def draw_person(rng, place):
                   (LOWER_ARM, 0.055, wrist, wrist + 0.07 * fore, skin)]
         swing, bend = (1.45, rng.uniform(1.2, 1.7)) if sitting else (rng.uniform(-0.5, 0.7), rng.uniform(0.0, 0.8))
         spread = rng.uniform(0.0, 0.3) * (side @ right)
-        knee = 0.08 * side + 0.43 * limb(swing, spread)
-        ankle = knee + 0.40 * limb(swing - bend, 0.3 * spread)
+        knee = 0.08 * side + 0.43 * limb(axes, swing, spread)
+        ankle = knee + 0.40 * limb(axes, swing - bend, 0.3 * spread)
         bones += [(UPPER_LEG, 0.085, 0.08 * side, knee, trousers),
                   (LOWER_LEG, 0.065, knee, ankle, shin),
                   (LOWER_LEG, 0.055, ankle, ankle + 0.14 * forward, shoes)]
@@ -412,6 +395,12 @@ def draw_person(rng, place):
         return [body]
     half = np.array([0.22, (pelvis[1] - 0.08 * scale) / 2, 0.22])
     return [body, [box(BOX, place, half, axes, draw_paint(rng, PAINTS["box"], right, UP, 0.3))]]
+
+
+def limb(axes, swing, spread):
+    """Unit vector: straight down at (0, 0), forward at swing pi/2; spread tilts it to the right."""
+    right, up, forward = axes
+    return sin(spread) * right + cos(spread) * (sin(swing) * forward - cos(swing) * up)
 
 
 def draw_paint(rng, colour, across, along, scale):
@@ -597,6 +586,8 @@ class LabelledDataset(DenseDataset, abc.ABC):
     side that is longer than that is padded to the next multiple of 32.
     """
 
+    COUNTS = {}    # images by split, as published
+
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
         tasks: names from TASKS, None for all; augment: None means in the split "train", if LABEL_SCALE is 1; seed: of
@@ -676,10 +667,6 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """Where the names of the split come from, for messages."""
         return f"{type(self).__name__}, split {self.split!r}"
 
-    def published(self) -> str:
-        """What is known of the split's size."""
-        return ""
-
     def check_split(self) -> list[str]:
         """What is wrong with the split as a whole."""
         return []
@@ -723,7 +710,6 @@ class FileDataset(LabelledDataset):
     """
 
     IMAGE = ()              # folder and suffix of the images
-    COUNTS = {}             # images by split, as published
     LIST = ""               # the file with a split's image IDs, one per line
     ROOT = ""               # folder, where none is given
     REFERENCES = False      # scoring them takes hours, and most benchmarks have published figures
@@ -773,9 +759,6 @@ class FileDataset(LabelledDataset):
                 right = (label >= 0) & (label <= last)    # false for nan
                 expect(right.all(), f"values in 0..{last}", label[~right])
         return label
-
-    def published(self):
-        return f"; published: {self.COUNTS[self.split]}"
 
     def check_split(self):
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
@@ -902,13 +885,11 @@ class NYUDv2(FileDataset):
     def read_normal(self, name):
         return self.read_label(name, "normals", ".png", "normal")
 
-    @kept
     def read_boundary(self, name):
         return self.read_label(name, "edge", ".png", "mask")
 
     def boundary_truth(self, index, task="boundary"):
-        self.check_index(index)
-        return boundary_ground_truth(self.read_boundary(self.names[index]))
+        return boundary_ground_truth(self.label(index, task)[0])
 
 
 class Cityscapes(FileDataset):
@@ -1271,7 +1252,7 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         both = [name for name in files if name in earlier]
         same = [name for name in both if files[name] and files[name] == earlier[name]]
         problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in same]
-        print(f"{split}: {len(data)} images{data.published()}")
+        print(f"{split}: {len(data)} images" + (f"; published: {data.COUNTS[split]}" if data.COUNTS else ""))
         total += sum(print_problems(what, messages) for what, messages in problems.items())
         if others := [name for name in both if name not in same]:
             print(f"  look at the names: {len(others)} occur in train, too, first {others[0]}")
@@ -1355,12 +1336,12 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
         except Exception as error:
-            for cause in causes(error):
-                text = f"{type(cause).__module__}.{type(cause).__qualname__}: {origin(cause)[2]}"
-                for pattern, line in TROUBLES.items():
-                    if found := re.search(pattern, text):
-                        line = found.expand(line).replace("MAKE ROOM", on_full_disk)
-                        self.exit(1, f"{self.prog}: {' '.join(line.split())}\n")
+            text = "\n".join(f"{type(cause).__module__}.{type(cause).__qualname__}: {origin(cause)[2]}"
+                             for cause in causes(error))
+            for pattern, line in TROUBLES.items():
+                if found := re.search(pattern, text, re.M):
+                    line = found.expand(line).replace("MAKE ROOM", on_full_disk)
+                    self.exit(1, f"{self.prog}: {' '.join(line.split())}\n")
             if not is_deliberate(error):
                 raise
             message = " ".join(origin(error)[2].split()) or type(error).__name__
@@ -1437,15 +1418,14 @@ def usable_cpus() -> int:
 def expect_main_guard():
     """Raises ValueError where a script calls this outside of `if __name__ == "__main__":`. The processes that we start
     import the script, so each would begin the run again."""
-    frame = sys._getframe()
-    while frame := frame.f_back:
+    for frame, line in traceback.walk_stack(None):
         path = Path(frame.f_code.co_filename)
         if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():
-            guards = (node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If)
-                      and "__name__" in ast.unparse(node.test))
-            if not any(node.lineno <= frame.f_lineno <= node.end_lineno for node in guards):
-                raise ValueError(f"line {frame.f_lineno} of {path} starts processes that import this file; put it "
-                                 "below `if __name__ == '__main__':`, or give --workers 0")
+            guarded = any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+                          and node.lineno <= line <= node.end_lineno for node in ast.parse(path.read_bytes()).body)
+            if not guarded:
+                raise ValueError(f"line {line} of {path} starts processes that import this file; put it below "
+                                 "`if __name__ == '__main__':`, or give --workers 0")
 
 
 def allow_open_files(workers: int):
@@ -1513,17 +1493,18 @@ def follow_main(*_):
         signal.signal(number, signal.SIG_IGN)
     if main := parent_process():    # end with it, even if it is killed
         threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
-    if fcntl and os.path.isdir("/proc/self/fd"):
+    if os.path.isdir("/proc/self/fd"):
         open_again()
 
 
 def open_again():
     """A forked process shares the position in each open file with the process that it was forked from: while one
     reads, the other one's position moves. This gives it positions of its own in the files that are open for reading."""
+    import fcntl  # not on Windows
     for number in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):    # the folder itself was open, too
-            if (stat.S_ISREG(os.fstat(number).st_mode)
-                    and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY):
+            mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+            if mode == os.O_RDONLY and stat.S_ISREG(os.fstat(number).st_mode):
                 opened = os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
                 os.lseek(opened, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
                 os.dup2(opened, number, inheritable=False)
