@@ -44,7 +44,6 @@ import ast
 import atexit
 import inspect
 import linecache
-import multiprocessing
 import os
 import pickle
 import re
@@ -60,7 +59,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil, cos, pi, sin
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -128,7 +127,9 @@ class DenseDataset(Dataset):
 
     def __init__(self, size, tasks, seed, smallest=1):
         """size: (H, W) in pixels, each at least `smallest`; tasks: names from TASKS, None for all."""
-        self.labels = self.describe(choose_tasks(self.TASKS, tasks))
+        tasks = list(self.TASKS if tasks is None else tasks)
+        expect(tasks and set(tasks) <= set(self.TASKS), f"tasks from {list(self.TASKS)}", tasks)
+        self.labels = self.describe({task: self.TASKS[task] for task in tasks})
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
         tolerance = self.BOUNDARY_TOLERANCE or 0
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
@@ -156,13 +157,6 @@ class DenseDataset(Dataset):
     def check_index(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
-
-
-def choose_tasks(table: TaskTable, tasks: Iterable[str] | None) -> TaskTable:
-    """The chosen entries of a data set's TASKS, in the order asked for; None for all."""
-    tasks = list(table) if tasks is None else list(tasks)
-    expect(tasks and set(tasks) <= set(table), f"tasks from {list(table)}", tasks)
-    return {task: table[task] for task in tasks}
 
 
 # Decorates a method that keeps its last result: a file that several labels need is read once. The result must not be
@@ -781,8 +775,8 @@ class PascalContext(FileDataset):
     saliency   1 where the distilled map is above 127. Maps of 0 and 1 and other masks are read as read_image does it.
     normal     distilled, of any length. Known only in those of LabelMap's 459 classes that also exist indoors (INDOOR),
                IGNORE elsewhere.
-    boundary   where the 4-neighbour Laplacian of LabelMap is not 0, thinned. This is the label to train on; odsF
-               scores against another map, boundary_truth.
+    boundary   where the 4-neighbour Laplacian of LabelMap, mirrored at the border, is not 0, thinned. This is the label
+               to train on; odsF scores against another map, boundary_truth.
     """
 
     TASKS = {"semseg": 21, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1}
@@ -821,7 +815,9 @@ class PascalContext(FileDataset):
         return normal
 
     def read_boundary(self, name):
-        return label_edges(self.label_map(name))
+        padded = np.pad(self.label_map(name), 1, mode="reflect")
+        neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+        return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
     def boundary_truth(self, index, task="boundary"):
         self.check_index(index)
@@ -932,28 +928,17 @@ class Cityscapes(FileDataset):
     def path(self, folder, name, suffix):
         return super().path(f"{folder}/{self.split}/{name.split('_')[0]}", name, suffix)
 
-    def __getitem__(self, index):
-        index = index[1] if isinstance(index, tuple) else index
-        image, _ = self.load(index)
-        image = Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)
-        sample = {"image": normalised(to_tensor(np.array(image)))}
-        for task, kind in self.kinds.items():
-            sample[task] = torch.tensor(self.label(index, task), dtype=kind.dtype)
-        if self.mask_invalid and "depth" in self.tasks:
-            sample["depth"][sample["depth"] < 0] = torch.nan
-        return sample | {"name": self.names[index], "size": self.size}
-
-    def label(self, index, task):
-        """As it is in its file, at twice the size of a sample's image."""
-        return self.load(index)[1][task]()[None]
-
-    def picture(self, name):
-        image = super().picture(name)
+    def read(self, name):
+        image, labels = super().read(name)
         twice = tuple(2 * n for n in self.size)
         with about(self.file(name)):
             expect(image.shape[:2] == twice, f"an image of the size {twice}, twice that of the network's input",
                    image.shape[:2], "give half the images' size as --img-size or size")
-        return image
+        return np.array(Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)), labels
+
+    def label(self, index, task):
+        """Not checked as other labels are: disparities of 0 and -1 train, too."""
+        return self.load(index)[1][task]()[None]
 
     def read_semseg(self, name):
         return CLASS_BY_ID[self.label_ids(name)]
@@ -962,7 +947,8 @@ class Cityscapes(FileDataset):
         stored = self.read_label(name, "disparity", "_disparity.png", "classes")
         with about(self.path("disparity", name, "_disparity.png")):
             expect(stored.dtype != np.uint8, "16 bits per pixel", 8)
-        disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(-1))
+        invalid = np.float32(np.nan if self.mask_invalid else -1)
+        disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, invalid)
         disparity[self.label_ids(name) == 10] = 0
         return disparity
 
@@ -1098,14 +1084,6 @@ def read_array(path: Path, variable: str) -> np.ndarray:
     """The array in a .npy file, or the variable in a MATLAB file. Structures become nested object arrays."""
     with reading(path), open(path, "rb") as file:
         return np.load(file) if path.suffix == ".npy" else scipy.io.loadmat(file, variable_names=[variable])[variable]
-
-
-def label_edges(label_map: np.ndarray) -> np.ndarray:
-    """Where the 4-neighbour Laplacian of a label map, int32 (h, w), mirrored at the border, is not 0; thinned:
-    bool (h, w)."""
-    padded = np.pad(label_map, 1, mode="reflect")
-    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    return thin(neighbours != 4 * padded[1:-1, 1:-1])
 
 
 # ------------------------------------------------------------------------------------------------ from files to samples
@@ -1248,9 +1226,8 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
             for table, entries in zip((problems, values), results):
                 for what, entry in entries.items():
                     table[what].append(entry)
-        files = {name: data.file(name) for name in data.names}
-        both = [name for name in files if name in earlier]
-        same = [name for name in both if files[name] and files[name] == earlier[name]]
+        both = [name for name in data.names if name in earlier]
+        same = [name for name in both if data.file(name) and data.file(name) == earlier[name]]
         problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in same]
         print(f"{split}: {len(data)} images" + (f"; published: {data.COUNTS[split]}" if data.COUNTS else ""))
         total += sum(print_problems(what, messages) for what, messages in problems.items())
@@ -1259,7 +1236,7 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         for task, kind in data.kinds.items():
             for remark in kind.remarks(np.concatenate(values[task], 1), data.FLIP) if values[task] else ():
                 print(f"  look at {task}: {remark}")
-        earlier = files
+        earlier = {name: data.file(name) for name in data.names}
     print(f"{total or 'no'} problems")
     return total
 
@@ -1398,12 +1375,8 @@ def is_deliberate(error: Exception) -> bool:
     """Whether an error says what is wrong with the input: it is an OSError, or its innermost frame stands at a `raise`.
     Errors of the kinds FAULTS never do."""
     file, number, _ = origin(error)
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:    # not Python: some libraries name other sources
-        return False
-    raised = any(isinstance(node, ast.Raise) and node.lineno == number for node in ast.walk(tree))
-    return isinstance(error, OSError) or raised and not isinstance(error, FAULTS)
+    raised = re.search(r"(^|: )\s*raise\b", linecache.getline(file, number))
+    return isinstance(error, OSError) or bool(raised) and not isinstance(error, FAULTS)
 
 
 def usable_cpus() -> int:
@@ -1463,7 +1436,7 @@ def fetch(dataset: Dataset, indices: Sequence[int], workers: int) -> list[dict]:
 def end_loaders():
     """After an error, some loaders may be left. PyTorch and multiprocessing would send them a SIGTERM, which they
     ignore, and wait."""
-    loaders = [process for process in multiprocessing.active_children() if process.daemon]
+    loaders = [process for process in active_children() if process.daemon]
     if loaders and hasattr(signal, "SIGCHLD") and in_main_thread():
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
         for process in loaders:
@@ -1480,8 +1453,14 @@ class Helpers(ProcessPoolExecutor):
         super().__init__(workers, get_context("spawn"), follow_main)
 
     def submit(self, *arguments):
-        with signals_waiting():    # a process that this starts needs seconds until it runs follow_main
+        if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends no signals
             return super().submit(*arguments)
+        # A process that this starts needs seconds until it runs follow_main. Until then it keeps signals waiting.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().submit(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -1514,20 +1493,6 @@ def open_again():
 def in_main_thread() -> bool:
     """Whether signals can be handled here."""
     return threading.current_thread() is threading.main_thread()
-
-
-@contextmanager
-def signals_waiting():
-    """Signals that arrive inside this block are handled after it. A process that is started inside it keeps them
-    waiting."""
-    if not hasattr(signal, "pthread_sigmask"):    # Windows, which sends none
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def interrupt(number: int, frame: object):
