@@ -57,7 +57,7 @@ from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 try:    # comes with PyTorch for CUDA; macOS and Windows have none
     import triton
@@ -575,11 +575,9 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               "C": (C, (batch, H, W, K, n)), "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
-            raise ValueError(f"selective_scan_2d: with x {tuple(x.shape)} and state size {n}, expected {name} of shape "
-                             f"{expected}, found {tuple(tensor.shape)}")
+            raise ValueError(f"x {tuple(x.shape)}: expected {name} of shape {expected}, found {tuple(tensor.shape)}")
     if 0 in (*x.shape, n):
-        raise ValueError(f"selective_scan_2d: nothing to scan in x {tuple(x.shape)} with state size {n}; every "
-                         "dimension must be at least 1")
+        raise ValueError(f"nothing to scan in x {tuple(x.shape)} with state size {n}; expected 1 or more of each")
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -594,8 +592,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
             return _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight)
     inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
-        raise RuntimeError(f"the scan backend {backend} has no derivatives but those of backward(), found a tensor of "
-                           "jvp or torch.func.grad; use the backend loop, which has them all")
+        raise RuntimeError(f"the scan backend {backend} knows backward() alone, not torch.func; use the backend loop")
     return _scan_op(*inputs, backend)[0]
 
 
@@ -624,8 +621,8 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
     if dt_weight is not None:
         delta = delta @ dt_weight.to(u.dtype).mT                                   # (B, K, L, D)
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
-    y = sum(merge(y[:, k].transpose(0, 1), k, *x.shape[1:3]) for k in range(K))    # Eq. 12   (H, W, B, D)
-    return y.movedim(2, 0).to(x.dtype).contiguous()
+    y = _from_sequences(y.permute(2, 0, 1, 3), *x.shape[1:3])                      # (B, H, W, K, D)
+    return y.sum(3).to(x.dtype)                                                    # Eq. 12
 
 
 # -------------------------------------------------------------------------------------------- patch expand and head
@@ -845,7 +842,7 @@ class Encoder(nn.Module):
             self.name, self.backbone, self.channels = type(encoder).__name__, encoder, getattr(encoder, "channels", ())
             if len(self.channels) != 4 or pretrained or kwargs:
                 raise ValueError("expected a module with four numbers in its attribute `channels`, without pretrained "
-                                 f"and encoder_kwargs; found {self.name} with {self.channels}")
+                                 f"and encoder_kwargs, found {self.name} with {self.channels}")
         else:
             self.name = ENCODERS.get(encoder, encoder)
             self.backbone, kwargs = create_backbone(self.name, img_size, kwargs)
@@ -862,8 +859,8 @@ class Encoder(nn.Module):
                 self.indices = [strides.index(stride) for stride in ENCODER_STRIDES]
                 self.channels = [channels[i] for i in self.indices]
             else:
-                raise ValueError(f"expected an encoder with features at strides {ENCODER_STRIDES}, or a plain ViT; "
-                                 f"found {self.name!r} with {tuple(strides)}")
+                raise ValueError(f"expected features at strides {ENCODER_STRIDES}, or a plain ViT; found {self.name!r} "
+                                 f"with {tuple(strides)}")
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
 
@@ -874,8 +871,8 @@ class Encoder(nn.Module):
         except (AssertionError, RuntimeError) as error:
             if self.built_for in (None, (H, W)):
                 raise
-            raise ValueError(f"the encoder {self.name} was built for images of {'x'.join(map(str, self.built_for))} "
-                             f"pixels, found {H}x{W}: {error}") from error
+            size = "x".join(map(str, self.built_for))
+            raise ValueError(f"{self.name} was built for images of {size} pixels, found {H}x{W}: {error}") from error
         features = self.pyramid(features[-1]) if self.pyramid else [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
@@ -958,10 +955,10 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
-        source = f"https://huggingface.co/{timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')}"
-        reason, flag = " ".join(str(error).split())[:300], '{"pretrained_cfg_overlay": {"file": "model.safetensors"}}'
-        raise ValueError(f"cannot load timm's weights of {name} ({type(error).__name__}: {reason}); train without "
-                         f"(--no-pretrained), or give {source}'s file with --encoder-kwargs '{flag}'") from error
+        reason, address = " ".join(str(error).split())[:300], timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
+        raise ValueError(f"cannot load timm's weights of {name} ({type(error).__name__}: {reason}); train without, "
+                         f"--no-pretrained, or give a file of https://huggingface.co/{address} with --encoder-kwargs "
+                         """'{"pretrained_cfg_overlay": {"file": "model.safetensors"}}'""") from error
     # timm joins the names of the first two levels with "_" (layers.0 becomes layers_0), or puts "model." in front.
     flat = {key.replace(".", "_"): value for key, value in source.items()}
     names = {key: key.removeprefix("model.").replace(".", "_") for key in backbone.state_dict()}
@@ -977,6 +974,7 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
 def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
              dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """Arguments as in selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+    _expect_backend(backend, x)
     _, forward, _ = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
         y, states = forward(*_scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
@@ -1043,14 +1041,9 @@ def _scan_flops(x, delta, A, B, C, D, delta_bias, dt_weight, *_, **__) -> int:
     return 2 * math.prod(x) * A[0] * (9 * A[-1] + 1 + (0 if dt_weight is None else dt_weight[-1]))
 
 
-def _scan_backward_flops(grad_y, states, *shapes, **_) -> int:
-    return 2 * _scan_flops(*shapes)
-
-
-for _operator, _formula in {torch.ops.mtmamba.selective_scan_2d: _scan_flops,
-                            torch.ops.mtmamba.selective_scan_2d_backward: _scan_backward_flops}.items():
-    flop_registry.pop(_operator, None)    # where this file is loaded again
-    register_flop_formula(_operator)(_formula)
+flop_registry[torch.ops.mtmamba.selective_scan_2d] = shape_wrapper(_scan_flops)
+flop_registry[torch.ops.mtmamba.selective_scan_2d_backward] = shape_wrapper(
+    lambda grad_y, states, *shapes, **_: 2 * _scan_flops(*shapes))
 
 
 def _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
@@ -1097,59 +1090,41 @@ def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: b
         and its gradients with those that the stages take for these batches (None: each).
     """
     global SEGMENTS
-    usual = SEGMENTS
+    usual, trained = SEGMENTS, _triton_lengths(model, *images) if images else set(SEGMENTS)
     for ss2d in {m.d_state: m for m in model.modules() if isinstance(m, SS2D)}.values():
-        segments = {usual: True}    # whether their gradients are compared
-        if (ss2d.backend or default_backend(ss2d.D.device)) == "triton":
-            trained = _triton_lengths(model, *images) if images else usual
-            segments = {(length,): length in trained for length in usual}
-        cases = [(kind, *case, False) for kind in {torch.float32, dtype} for case in segments.items()]
-        cases += [(dtype, usual, True, True)] * compiled
+        on_triton = (ss2d.backend or default_backend(ss2d.D.device)) == "triton"
+        lengths = [(length,) for length in usual] if on_triton else [usual]
+        cases = [(kind, segments, False) for kind in {torch.float32, dtype} for segments in lengths]
         try:
-            for kind, lengths, gradients, behind_compile in cases:
-                SEGMENTS = lengths
-                _scan_compare(ss2d, kind, gradients and ss2d.training, behind_compile)
+            for kind, segments, behind_compile in cases + [(dtype, usual, True)] * compiled:
+                SEGMENTS = segments
+                _scan_compare(ss2d, kind, ss2d.training and not trained.isdisjoint(segments), behind_compile)
         finally:
             SEGMENTS = usual
 
 
 def _scan_compare(ss2d: SS2D, kind: torch.dtype, gradients: bool, compiled: bool):
-    inputs, gradient, expected = _scan_reference(ss2d.d_state)
-    device, tolerance = ss2d.D.device, 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
+    device, N, tolerance = ss2d.D.device, ss2d.d_state, 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
     backend = ss2d.backend or default_backend(device)
-    scan = torch.compile(selective_scan_2d, fullgraph=True, dynamic=False) if compiled else selective_scan_2d
-    with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-        given = {name: t.to(kind if name in ("x", "delta") else torch.float32).to(device) for name, t in inputs.items()}
-        results = _scan_results(scan, backend, given, gradient if gradients else None)
-    for name, result in results.items():
-        difference = ((result - expected[name]).abs().max() / expected[name].abs().max()).item()
+    for name, result in _scan_results(backend, N, device, kind, gradients, compiled).items():
+        expected = _scan_reference(N)[name]
+        difference = ((result - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:
             machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            versions = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("torch", "numba", "triton")
-                                 if sys.modules.get(name))
             raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
                                f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} ({kind}, "
-                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {machine}, {versions}); give "
-                               f"{'--no-compile or ' * compiled}--backend {'loop' if backend == 'torch' else 'torch'}")
+                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {machine}, torch {torch.__version__}); "
+                               f"give {'--no-compile or ' * compiled}--backend "
+                               f"{'loop' if backend == 'torch' else 'torch'}")
 
 
 CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
 
 
-def _scan_results(scan, backend: str, inputs: dict[str, Tensor], gradient: Tensor | None) -> dict[str, Tensor]:
-    """y and, if its gradient is given, those of the inputs, in float64 on the CPU."""
-    leaves = {name: t.clone().requires_grad_(gradient is not None) for name, t in inputs.items()}
-    with torch.set_grad_enabled(gradient is not None):
-        results = {"y": scan(**leaves, backend=backend)}
-        if gradient is not None:
-            gradients = torch.autograd.grad(results["y"], [*leaves.values()], gradient.to(results["y"]))
-            results |= {f"the gradient of {name}": g for name, g in zip(leaves, gradients)}
-    return {name: t.detach().cpu().double() for name, t in results.items()}
-
-
-@functools.cache
-def _scan_reference(N: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Arguments of selective_scan_2d, a gradient of y, and what `loop` makes of them."""
+def _scan_results(backend: str, N: int, device: torch.device, dtype: torch.dtype, gradients: bool,
+                  compiled: bool) -> dict[str, Tensor]:
+    """What selective_scan_2d makes of fixed inputs: y and, if asked for, their gradients, in float64 on the CPU. dtype:
+    of x and delta, and of autocast."""
     generator, (B, H, W, D) = torch.Generator().manual_seed(0), CHECKED
 
     def normal(*shape):    # numbers that are the same in each float type
@@ -1157,8 +1132,21 @@ def _scan_reference(N: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor
     inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
                   B=normal(B, H, W, K, N), C=normal(B, H, W, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
                   delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
-    gradient = normal(B, H, W, D)
-    return inputs, gradient, _scan_results(selective_scan_2d, "loop", inputs, gradient)
+    half = dtype in (torch.bfloat16, torch.float16)
+    leaves = {name: t.to(device, torch.float32 if half and name not in ("x", "delta") else dtype, copy=True)
+              .requires_grad_(gradients) for name, t in inputs.items()}
+    scan = torch.compile(selective_scan_2d, fullgraph=True, dynamic=False) if compiled else selective_scan_2d
+    with torch.autocast(device.type, dtype, enabled=half), torch.set_grad_enabled(gradients):
+        results = {"y": scan(**leaves, backend=backend)}
+        if gradients:
+            grads = torch.autograd.grad(results["y"], [*leaves.values()], normal(B, H, W, D).to(results["y"]))
+            results |= {f"the gradient of {name}": g for name, g in zip(leaves, grads)}
+    return {name: t.detach().cpu().double() for name, t in results.items()}
+
+
+@functools.cache
+def _scan_reference(N: int) -> dict[str, Tensor]:
+    return _scan_results("loop", N, torch.device("cpu"), torch.float64, gradients=True, compiled=False)
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk, everything but the recurrence itself is done for
@@ -1475,9 +1463,6 @@ def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
 
 
 def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
-    if _numba_fault() or x.device.type != "cpu" or x.dtype != torch.float32:
-        raise RuntimeError("the scan backend numba runs on CPU tensors in float32, bfloat16 or float16, found "
-                           f"{_numba_fault() or f'{x.dtype} on {x.device}'}; use the backend torch")
     x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
     x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
     # A copy of the one parameter: FSDP resizes its memory, and numpy() would forbid that.
@@ -1514,21 +1499,13 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 def _mamba_ssm_fault() -> str | None:
     """Why mamba-ssm or its kernel, which new releases leave out unless told otherwise, cannot be imported."""
-    return _import_fault("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface")
+    fault = _import_fault("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface")
+    return fault and (f"{fault} (run MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install "
+                      "--no-build-isolation mamba-ssm causal-conv1d, with the CUDA toolkit)")
 
 
 def has_mamba_ssm() -> bool:
     return _mamba_ssm_fault() is None
-
-
-def _check_mamba_ssm(x: Tensor):
-    if fault := _mamba_ssm_fault():
-        raise RuntimeError(f"the scan backend mamba_ssm needs mamba-ssm with its CUDA kernel, found {fault}. Run\n"
-                           "  MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation "
-                           "mamba-ssm causal-conv1d\non a machine with the CUDA toolkit, or use the backend torch")
-    if x.device.type != "cuda" or x.dtype == torch.float64:
-        raise RuntimeError("the scan backend mamba_ssm runs on CUDA tensors in float32, bfloat16 or float16, found "
-                           f"{x.dtype} on {x.device}; use the backend torch")
 
 
 def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
@@ -1543,7 +1520,6 @@ def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
 
 
 def _mamba_ssm_forward(x, *operands):
-    _check_mamba_ssm(x)
     _, y = _run_mamba_ssm(x, *operands, grad=False)
     y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])                   # (B, H, W, K, D)
     return y.sum(3), x.new_empty(0)
@@ -1896,14 +1872,6 @@ def _triton_states(x: Tensor, n: int) -> Tensor:
 
 def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     """The first arguments of the three kernels that walk, and their compile-time arguments."""
-    if not HAS_TRITON:
-        raise RuntimeError("the scan backend triton needs Triton, which comes with PyTorch for CUDA, found none; use "
-                           "the backend torch")
-    interpreted = not isinstance(_triton_outputs, triton.JITFunction)
-    if x.dtype == torch.float64 or x.device.type != "cuda" and not interpreted:
-        raise RuntimeError("the scan backend triton runs on CUDA tensors in float32, bfloat16 or float16 (on CPU "
-                           "tensors only for tests, with TRITON_INTERPRET=1 in the environment from the start), found "
-                           f"{x.dtype} on {x.device}; use the backend torch")
     batch, H, W, d = x.shape
     n = A.shape[-1]
     A = A.mT.contiguous()                                                                      # (K, N, D)
@@ -1912,8 +1880,7 @@ def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
-        raise ValueError("the scan backend triton has indices of 32 bits inside an image; the feature map "
-                         f"{tuple(x.shape)} is too large for it. Use the backend torch")
+        raise ValueError(f"the map {tuple(x.shape)} is too large for the scan backend triton; use the backend torch")
     return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
             dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
 
@@ -1975,6 +1942,22 @@ def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
 
+def _expect_backend(backend: str, x: Tensor):
+    """Raises RuntimeError where a backend cannot run on x."""
+    device, fault = x.device.type, None
+    if backend == "numba":
+        device, fault = "cpu", _numba_fault()
+    elif backend == "mamba_ssm":
+        device, fault = "cuda", _mamba_ssm_fault()
+    elif backend == "triton" and not HAS_TRITON:
+        device, fault = "cuda", "no Triton, which comes with PyTorch for CUDA"
+    elif backend == "triton" and isinstance(_triton_outputs, triton.JITFunction):    # the interpreter takes any tensors
+        device = "cuda"
+    if fault or x.device.type != device or backend != "torch" and x.dtype == torch.float64:
+        raise RuntimeError(f"the scan backend {backend} runs on {device.upper()} tensors in float32, bfloat16 or "
+                           f"float16, found {fault or f'{x.dtype} on {x.device}'}; use the backend torch")
+
+
 # By backend: what allocates the states, forward and backward.
 _SCANS = {
     "torch": (_torch_states, _torch_forward, _torch_backward),
@@ -2006,27 +1989,20 @@ _PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
     (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, like block_ctm
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
     (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
-    (r"^block_ctm\.(\d)\.0\.", r"stages.\1.ctm."),
+    (r"^block_(3|ctm)\.(\d)\.(0\.)?", r"stages.\2.ctm."),
     (r"\.conv_share\.0\.", r".linear_shared."),
     (r"\.conv_share\.1\.", r".conv_shared."),
     (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
     (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
-    (r"ctm\.op\.", r"ctm.mfe."),
-    (r"ctm\.norm_share\.", r"ctm.norm_shared."),
-    (r"^block_3\.(\d)\.op\.", r"stages.\1.ctm.mfe."),
-    (r"^block_3\.(\d)\.op_share\.", r"stages.\1.ctm.mfe_shared."),
-    (r"^block_3\.(\d)\.in_proj\.", r"stages.\1.ctm.gate."),
-    (r"^block_3\.(\d)\.out_proj\.", r"stages.\1.ctm.out."),
-    (r"^block_3\.(\d)\.norm_share\.", r"stages.\1.ctm.norm_shared."),
-    (r"^block_3\.(\d)\.", r"stages.\1.ctm."),
+    (r"ctm\.in_proj\.", r"ctm.gate."),
+    (r"ctm\.out_proj\.", r"ctm.out."),
+    (r"ctm\.op", r"ctm.mfe"),
+    (r"_share\.", r"_shared."),
     (r"\.in_proj\.", r".linear."),
     (r"\.conv2d\.", r".conv."),
     (r"\.out_norm\.", r".norm."),
-    (r"\.x_proj_weight$", r".ss2d.x_proj_weight"),
-    (r"\.dt_projs_weight$", r".ss2d.dt_weight"),
-    (r"\.dt_projs_bias$", r".ss2d.dt_bias"),
-    (r"\.A_logs$", r".ss2d.A_log"),
-    (r"\.Ds$", r".ss2d.D"),
+    (r"\.(x_proj_weight|A_log|D)s?$", r".ss2d.\1"),
+    (r"\.dt_projs_(weight|bias)$", r".ss2d.dt_\1"),
     (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
     (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
     (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
@@ -2055,13 +2031,12 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     file, tasks in another order (that of its keys), or tensors that are missing, left over or of the wrong shape (all
     are listed). Then the model is unchanged.
     """
-    source = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(checkpoint, dict):
         checkpoint = read_tensors(checkpoint)
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("model", checkpoint)
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{source} is neither a state_dict nor {{'model': state_dict}}; give a published checkpoint")
+        raise ValueError("expected a published checkpoint: a state_dict or {'model': state_dict}")
     own = model.state_dict()
     description = own.pop("_extra_state")    # published files have none
     state = {}
@@ -2072,14 +2047,13 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
                  for key, value in state.items() if key in own and own[key].shape != value.shape]
+    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    if order != list(model.tasks):    # all shapes may fit
+        problems += [f"tasks in another order, in which they are concatenated: {order}, not {list(model.tasks)}"]
     if problems:
         variant = published_config(checkpoint)["variant"]
-        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model in {len(problems)} "
-                         "tensors; nothing was loaded:\n  " + "\n  ".join(problems))
-    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # all shapes fit then
-        raise ValueError("the checkpoint's tasks stand in another order, in which cross-task blocks concatenate them; "
-                         f"nothing was loaded:\n  {order}, the model has {list(model.tasks)}")
+        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model; nothing was loaded:\n  "
+                         + "\n  ".join(problems))
     model.load_state_dict(state | {"_extra_state": description})
     return len(checkpoint)
 
@@ -2093,11 +2067,10 @@ def read_tensors(path: str | Path):
         mapped = zipfile.is_zipfile(path) and os.name == "posix"    # Windows does not replace a mapped file
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:    # the unpickler and the zip reader raise many kinds
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} holds other pickled objects than tensors ({refused[1]}), which may run code; "
-                             "save its state_dict") from error
-        raise ValueError(f"{path} is not a readable checkpoint, but truncated or another kind of file "
-                         f"({type(error).__name__})") from error
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        fault = (f"objects other than tensors ({refused[1]}), which may run code; save its state_dict alone" if refused
+                 else f"truncated, or another kind of file ({type(error).__name__})")
+        raise ValueError(f"{path} is not a readable checkpoint, found {fault}") from error
 
 
 def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:

@@ -408,7 +408,7 @@ def test_an_encoder_of_ones_own():
     single = MTMamba({"a": 1, "b": 1}, encoder=first, variant="swin-single-task", d_state=1).encoder
     assert single["a"].backbone is not single["b"].backbone
     first.channels = [6, 12, 24, 49]
-    with pytest.raises(ValueError, match=r"\(2, 2, 49\)\] of the encoder OwnEncoder.* 64x64.*\(2, 2, 48\)\]"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 49\)\] of OwnEncoder.* 64x64.*\(2, 2, 48\)\]"):
         MTMamba({"a": 1}, encoder=first, variant="stm1", d_state=1)(image)
 
 
