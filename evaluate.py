@@ -75,7 +75,7 @@ from datasets import (
     to_tensor,
     usable_cpus,
 )
-from metrics import COLOUR_MAP, Kind, Labels, Meter, OdsMeter, colour_map, delta_m
+from metrics import COLOUR_MAP, Kind, Labels, Meter, OdsMeter, colour_map, delta_m, expect
 from mtmamba import (
     BACKENDS,
     ENCODERS,
@@ -198,6 +198,10 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
             raise ValueError(f"--{name.replace('_', '-')} has no effect here; see --help for what it belongs to")
     if (args.probabilities or args.label_ids) and not args.save_predictions:
         raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
+    for name, least in dict(max_side=32, workers=0, save_images=0, batch_size=1).items():
+        value = getattr(args, name)
+        expect(value is None or value >= least, f"--{name.replace('_', '-')} of at least {least}", value)
+    expect(isinstance(args.encoder_kwargs or {}, dict), "a JSON object as --encoder-kwargs", args.encoder_kwargs)
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
 
@@ -361,6 +365,8 @@ def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> 
              for side in (labels, dataset.labels)]
     if forms[0] != forms[1]:
         raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
+    expect(config.get("output_scale", 1) == dataset.LABEL_SCALE, f"a model with the output_scale of {name}'s labels, "
+           f"{dataset.LABEL_SCALE}", config.get("output_scale", 1))
     for task in labels.kinds:
         trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
         for i, (a, b) in enumerate(zip(trained, scored)):

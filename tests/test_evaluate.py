@@ -554,6 +554,8 @@ def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
+    (["--image", "a.png", "--max-side", "31"], "--max-side"), (["--workers", "-1"], "--workers of at least 0"),
+    (["--save-images", "-1"], "--save-images"), (["--encoder-kwargs", "3"], "--encoder-kwargs"),
     (["--dataset", "synthetic"], "need no files"),
     (["--dataset", "kitti"], "kitti"),
     (["--data-root", "nowhere"], "no folder nowhere"),
