@@ -30,7 +30,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -637,7 +637,7 @@ def task_rows(tasks: TaskTable) -> dict[str, Task]:
 
     tasks: {"semseg": 12, "material": ("semseg", 5), "flow": (Flow, 2)}. A task is one of TASKS, with its output
     channels; or has another name and is treated like one of these; or has a kind of your own, a class or, in a
-    checkpoint, "path/to/file.py:Flow". Raises ValueError for anything else.
+    checkpoint, "path/to/file.py:Flow".
     """
     rows = {}
     for name, value in tasks.items():
@@ -674,7 +674,7 @@ class Labels:
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
-        """Each task as an instance of its kind. Raises ValueError where what is said of it does not fit."""
+        """Each task as an instance of its kind, which checks what is said of it."""
         return {task: row.kind(task, row, self) for task, row in task_rows(self.tasks).items()}
 
     @property
@@ -684,7 +684,7 @@ class Labels:
 
     def plain(self) -> dict:
         """For checkpoints; Labels(**plain) is the same again."""
-        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        return plain(asdict(self))
 
 
 def plain(value: object) -> object:
@@ -694,7 +694,7 @@ def plain(value: object) -> object:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list, range)):
         return [plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
+    if hasattr(value, "tolist"):    # numpy's
         return value.tolist()
     if isinstance(value, type):
         return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
@@ -702,14 +702,14 @@ def plain(value: object) -> object:
 
 
 def find_class(name: str, base: type, said_by: object = None) -> type:
-    """The subclass of `base` that "path/to/file.py:Class" names. Raises ValueError where there is none.
+    """The subclass of `base` that "path/to/file.py:Class" names.
 
     said_by: the file that gives the name, where the user does not. It may come from somebody else, and no code runs on
     its word: the Python file must be in or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    named = path.suffix == ".py" and "." not in path.stem
-    expect(named, "path/to/file.py:Class (no other dot in the file's name)", repr(name))
+    importable = path.suffix == ".py" and "." not in path.stem
+    expect(importable, "path/to/file.py:Class (no other dot in the file's name)", repr(name))
     loaded = getattr(sys.modules.get(path.stem), "__file__", None)
     if said_by and not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
         raise ValueError(f"{said_by} names the Python file {path}, which is not in or below the current folder; to run "
@@ -735,8 +735,7 @@ def import_file(path: Path):
 # ------------------------------------------------------------------------------------------------- meters and delta_m
 
 def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None) -> dict[str, "Meter"]:
-    """tasks: see task_rows. depth_range: see Depth. Raises ValueError for a task that has no row and for a range
-    whose low is not below its high."""
+    """tasks: see task_rows; depth_range: see Depth."""
     return {task: Meter(kind) for task, kind in Labels(dict(tasks), depth_range=depth_range).kinds.items()}
 
 
@@ -746,7 +745,6 @@ class Meter:
 
     output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of
     classes, NaN in maps of numbers.
-    compute raises ValueError where no pixel has counted yet, an output was not finite or a label is out of range.
     """
 
     def __init__(self, kind: Kind):
@@ -984,10 +982,7 @@ def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
         changed[:, neighbours[:, todo[deleted.any(0)]]] = True
         step = 1 - step
 
-    thinned = np.empty_like(on)
-    for i in range(len(on)):
-        thinned[i] = (bits[i // 64, :n] & np.uint64(1 << i % 64)) != 0
-    return thinned
+    return np.array([bits[i // 64, :n] & np.uint64(1 << i % 64) for i in range(len(on))], bool).reshape(on.shape)
 
 
 def _deletable(neighbours: np.ndarray, step: int) -> np.ndarray:
@@ -1018,8 +1013,8 @@ def match_boundaries(prediction: np.ndarray, target: np.ndarray, max_dist: float
     prediction, target = np.asarray(prediction, bool), np.asarray(target, bool)
     _check_pair(prediction, target, max_dist)
     points, truths = np.argwhere(prediction), np.argwhere(target)
-    everything_on = np.ones((1, len(points)), bool)
-    mates = np.array(next(_matchings(everything_on, points, truths, max_dist * np.hypot(*target.shape))), int)
+    on = np.ones((1, len(points)), bool)
+    mates = np.array(next(_matchings(on, points, truths, max_dist * np.hypot(*target.shape))), int)
     matched_prediction, matched_target = np.zeros_like(prediction), np.zeros_like(target)
     matched_prediction[tuple(points[mates[mates >= 0]].T)] = True
     matched_target[tuple(truths[mates >= 0].T)] = True
