@@ -80,48 +80,44 @@ ENCODERS = {
     "swin-large": "swin_large_patch4_window12_384",
 }
 
-# The columns are those of DecoderConfig, which explains them.
-_MTMAMBA = dict(block="stm", depth=2, ctm="feature", fusion="adaptive", mfe="ss2d", gate="linear", head="dense",
-                shared_encoder=True)
-VARIANTS = {
-    "mtmamba": _MTMAMBA,
-    # The successor, then each of its two changes alone
-    "mtmamba++": dict(_MTMAMBA, ctm="semantic", fusion=None, head="lite"),
-    "s-ctm-dense": dict(_MTMAMBA, ctm="semantic", fusion=None),
-    "f-ctm-lite": dict(_MTMAMBA, head="lite"),
-    # Table 2. The paper names the Swin rows, and the W-MSA rows below, but does not describe them. The structures here
-    # are inferred: they are the ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
-    "stm1": dict(_MTMAMBA, depth=1, ctm=None, fusion=None),
-    "stm2": dict(_MTMAMBA, depth=2, ctm=None, fusion=None),
-    "stm3": dict(_MTMAMBA, depth=3, ctm=None, fusion=None),
-    "swin-multi-task": dict(_MTMAMBA, block="swin", ctm=None, fusion=None, mfe=None, gate=None),
-    "swin-single-task": dict(_MTMAMBA, block="swin", ctm=None, fusion=None, mfe=None, gate=None, shared_encoder=False),
-    # Table 3
-    "mfe-wmsa": dict(_MTMAMBA, mfe="wmsa"),
-    # Table 4
-    "gate-wmsa": dict(_MTMAMBA, gate="wmsa"),
-    # Table 5
-    "fusion-specific": dict(_MTMAMBA, fusion="specific"),
-    "fusion-shared": dict(_MTMAMBA, fusion="shared"),
-}
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What all parts of a decoder have in common: a row of VARIANTS, and the state size."""
+    """What all parts of a decoder have in common; the defaults are the paper's."""
 
-    block: str               # of each task in a stage: "stm" or "swin"
-    depth: int               # number of these blocks
-    ctm: str | None          # cross-task block at the end of a stage: "feature" (CTM), "semantic" (SCTM) or none
-    fusion: str | None       # what CTM hands on to a task: "adaptive", "specific" or "shared"
-    mfe: str | None          # what MFE is made of: "ss2d" or "wmsa"
-    gate: str | None         # what the gates are made of: "linear" or "wmsa"
-    head: str                # "dense" or "lite"
-    shared_encoder: bool     # one encoder for all tasks, or one per task
-    d_state: int = 16        # N
+    block: str = "stm"               # of each task in a stage: "stm" or "swin"
+    depth: int = 2                   # number of these blocks
+    ctm: str | None = "feature"      # cross-task block that ends a stage: "feature" (CTM), "semantic" (SCTM) or none
+    fusion: str = "adaptive"         # what CTM hands on to a task: "adaptive", "specific" or "shared"
+    mfe: str = "ss2d"                # what MFE is made of: "ss2d" or "wmsa"
+    gate: str = "linear"             # what the gates are made of: "linear" or "wmsa"
+    head: str = "dense"              # "dense" or "lite"
+    shared_encoder: bool = True      # one encoder for all tasks, or one per task
+    d_state: int = 16                # N
 
 
-PAPER = DecoderConfig(**VARIANTS["mtmamba"])
+PAPER = DecoderConfig()
+VARIANTS = {
+    "mtmamba": PAPER,
+    # The successor, then each of its two changes alone
+    "mtmamba++": replace(PAPER, ctm="semantic", head="lite"),
+    "s-ctm-dense": replace(PAPER, ctm="semantic"),
+    "f-ctm-lite": replace(PAPER, head="lite"),
+    # Table 2. The paper names the Swin rows, and the W-MSA rows below, but does not describe them. The structures here
+    # are inferred: they are the ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
+    "stm1": replace(PAPER, depth=1, ctm=None),
+    "stm2": replace(PAPER, depth=2, ctm=None),
+    "stm3": replace(PAPER, depth=3, ctm=None),
+    "swin-multi-task": replace(PAPER, block="swin", ctm=None),
+    "swin-single-task": replace(PAPER, block="swin", ctm=None, shared_encoder=False),
+    # Table 3
+    "mfe-wmsa": replace(PAPER, mfe="wmsa"),
+    # Table 4
+    "gate-wmsa": replace(PAPER, gate="wmsa"),
+    # Table 5
+    "fusion-specific": replace(PAPER, fusion="specific"),
+    "fusion-shared": replace(PAPER, fusion="shared"),
+}
 
 
 class MTMamba(nn.Module):
@@ -143,7 +139,6 @@ class MTMamba(nn.Module):
     in_chans: channels of the images.
     An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
     predict checks its output and resizes it.
-    Raises ValueError on an unknown variant or encoder, no tasks, or a wrong number of channels or output_scale.
     """
 
     def __init__(self, tasks: dict[str, int], img_size: tuple[int, int] = (448, 576),
@@ -157,7 +152,7 @@ class MTMamba(nn.Module):
             raise ValueError(f"expected 1 or more output channels by task, {{'semseg': 40, 'depth': 1}}, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
-        config = DecoderConfig(**VARIANTS[variant], d_state=d_state)
+        config = replace(VARIANTS[variant], d_state=d_state)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
         encoder_kwargs = encoder_kwargs or {}
@@ -184,8 +179,7 @@ class MTMamba(nn.Module):
 
         H and W are 32 or more. The image is padded inside (bottom and right, zeros) and the outputs are cropped back.
         tasks: run the heads of these tasks only. The decoder always runs for all, because tasks exchange features.
-        Raises ValueError on another shape, an empty batch, or another type than the weights' (under autocast, any float
-        type but float64 is accepted).
+        Under autocast, any float type but float64 is accepted.
         """
         return self.predict(self.decode(image), image.shape[2:], tasks)
 
@@ -220,9 +214,8 @@ class MTMamba(nn.Module):
         H, W = (self.output_scale * n for n in size)
         outputs = {}
         for t in self.heads if tasks is None else tasks:
-            if t not in self.heads or t not in self.tasks:
-                choices = ", ".join(name for name in self.heads if name in self.tasks)
-                raise ValueError(f"the model has no task {t!r}; choose from {choices}")
+            if t not in self.tasks:
+                raise ValueError(f"the model has no task {t!r}; choose from {', '.join(self.tasks)}")
             y = self.heads[t](z[t])                                  # (B, n H'/4, n W'/4, C_t)
             b, h, w, _ = z[t].shape
             n = y.shape[1] // h if y.ndim == 4 else 1
@@ -565,8 +558,6 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         "triton": this file's GPU kernels.
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
-    Raises ValueError on an unknown backend, shapes that do not fit and empty inputs; RuntimeError where a backend
-    cannot run.
     """
     batch, H, W, d = x.shape
     n = A.shape[-1]
@@ -769,7 +760,7 @@ class LiteHead(nn.Module):
 class WindowMSA(nn.Module):
     """Swin's W-MSA as Tables 3 and 4 use it: windows of 12x12, 6 heads, relative position bias, no shift.
 
-    (B, H, W, C) -> (B, H, W, C), padded to whole windows inside. Raises ValueError unless 6 divides C.
+    (B, H, W, C) -> (B, H, W, C), padded to whole windows inside; 6 divides C.
     """
 
     WINDOW, HEADS = (12, 12), 6
@@ -831,7 +822,7 @@ class Encoder(nn.Module):
     encoder: a name, as in MTMamba, or a module that returns the four maps, in a list or tuple. Its attribute `channels`
         tells their channels. They are NCHW, unless its attribute `output_fmt` is "NHWC".
     Other arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to
-    multiples of 32. Raises ValueError on an unknown name, features that do not fit, and arguments for a module.
+    multiples of 32.
     """
 
     def __init__(self, encoder: str | nn.Module, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
@@ -2020,16 +2011,15 @@ def published_config(state: dict[str, Tensor]) -> dict:
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     return {"tasks": {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()},
-            "variant": next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)}
+            "variant": next(name for name, row in VARIANTS.items() if (row.ctm, row.head) == kind)}
 
 
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors; none is left
-    over (timm computes relative_position_index itself). Raises FileNotFoundError, or ValueError for another kind of
-    file, tasks in another order (that of its keys), or tensors that are missing, left over or of the wrong shape (all
-    are listed). Then the model is unchanged.
+    over (timm computes relative_position_index itself). Raises ValueError with all that does not fit, before anything
+    is loaded.
     """
     if not isinstance(checkpoint, dict):
         checkpoint = read_tensors(checkpoint)
@@ -2047,20 +2037,19 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
                  for key, value in state.items() if key in own and own[key].shape != value.shape]
-    order = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
-    if order != list(model.tasks):    # all shapes may fit
-        problems += [f"tasks in another order, in which they are concatenated: {order}, not {list(model.tasks)}"]
+    found = published_config(checkpoint)
+    if list(found["tasks"]) != list(model.tasks):    # all shapes may fit
+        problems += [f"tasks: {list(found['tasks'])}, concatenated in another order than {list(model.tasks)}"]
     if problems:
-        variant = published_config(checkpoint)["variant"]
-        raise ValueError(f"the checkpoint, of the variant {variant}, does not fit the model; nothing was loaded:\n  "
-                         + "\n  ".join(problems))
+        raise ValueError(f"the checkpoint, of the variant {found['variant']}, does not fit the model; nothing was "
+                         "loaded:\n  " + "\n  ".join(problems))
     model.load_state_dict(state | {"_extra_state": description})
     return len(checkpoint)
 
 
 def read_tensors(path: str | Path):
     """Reads a file of torch.save that holds tensors and plain values. The tensors are read when they are used, so never
-    write into the file: replace it. Raises FileNotFoundError, or ValueError for other files."""
+    write into the file: replace it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:
@@ -2079,8 +2068,7 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
     for pattern, replacement in _PUBLISHED_NAMES:
         name = pattern.sub(replacement, name)
     if "downsample.norm" in name or "downsample.reduction" in name:
-        # Patch merging: the order inside a cell of 2x2 pixels is (c, row, column) in the published weights, and
-        # (column, row, c) in timm's.
+        # Patch merging. A cell of 2x2 pixels is (c, row, column) in the published weights, (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
     if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
         linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
