@@ -200,7 +200,7 @@ class Synthetic(DenseDataset):
 
     @classmethod
     def open(cls, split, size=None, tasks=None, root=None, seed=0):
-        """As LabelledDataset.open, with 100 images. Even seeds are for training, odd ones for evaluation."""
+        """100 images. Even seeds are for training, odd ones for evaluation."""
         expect(root is None, "no folder, as the synthetic scenes need no files", root, "leave it out")
         return cls(100, size or cls.SIZE, 2 * seed if split == "train" else 1, tasks)
 
@@ -591,7 +591,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
         self.augment = split == "train" and self.LABEL_SCALE == 1 if augment is None else augment
         expect(not self.augment or self.LABEL_SCALE == 1, "augment=False, as the labels are larger", self.augment)
         self._listed = list(self.list_names())    # what read takes
-        with about(self.source()):
+        with about(self.names_from()):
             self.names = file_names(self._listed)
 
     @classmethod
@@ -657,7 +657,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
         return thin(self.label(index, task)[0] == 1)
 
-    def source(self) -> object:
+    def names_from(self) -> object:
         """Where the names of the split come from, for messages."""
         return f"{type(self).__name__}, split {self.split!r}"
 
@@ -699,9 +699,8 @@ def file_names(names: Iterable) -> list[str]:
 
 
 class FileDataset(LabelledDataset):
-    """What PascalContext, NYUDv2 and Cityscapes share: a folder, a list of the split's images, and one method for each
-    label: read_semseg(name) and so on. Each file is checked when it is read.
-    """
+    """A folder of files, a list of each split's images, and a method for each label: read_semseg(name) and so on. Each
+    file is checked when it is read."""
 
     IMAGE = ()              # folder and suffix of the images
     LIST = ""               # the file with a split's image IDs, one per line
@@ -718,13 +717,13 @@ class FileDataset(LabelledDataset):
             raise FileNotFoundError(f"no folder {self.root}; unpack {type(self).__name__} there or name another one")
         super().__init__(split, size, tasks, seed=seed)
 
-    def source(self) -> Path:
+    def names_from(self) -> Path:
         return self.root / self.LIST.format(self.split)
 
     def list_names(self):
         """The image IDs in a list: UTF-8, one per line."""
-        with reading(self.source()):
-            lines = self.source().read_bytes().decode("utf-8-sig").split("\n")
+        with reading(self.names_from()):
+            lines = self.names_from().read_bytes().decode("utf-8-sig").split("\n")
         return [line.strip() for line in lines if line.strip()]
 
     def path(self, folder: str, name: str, suffix: str) -> Path:
@@ -758,7 +757,7 @@ class FileDataset(LabelledDataset):
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
-        return [f"{self.source()}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
+        return [f"{self.names_from()}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
 
 
 def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
@@ -923,7 +922,7 @@ class Cityscapes(FileDataset):
 
     def list_names(self):
         suffix = self.IMAGE[1]
-        return sorted(path.name.removesuffix(suffix) for path in self.source().glob(f"*/[!.]*{suffix}"))
+        return sorted(path.name.removesuffix(suffix) for path in self.names_from().glob(f"*/[!.]*{suffix}"))
 
     def path(self, folder, name, suffix):
         return super().path(f"{folder}/{self.split}/{name.split('_')[0]}", name, suffix)
@@ -1389,8 +1388,8 @@ def usable_cpus() -> int:
 
 
 def expect_main_guard():
-    """Raises ValueError where a script calls this outside of `if __name__ == "__main__":`. The processes that we start
-    import the script, so each would begin the run again."""
+    """Refuses a script that calls this outside of `if __name__ == "__main__":`. The processes that we start import the
+    script, so each would begin the run again."""
     for frame, line in traceback.walk_stack(None):
         path = Path(frame.f_code.co_filename)
         if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():

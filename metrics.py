@@ -710,26 +710,24 @@ def find_class(name: str, base: type, said_by: object = None) -> type:
     path = Path(file).expanduser().resolve()
     importable = path.suffix == ".py" and "." not in path.stem
     expect(importable, "path/to/file.py:Class (no other dot in the file's name)", repr(name))
-    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
-    if said_by and not (path.is_relative_to(Path.cwd()) or loaded and Path(loaded).resolve() == path):
+    if said_by and not (path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path)):
         raise ValueError(f"{said_by} names the Python file {path}, which is not in or below the current folder; to run "
                          "it, name the data set yourself with --dataset")
-    found = getattr(import_file(path), class_name, None)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if str(path.parent) not in sys.path:    # which new processes get, too
+        sys.path.append(str(path.parent))
+    module = importlib.import_module(path.stem)
+    expect(is_file_of(module, path), f"a file whose name no other module has ({path.stem})", path, "rename the file")
+    found = getattr(module, class_name, None)
     whole = isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)
     expect(whole, f"a subclass {class_name!r} of {base.__name__} in {path}, with all its abstract methods", found)
     return found
 
 
-def import_file(path: Path):
-    """The module of a user's file. The file's folder is added to sys.path, which new processes get, too."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    module = importlib.import_module(path.stem)
-    own = Path(getattr(module, "__file__", None) or "").resolve() == path
-    expect(own, f"a file whose name no other module has ({path.stem})", path, "rename the file")
-    return module
+def is_file_of(module: object, path: Path) -> bool:
+    """Whether a module, or None, was loaded from the file."""
+    return Path(getattr(module, "__file__", None) or "").resolve() == path
 
 
 # ------------------------------------------------------------------------------------------------- meters and delta_m
