@@ -199,8 +199,7 @@ class MTMamba(nn.Module):
         image = F.pad(image, (0, round_up(W, stride) - W, 0, round_up(H, stride) - H))
 
         if self.shared_encoder:
-            shared = self.encoder(image)                                         # Eq. 9
-            features = {t: shared for t in self.tasks}
+            features = dict.fromkeys(self.tasks, self.encoder(image))            # Eq. 9
         else:
             features = {t: self.encoder[t](image) for t in self.tasks}           # Eq. 9
         z = {t: f[3] for t, f in features.items()}                               # (B, H'/32, W'/32, C_4)
@@ -926,12 +925,11 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
         sizes[0].update(strict_img_size=False, always_partition=True)
     else:    # windows for each image, or position embeddings resized to it
         sizes = [sizes[0] | {"strict_img_size": False}, {"dynamic_img_size": True}, *sizes]
-    for arguments in [{**size, **rate, **kwargs} for size in sizes
-                      for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
-        plain = {key: value for key, value in arguments.items()
-                 if not key.startswith(("pretrained", "checkpoint", "cache", "hf_hub"))}
+    plain = {key: value for key, value in kwargs.items()
+             if not key.startswith(("pretrained", "checkpoint", "cache", "hf_hub"))}
+    for added in [size | rate for size in sizes for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
         try:
-            return timm.create_model(name, features_only=True, **plain), arguments
+            return timm.create_model(name, features_only=True, **added | plain), added | kwargs
         except TypeError as error:    # an argument that this model does not have
             refused = error
     raise refused
@@ -1888,9 +1886,8 @@ def _triton_side_by_side(B: Tensor, C: Tensor) -> Tensor:
 
 
 def _triton_forward(x, delta, A, B, C, D, delta_bias):
-    batch, _, _, d = x.shape
     states = _triton_states(x, A.shape[-1])
-    _, _, _, segments, n, _ = states.shape
+    _, batch, _, segments, n, d = states.shape
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
@@ -1907,8 +1904,7 @@ def _triton_forward(x, delta, A, B, C, D, delta_bias):
 
 
 def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
-    batch, _, _, d = x.shape
-    _, _, _, segments, n, _ = states.shape
+    _, batch, _, segments, n, d = states.shape
     walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
     blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
     block = BLOCK_D if n <= TILE_N else BLOCK_D_ADJOINT    # with more states there are more pointers in registers
