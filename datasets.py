@@ -140,16 +140,17 @@ class DenseDataset(Dataset):
     @classmethod
     def describe(cls, tasks: TaskTable) -> Labels:
         """What the attributes of the class say of these tasks. Numbers of any type become plain ones."""
-        tables = dict(classes=cls.CLASSES, colours=cls.COLOURS, titles=cls.TITLES, units=cls.UNITS,
-                      label_ids=cls.LABEL_IDS, flip_pairs=cls.FLIP_PAIRS)
-        chosen = {name: {task: plain(table[task]) for task in tasks if task in table} for name, table in tables.items()}
+        chosen = {}
+        for name in ("classes", "colours", "titles", "units", "label_ids", "flip_pairs"):
+            table = getattr(cls, name.upper())
+            chosen[name] = {task: plain(table[task]) for task in tasks if task in table}
         return Labels(dict(tasks), **chosen, depth_range=plain(cls.DEPTH_RANGE), unit_normals=bool(cls.UNIT_NORMALS))
 
     def __len__(self):
         return len(self.names)
 
     def refuse_folder(self, folder: Path):
-        """Raises ValueError if the folder, which is to be written to, is one that the data set reads or lies in one."""
+        """Refuses to write to a folder that is one that the data set reads or lies in one."""
         found = {folder.resolve(), *folder.resolve().parents} & {Path(path).resolve() for path in self.folders}
         if found:
             raise ValueError(f"{folder} lies in the data set's folder {found.pop()}; give another folder")
@@ -733,7 +734,8 @@ class FileDataset(LabelledDataset):
         return self.picture(name), {task: partial(getattr(self, f"read_{task}"), name) for task in self.tasks}
 
     def file(self, name):
-        return self.path(self.IMAGE[0], name, self.IMAGE[1])
+        folder, suffix = self.IMAGE
+        return self.path(folder, name, suffix)
 
     @kept
     def picture(self, name: str) -> np.ndarray:
@@ -1017,18 +1019,16 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
-    """The pixels of an image file, by what they mean:
+    """The pixels of an image file, of several frames the first, by what they mean:
 
-    picture     uint8 (h, w, 3), RGB: of 16 bits the upper 8, transparent parts white, of several frames the first;
-                colour profiles are not applied
+    picture     uint8 (h, w, 3), RGB: of 16 bits the upper 8, transparent parts white; colour profiles are not applied
     classes     integers (h, w): grey of 8 or 16 bits as it is stored, of a palette the indices
     mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
     normal      float32 (3, h, w): 2 p / 255 - 1 of red, green and blue
 
     turn: whether to turn a picture upright if its EXIF data ask for it. Without it such a picture is refused, as nobody
-    knows which way up its labels are.
-    Raises FileNotFoundError, or ValueError if the file is damaged or holds something else. Both name the file.
+    knows which way up its labels are. Errors name the file.
     """
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
@@ -1401,8 +1401,8 @@ def expect_main_guard():
 
 
 def allow_open_files(workers: int):
-    """Raises the limit on open files to what so many loading processes need. Raises ValueError where that is not
-    allowed: they would fail during the run, and wait for each other forever."""
+    """Raises the limit on open files to what so many loading processes need: with fewer they would fail during the run,
+    and wait for each other forever."""
     if sys.platform == "win32":    # which has no such limit
         return
     import resource
