@@ -271,9 +271,8 @@ class MTMamba(nn.Module):
         example because the cross-task blocks concatenate the tasks in another order."""
         def read(state):    # the first bit is 1, so it shows the factor of a weighted sum
             bits = state.double().cpu() / state[0].item()
-            if not (bits - bits.round()).abs().max() < 0.1:
-                return {}
-            return json.loads(bytes((bits.round().view(-1, 8) @ 2 ** torch.arange(8.0).double()).int().tolist()))
+            numbers = bits.round().view(-1, 8) @ 2 ** torch.arange(8.0).double()
+            return json.loads(bytes(numbers.int().tolist())) if (bits - bits.round()).abs().max() < 0.1 else {}
         if not state.any():    # of a difference, which describes no model
             return
         found, own = read(state), read(self.get_extra_state())
