@@ -1229,7 +1229,12 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         same = [name for name in both if data.file(name) and data.file(name) == earlier[name]]
         problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in same]
         print(f"{split}: {len(data)} images" + (f"; published: {data.COUNTS[split]}" if data.COUNTS else ""))
-        total += sum(print_problems(what, messages) for what, messages in problems.items())
+        for what, messages in problems.items():
+            if messages:
+                print(f"  {what}: {len(messages)} problems", *messages[:3], sep="\n    ")
+            if len(messages) > 3:
+                print(f"    and {len(messages) - 3} more")
+            total += len(messages)
         if others := [name for name in both if name not in same]:
             print(f"  look at the names: {len(others)} occur in train, too, first {others[0]}")
         for task, kind in data.kinds.items():
@@ -1272,15 +1277,6 @@ def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace, count
     with replacing(args.pictures) as file:
         draw_sheet(blocks, legends).save(file, "PNG")
     print("pictures:", args.pictures)
-
-
-def print_problems(kind: str, messages: list[str], shown: int = 3) -> int:
-    """Prints the first few and returns their number."""
-    if messages:
-        print(f"  {kind}: {len(messages)} problems", *messages[:shown], sep="\n    ")
-        if len(messages) > shown:
-            print(f"    and {len(messages) - shown} more")
-    return len(messages)
 
 
 # ------------------------------------- files, processes and signals, a section that evaluate.py and train.py use, too
