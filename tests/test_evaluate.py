@@ -554,7 +554,7 @@ def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--image", "a.png", "--max-side", "31"], "--max-side"), (["--workers", "-1"], "--workers of at least 0"),
+    (["--workers", "-1"], "--workers of at least 0"),
     (["--save-images", "-1"], "--save-images"), (["--encoder-kwargs", "3"], "--encoder-kwargs"),
     (["--dataset", "synthetic"], "need no files"),
     (["--dataset", "kitti"], "kitti"),
@@ -878,6 +878,8 @@ def test_flags_that_cost_does_not_use(checkpoint, capsys):
     for flag in ("--variant=stm1", "--dataset=nyud", "--workers=1"):
         assert f"{flag.split('=')[0]} has no effect" in fails(capsys, "--cost", "--checkpoint", checkpoint, flag)
     assert "--batch-size has no effect" in fails(capsys, "--cost", "--variant", "all", "--batch-size", "2")
+    assert "--max-side of at least 32, found 31" in fails(capsys, "--checkpoint", checkpoint, "--image", "a.png",
+                                                          "--max-side", "31")
 
 
 def test_cost_of_a_data_sets_tasks_and_size(capsys):
