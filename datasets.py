@@ -59,7 +59,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil, cos, pi, sin
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context, get_start_method, parent_process
 from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -131,6 +131,7 @@ class DenseDataset(Dataset):
         expect(tasks and set(tasks) <= set(self.TASKS), f"tasks from {list(self.TASKS)}", tasks)
         self.labels = self.describe({task: self.TASKS[task] for task in tasks})
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
+        expect(0 < self.SCALES[0] <= self.SCALES[-1] < np.inf, "SCALES above 0, the smaller one first", self.SCALES)
         tolerance = self.BOUNDARY_TOLERANCE or 0
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
         expect(seed >= 0, "seed of at least 0", seed)
@@ -1019,9 +1020,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndarray:
-    """The pixels of an image file, of several frames the first, by what they mean:
+    """The pixels of an image file, by what they mean:
 
-    picture     uint8 (h, w, 3), RGB: of 16 bits the upper 8, transparent parts white; colour profiles are not applied
+    picture     uint8 (h, w, 3), RGB: of 16 bits the upper 8, transparent parts white, of several frames the first;
+                colour profiles are not applied
     classes     integers (h, w): grey of 8 or 16 bits as it is stored, of a palette the indices
     mask        uint8 (h, w), 0 and 1: from 0 and 1, 0 and 255 (65535), 1 bit, or a palette's black and white or 0 and 1
     soft mask   the same, and from grey in more than 32 steps: 1 above 127
@@ -1033,11 +1035,13 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        frames = getattr(image, "n_frames", 1)
         image.load()
     with about(path):
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         if role == "picture":
             return to_rgb(image)
+        expect(frames == 1, "one frame", frames)
         lossless = image.format in LOSSLESS and image.info.get("compression") != "jpeg"
         expect(lossless, f"a label without loss, of {', '.join(LOSSLESS)}", image.format)
         as_is = not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0
@@ -1418,6 +1422,13 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> Data
     if workers:
         expect_main_guard()
         allow_open_files(workers)
+    if workers and get_start_method() != "fork":    # DataLoader would fail amid starting its processes
+        try:
+            pickle.dumps(dataset)
+        except Exception as error:
+            own = type(getattr(dataset, "dataset", dataset)).__name__
+            raise ValueError(f"{own} cannot be sent to a loading process ({error}); open files in `read`, at its first "
+                             "call, and keep no lambda, or give --workers 0") from error
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
 
 

@@ -97,26 +97,27 @@ class DecoderConfig:
 
 
 PAPER = DecoderConfig()
-VARIANTS = {
-    "mtmamba": PAPER,
+_MTMAMBA = {key: value for key, value in vars(PAPER).items() if key != "d_state"}
+VARIANTS = {    # arguments of DecoderConfig
+    "mtmamba": _MTMAMBA,
     # The successor, then each of its two changes alone
-    "mtmamba++": replace(PAPER, ctm="semantic", head="lite"),
-    "s-ctm-dense": replace(PAPER, ctm="semantic"),
-    "f-ctm-lite": replace(PAPER, head="lite"),
+    "mtmamba++": dict(_MTMAMBA, ctm="semantic", head="lite"),
+    "s-ctm-dense": dict(_MTMAMBA, ctm="semantic"),
+    "f-ctm-lite": dict(_MTMAMBA, head="lite"),
     # Table 2. The paper names the Swin rows, and the W-MSA rows below, but does not describe them. The structures here
     # are inferred: they are the ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
-    "stm1": replace(PAPER, depth=1, ctm=None),
-    "stm2": replace(PAPER, depth=2, ctm=None),
-    "stm3": replace(PAPER, depth=3, ctm=None),
-    "swin-multi-task": replace(PAPER, block="swin", ctm=None),
-    "swin-single-task": replace(PAPER, block="swin", ctm=None, shared_encoder=False),
+    "stm1": dict(_MTMAMBA, depth=1, ctm=None),
+    "stm2": dict(_MTMAMBA, depth=2, ctm=None),
+    "stm3": dict(_MTMAMBA, depth=3, ctm=None),
+    "swin-multi-task": dict(_MTMAMBA, block="swin", ctm=None),
+    "swin-single-task": dict(_MTMAMBA, block="swin", ctm=None, shared_encoder=False),
     # Table 3
-    "mfe-wmsa": replace(PAPER, mfe="wmsa"),
+    "mfe-wmsa": dict(_MTMAMBA, mfe="wmsa"),
     # Table 4
-    "gate-wmsa": replace(PAPER, gate="wmsa"),
+    "gate-wmsa": dict(_MTMAMBA, gate="wmsa"),
     # Table 5
-    "fusion-specific": replace(PAPER, fusion="specific"),
-    "fusion-shared": replace(PAPER, fusion="shared"),
+    "fusion-specific": dict(_MTMAMBA, fusion="specific"),
+    "fusion-shared": dict(_MTMAMBA, fusion="shared"),
 }
 
 
@@ -152,7 +153,7 @@ class MTMamba(nn.Module):
             raise ValueError(f"expected 1 or more output channels by task, {{'semseg': 40, 'depth': 1}}, found {tasks}")
         if not isinstance(output_scale, int) or output_scale < 1:
             raise ValueError(f"expected output_scale to be a whole number from 1 up, found {output_scale!r}")
-        config = replace(VARIANTS[variant], d_state=d_state)
+        config = DecoderConfig(**VARIANTS[variant], d_state=d_state)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
         encoder_kwargs = encoder_kwargs or {}
@@ -931,7 +932,7 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
             return timm.create_model(name, features_only=True, **added | plain), added | kwargs
         except TypeError as error:    # an argument that this model does not have
             refused = error
-    raise refused
+    raise ValueError(f"the encoder {name} refuses its arguments {kwargs}: {refused}") from refused
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
@@ -2006,7 +2007,7 @@ def published_config(state: dict[str, Tensor]) -> dict:
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     return {"tasks": {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()},
-            "variant": next(name for name, row in VARIANTS.items() if (row.ctm, row.head) == kind)}
+            "variant": next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)}
 
 
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
