@@ -47,6 +47,7 @@ import linecache
 import os
 import pickle
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -75,9 +76,7 @@ from tqdm import tqdm
 
 from metrics import (
     IGNORE,
-    Classes,
     Labels,
-    TaskTable,
     Unfit,
     boundary_ground_truth,
     boundary_pixels,
@@ -139,7 +138,7 @@ class DenseDataset(Dataset):
         self.size, self.seed = tuple(map(int, size)), seed
 
     @classmethod
-    def describe(cls, tasks: TaskTable) -> Labels:
+    def describe(cls, tasks: Mapping) -> Labels:
         """What the attributes of the class say of these tasks. Numbers of any type become plain ones."""
         chosen = {}
         for name in ("classes", "colours", "titles", "units", "label_ids", "flip_pairs"):
@@ -1155,7 +1154,9 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
     flipped = rng.random() < 0.5 and data.FLIP
     colours = [(adjust, rng.uniform(*bounds)) for adjust, bounds in JITTER]
     colours = [colour for colour, applied in zip(colours, rng.random(len(JITTER)) < 0.5) if applied]
-    cropped_by = labels.get(next((task for task, row in task_rows(data.TASKS).items() if row.kind is Classes), None))
+    classes = (task for task, row in task_rows(data.TASKS).items()
+               if row.kind.unknown == IGNORE and not row.kind.binary)
+    cropped_by = labels.get(next(classes, None))
 
     scaled = [max(1, round(length * scale)) for length in image.shape[:2]]
     for corner in corners:
@@ -1413,8 +1414,9 @@ def allow_open_files(workers: int):
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> DataLoader:
-    """What loads the samples of each of the batches in `workers` processes, in order. options: of DataLoader.
+def loader(dataset: Dataset, batches: Iterable, workers: int, images: int = 0, **options) -> DataLoader:
+    """What loads the samples of each of the batches in `workers` processes, in order. images: of a batch; then there
+    are no more processes than shared memory has room for. options: of DataLoader.
 
     Where a run has loading processes, its main process never reads a sample itself: a file that `read` opens and keeps
     would be shared, with its position, by all processes that are forked later. It takes single samples from `fetch`.
@@ -1422,6 +1424,7 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> Data
     if workers:
         expect_main_guard()
         allow_open_files(workers)
+        workers = fit_workers(workers, dataset, images)
     if workers and get_start_method() != "fork":    # DataLoader would fail amid starting its processes
         try:
             pickle.dumps(dataset)
@@ -1430,6 +1433,21 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, **options) -> Data
             raise ValueError(f"{own} cannot be sent to a loading process ({error}); open files in `read`, at its first "
                              "call, and keep no lambda, or give --workers 0") from error
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
+
+
+def fit_workers(workers: int, dataset: Dataset, images: int) -> int:
+    """The number of loading processes that shared memory has room for, `workers` at most. They pass batches through it;
+    where it is full, they hang or are killed. Prints a line where the number is smaller."""
+    if not images or not Path("/dev/shm").is_dir():
+        return workers
+    sample, = fetch(dataset, [0], workers)
+    free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = images * sum(value.nbytes for value in sample.values() if isinstance(value, Tensor))
+    fitting = max(0, (free // needed - 2) // 2)    # two batches of each process are waiting, two are in use
+    if fitting < workers:
+        print(f"shared memory (/dev/shm) has room for {fitting} of {workers} --workers: {free / 2**20:.1f} MiB of "
+              f"{(2 * workers + 2) * needed / 2**20:.1f}. A container gets more with --shm-size")
+    return min(workers, fitting)
 
 
 def fetch(dataset: Dataset, indices: Sequence[int], workers: int) -> list[dict]:

@@ -36,7 +36,6 @@ import json
 import math
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -492,12 +491,12 @@ class Evaluation:
         samples = WithTruths(dataset, boundaries, self.scored)
         first, = fetch(samples, [0], self.workers)
         size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // first["image"][0].numel()))
-        workers = fit_workers(self.workers, first, size)
         batches = [range(i, min(i + size, self.images)) for i in range(0, self.images, size)]
         share = batches[rank::world]
-        loaded = loader(samples, share, workers, collate_fn=collate_by_size)
+        loaded = loader(samples, share, self.workers, size, collate_fn=collate_by_size)
         idle = [[]] * (-(-len(batches) // world) - len(share))
         begun = time.perf_counter()
+        workers = loaded.num_workers
         with Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers:
             self.ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
             yield tqdm(itertools.chain(loaded, idle), "evaluating", len(share + idle), leave=False, disable=rank > 0)
@@ -1168,20 +1167,6 @@ def digest_names(dataset: DenseDataset, device: torch.device) -> list:
                          f"{len(dataset)} here, first {dataset.names[0]!r}. list_names must give the same list in each "
                          "process, so sort it")
     return [len(dataset), digest]
-
-
-def fit_workers(workers: int, sample: dict, batch: int) -> int:
-    """The number of loading processes that shared memory has room for, `workers` at most. They pass batches through it;
-    where it is full, they hang or are killed. Prints a line where the number is smaller."""
-    if not workers or not Path("/dev/shm").is_dir():
-        return workers
-    free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = batch * sum(value.nbytes for value in sample.values() if isinstance(value, Tensor))
-    fitting = max(0, (free // needed - 2) // 2)    # two batches of each process are waiting, two are in use
-    if fitting < workers:
-        print(f"shared memory (/dev/shm) has room for {fitting} of {workers} --workers: {free / 2**20:.1f} MiB of "
-              f"{(2 * workers + 2) * needed / 2**20:.1f}. A container gets more with --shm-size")
-    return min(workers, fitting)
 
 
 if __name__ == "__main__":

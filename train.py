@@ -68,7 +68,6 @@ from datasets import (
     Parser,
     check_samples,
     check_writable,
-    fetch,
     find_dataset_class,
     loader,
     replacing,
@@ -80,7 +79,6 @@ from evaluate import (
     choose_backend,
     digest_names,
     evaluate,
-    fit_workers,
     load_checkpoint,
     load_weights,
     print_scores,
@@ -408,9 +406,9 @@ class Run:
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
         args, self.losses, self.seconds = self.args, {}, 0.0    # of the iterations since the last line of the log
-        workers = fit_workers(args.workers, *fetch(self.train_set, [0], args.workers), self.part)
         indices = batch_indices(self.train_set, args, self.iteration, self.rank, self.world)
-        batches = iter(loader(self.train_set, indices, workers, pin_memory=self.device.type == "cuda"))
+        loaded = loader(self.train_set, indices, args.workers, self.part, pin_memory=self.device.type == "cuda")
+        batches = iter(loaded)
         bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
                    unit="img", disable=self.rank > 0, dynamic_ncols=True)
         stopping = False
@@ -440,7 +438,7 @@ class Run:
                     self.save("last.pt")
         finally:
             bar.close()
-            if workers:    # they ignore signals, so nothing else would end them
+            if loaded.num_workers:    # they ignore signals, so nothing else would end them
                 batches._shutdown_workers()
 
     def step(self, batches: Iterator[dict]) -> Tensor:

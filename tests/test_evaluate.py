@@ -445,9 +445,9 @@ def test_a_loading_process_that_the_system_kills_ends_the_evaluation(checkpoint,
 @pytest.mark.parametrize("free, fitting", [(10 ** 9, 3), (8 * 2 * 4 * 100, 3), (8 * 2 * 4 * 100 - 1, 2), (100, 0)])
 def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, capsys):
     """Two batches of each process wait, and two more are in use: 8 batches of 2 images for 3 processes."""
-    monkeypatch.setattr(evaluate.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
-    sample = {"image": torch.zeros(100), "name": "a"}
-    assert evaluate.fit_workers(3, sample, 2) == fitting and evaluate.fit_workers(0, sample, 2) == 0
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    monkeypatch.setattr(datasets, "fetch", lambda dataset, indices, workers: [{"image": torch.zeros(100), "name": "a"}])
+    assert datasets.fit_workers(3, None, 2) == fitting
     assert ("--shm-size" in capsys.readouterr().out) == (fitting < 3)
 
 
@@ -533,7 +533,8 @@ def test_published_checkpoint(data, nyud, tmp_path, tiny_model, capsys):
     message = fails(capsys, *arguments(path, nyud, tmp_path, "--encoder", "swin_tiny_patch4_window7_224"))
     assert "does not fit the model" in message and "--encoder" in message
     assert "expected tasks from" in fails(capsys, *arguments(path, nyud, tmp_path, "--dataset", "pascal", *options))
-    assert "cannot build" in fails(capsys, *arguments(path, nyud, tmp_path, "--encoder-kwargs", '{"depths": 1}'))
+    options = "--encoder-kwargs", '{"depths": 1}'
+    assert "refuses its arguments" in fails(capsys, *arguments(path, nyud, tmp_path, *options))
     torch.save({"model": {"module.final_project.semseg.weight": torch.zeros(18, 12, 1, 1)}}, path)
     assert "{'semseg': 18}" in fails(capsys, *arguments(path, nyud, tmp_path))
     torch.save({"model": {"module.final_project.sky.weight": torch.zeros(1, 12, 1, 1)}}, path)

@@ -920,9 +920,9 @@ def test_the_main_job_is_the_one_in_the_readme(tmp_path):
 
 def test_shared_memory_is_reckoned_for_the_images_that_a_process_computes_at_a_time(tmp_path, monkeypatch):
     parts = []
-    monkeypatch.setattr(train, "fit_workers", lambda workers, sample, images: parts.append((workers, images)) or 0)
+    monkeypatch.setattr(datasets, "fit_workers", lambda workers, data, images: parts.append((workers, images)) or 0)
     run(tmp_path, *FEW, "--batch-size", 12, "--accumulate", 3, "--iterations", 1, "--workers", 2)
-    assert parts == [(2, 4)]
+    assert (2, 4) in parts
 
 
 def test_encoder_weights_by_hand(tmp_path):
