@@ -74,11 +74,10 @@ from datasets import (
     to_tensor,
     usable_cpus,
 )
-from metrics import COLOUR_MAP, Kind, Labels, Meter, OdsMeter, colour_map, delta_m, expect
+from metrics import Labels, Meter, OdsMeter, colour_map, delta_m
 from mtmamba import (
     BACKENDS,
     ENCODERS,
-    SS2D,
     VARIANTS,
     MTMamba,
     check_scan,
@@ -86,6 +85,7 @@ from mtmamba import (
     load_published_checkpoint,
     published_config,
     read_tensors,
+    set_backend,
 )
 
 EVALUATION_BATCH = 8             # images at most, and pixels at most, by the first image's size
@@ -199,8 +199,10 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
         raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
     for name, least in dict(max_side=32, workers=0, save_images=0, batch_size=1).items():
         value = getattr(args, name)
-        expect(value is None or value >= least, f"--{name.replace('_', '-')} of at least {least}", value)
-    expect(isinstance(args.encoder_kwargs or {}, dict), "a JSON object as --encoder-kwargs", args.encoder_kwargs)
+        if value is not None and value < least:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, found {value}")
+    if not isinstance(args.encoder_kwargs or {}, dict):
+        raise ValueError(f"expected a JSON object as --encoder-kwargs, found {args.encoder_kwargs}")
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
 
@@ -282,8 +284,7 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
     """Sets the backend of the model's scans (None: by the device) and returns its name, once the scan has proved itself
     on this device; arguments as in check_scan. Raises ValueError where it is wrong or cannot run."""
     name = backend or default_backend(next(model.parameters()).device)
-    for scan in (m for m in model.modules() if isinstance(m, SS2D)):
-        scan.backend = backend
+    set_backend(model, backend)
     begun = time.perf_counter()
     try:
         check_scan(model, dtype or torch.float32, compiled, images)
@@ -364,8 +365,8 @@ def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> 
              for side in (labels, dataset.labels)]
     if forms[0] != forms[1]:
         raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
-    expect(config.get("output_scale", 1) == dataset.LABEL_SCALE, f"a model with the output_scale of {name}'s labels, "
-           f"{dataset.LABEL_SCALE}", config.get("output_scale", 1))
+    if config.get("output_scale", 1) != dataset.LABEL_SCALE:
+        raise ValueError(f"expected a model with the output_scale {dataset.LABEL_SCALE} of {name}'s labels")
     for task in labels.kinds:
         trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
         for i, (a, b) in enumerate(zip(trained, scored)):
@@ -722,7 +723,7 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
             skipped += 1
             continue
         raw.save(stem, maps, shares)
-        files = draw_prediction(printable(path.name), image, maps, heat if args.features else {}, kinds)
+        files = draw_prediction(printable(path.name), image, maps, heat if args.features else {}, model.labels)
         for name, picture in files.items():
             with replacing(out / f"{stem}_{name}.png") as file:
                 picture.save(file, "PNG")
@@ -731,10 +732,10 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
 
 
 def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], heat: dict[str, Tensor],
-                    kinds: dict[str, Kind]) -> dict[str, Image.Image]:
+                    labels: Labels) -> dict[str, Image.Image]:
     """The picture of each map, of heat's maps over the image, and a sheet of all. maps, heat: of predict_picture."""
     columns, legends, files = [[(title, image)]], [], {}
-    for task, kind in kinds.items():
+    for task, kind in labels.kinds.items():
         picture, lines = kind.picture(maps[task].numpy(), maps[task].numpy())
         files[task] = Image.fromarray(picture)
         columns.append([(kind.title, files[task])])
@@ -745,7 +746,8 @@ def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], hea
             files[f"{task}_feature"] = Image.blend(image, Image.fromarray(colour_map(norm, low, high)), 0.6)
             columns[-1].append((f"its feature: {low:.3g} to {high:.3g}", files[f"{task}_feature"]))
     if heat:
-        legends.append([("features", None), ("norm of a pixel's final decoder feature, least to largest", COLOUR_MAP)])
+        legends.append([("features", None), ("norm of a pixel's final decoder feature, least to largest",
+                                            colour_map(np.arange(8), 0, 7))])
     return files | {"sheet": draw_sheet([columns], legends)}
 
 
@@ -1082,8 +1084,8 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: layer_norm})
     meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, meta).eval()    # with these weights, which hold no numbers
-    for ss2d in (module for module in copied.modules() if isinstance(module, SS2D)):
-        ss2d.backend = "torch"    # the operator that is counted, and that runs on the meta device
+    set_backend(copied, "torch")    # the operator that is counted, and that runs on the meta device
+    for ss2d in (module for module in copied.modules() if hasattr(module, "dt_rank")):
         ss2d.register_forward_pre_hook(count_rounding)
     with counter, torch.no_grad():
         outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
