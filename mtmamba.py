@@ -54,7 +54,6 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath, LayerNorm2d, to_2tuple
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -182,7 +181,11 @@ class MTMamba(nn.Module):
         tasks: run the heads of these tasks only. The decoder always runs for all, because tasks exchange features.
         Under autocast, any float type but float64 is accepted.
         """
-        return self.predict(self.decode(image), image.shape[2:], tasks)
+        global _last_sum
+        _last_sum = image.new_zeros((), dtype=torch.float64)
+        outputs = self.predict(self.decode(image), image.shape[2:], tasks)
+        _last_sum = None
+        return outputs
 
     def decode(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
@@ -2088,17 +2091,21 @@ def _has_processes() -> bool:
 
 
 @torch.library.custom_op("mtmamba::sum_over_processes", mutates_args=())
-def _sum_over_processes(x: Tensor) -> Tensor:
+def _sum_over_processes(x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum and what the next one takes for `after`."""
     x = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(x)
-    return x
+    return x, torch.zeros_like(after)
 
 
-_sum_over_processes.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
-_sum_over_processes.register_autograd(lambda _, gradient: _sum_over_processes(gradient))
+_sum_over_processes.register_fake(lambda x, after: (torch.empty_like(x, memory_format=torch.contiguous_format),
+                                                    torch.empty_like(after)))
+_sum_over_processes.register_autograd(lambda _, *gradients: _sum_over_processes(*gradients))
+
 # All processes must make their sums in the same order. Those of different heads do not depend on each other, so a
-# compiler might choose. With this, each takes a token from the one before, in the forward and in the backward pass.
-_register_effectful_op(torch.ops.mtmamba.sum_over_processes.default, _EffectType.ORDERED)
+# compiler might choose. Inside of MTMamba.forward each takes this, the second output of the one before, and in the
+# backward pass its gradient: of the one after.
+_last_sum = None
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2106,6 +2113,8 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     over the processes, in float64: the variance can be small beside the square of the mean."""
     var, mean = (t.double() for t in torch.var_mean(x.to(_compute_dtype(x)), (0, 2, 3), correction=0))
     sums = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]) * (x.numel() / len(mean))
-    n, total, squares = _sum_over_processes(sums)
+    global _last_sum
+    (n, total, squares), after = _sum_over_processes(sums, sums.new_zeros(()) if _last_sum is None else _last_sum)
+    _last_sum = None if _last_sum is None else after
     mean = total / n
     return mean, squares / n - mean ** 2, n[0]

@@ -330,9 +330,6 @@ class Run:
         self.network = self.model
         if args.compile:
             self.network = torch.compile(self.model, fullgraph=True, dynamic=False)    # images of one size
-            # DDP cuts the graph, to sum gradients while it computes others. PyTorch 2.14 fails at that where operators
-            # are ordered, as batch norm's are.
-            torch._dynamo.config.optimize_ddp = not any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
         self.distributed = dist.is_available() and dist.is_initialized()
         if self.distributed:
             self.between_cpus = dist.new_group(backend="gloo")    # to agree on stopping without waiting for a GPU

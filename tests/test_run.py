@@ -69,6 +69,10 @@ if __name__ == "__main__":
     if "SGD" in os.environ:    # AdamW makes whole steps of gradients that are rounding errors
         torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
         torch.compile = functools.partial(torch.compile, backend="aot_eager")    # less to compile
+        # Small buckets of gradients, at which DDP cuts the compiled graph
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 2 ** 16
+        train.DistributedDataParallel = functools.partial(train.DistributedDataParallel, bucket_cap_mb=2 ** -4)
+        torch._logging.set_logs(ddp_graphs=True)
     train.main(sys.argv[1:])
 """
 
@@ -169,6 +173,7 @@ def test_two_processes_equal_one_with_batch_norm(driver, tmp_path):
                          **alone if name == "torchrun" else {})
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
+    assert "---submod_2 graph---" in error    # of the compiled run: its graph was cut
     expected = load(tmp_path / "one/last.pt")["model"]
     assert {"heads.boundary.norm.running_var", "encoder.backbone.bn1.running_var"} <= set(expected)
     for name in list(options)[1:]:
