@@ -1262,25 +1262,19 @@ class Checks(Dataset):
 
 def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace, count: int = 3):
     """A sheet of the first samples of each split, plain and, below that, augmented, with a legend for each task."""
-    from evaluate import draw_sheet, to_picture  # which imports this module
-    shown, blocks, legends = [], [], []
+    from evaluate import draw_maps, to_picture  # which imports this module
+    shown = []
     for split in ("train", "val"):
         data, versions = dataset.open(split, args.img_size, root=args.root), []
         for augmented in sorted({False, data.augment}):
             data.augment = augmented
             versions.append(fetch(data, range(min(count, len(data))), args.workers))
         shown += [dict(zip((f"{split}:", "in training:"), samples)) for samples in zip(*versions)]
-    for samples in shown:
-        blocks.append([[(f"{what} {sample['name']}", to_picture(sample["image"])) for what, sample in samples.items()]])
-    for task, kind in data.kinds.items():
-        values = np.concatenate([sample[task].flatten(1)[:, None].numpy() for samples in shown
-                                 for sample in samples.values()], axis=2)
-        legends.append([(kind.title, None), *kind.picture(values, values)[1]])
-        for columns, samples in zip(blocks, shown):
-            columns.append([(kind.title, Image.fromarray(kind.picture(sample[task].numpy(), values)[0]))
-                            for sample in samples.values()])
+    blocks = [[[(f"{what} {sample['name']}", to_picture(sample["image"])) for what, sample in samples.items()]]
+              for samples in shown]
+    maps = [{task: [sample[task].numpy() for sample in samples.values()] for task in data.kinds} for samples in shown]
     with replacing(args.pictures) as file:
-        draw_sheet(blocks, legends).save(file, "PNG")
+        draw_maps(blocks, data.labels, maps, ("", "")).save(file, "PNG")
     print("pictures:", args.pictures)
 
 

@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -118,14 +117,12 @@ def main(argv: list[str] | None = None) -> Results:
                 return {}
             model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
             print("scan backend:", choose_backend(model, args.backend))
-            results = {} if args.image else score(args, model, checkpoint, device)
-            skipped = draw_pictures(args, model, device) if args.image else 0
-            # This also waits for all processes: torchrun ends the others when one has failed.
-            skipped = int(add_up(torch.tensor(skipped, device=device)))
-            rank, _ = rank_and_world()
+            if not args.image:
+                return score(args, model, checkpoint, device)
+            skipped = draw_pictures(args, model, device)
     if skipped:
-        parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n" if rank == 0 else None)
-    return results
+        parser.exit(1, f"evaluate.py: {skipped} of the pictures skipped\n")
+    return {}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -225,10 +222,7 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
         config |= dict(encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
-    try:
-        model = MTMamba(**config | {"pretrained": False})    # the weights are in the file
-    except TypeError as error:    # arguments that MTMamba or the encoder does not have
-        raise ValueError(f"cannot build a model of {config}: {error}") from error
+    model = MTMamba(**config | {"pretrained": False})    # the weights are in the file
     load_weights(model, checkpoint, path)
     model.labels = checkpoint["labels"]
     # Without the tensors, which would keep the file open: a training that is running may replace it.
@@ -265,10 +259,8 @@ def describe_published(state: dict[str, Tensor]) -> dict:
 
 def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     """Loads the weights of a read_checkpoint, strictly. Raises ValueError, naming path, if they are not the model's."""
-    published, order = "published" in checkpoint, list(checkpoint["config"]["tasks"])
+    published = "published" in checkpoint
     state = checkpoint["published" if published else "model"]
-    if not published and order != list(model.tasks):    # which no shape shows
-        raise ValueError(f"{path} has the tasks in the order {order}, the model in the order {list(model.tasks)}")
     try:
         load_published_checkpoint(model, state) if published else model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
@@ -285,13 +277,10 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
     on this device; arguments as in check_scan. Raises ValueError where it is wrong or cannot run."""
     name = backend or default_backend(next(model.parameters()).device)
     set_backend(model, backend)
-    begun = time.perf_counter()
     try:
         check_scan(model, dtype or torch.float32, compiled, images)
     except RuntimeError as error:    # also of the machine, such as a GPU for which PyTorch has no kernels
         raise ValueError(" ".join(str(error).split())) from error
-    if (seconds := time.perf_counter() - begun) > 5:
-        print(f"it took {seconds:.0f} s to compile the scan and to check it", file=sys.stderr)
     return name
 
 
@@ -308,12 +297,12 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
     for folder in filter(None, (out, args.save_predictions)):
         dataset.refuse_folder(folder)
     check_writable(out)
-    raw = RawMaps(args, dataset.labels, dataset.names, [], device)
+    raw = RawMaps(args, dataset.labels, dataset.names, [])
     workers = args.workers
     if workers is None:
-        workers = min(16, max(1, usable_cpus() // rank_and_world()[1])) if dataset.SHUFFLED else 0
+        workers = min(16, usable_cpus() // rank_and_world()[1]) if dataset.SHUFFLED else 0
     evaluation = Evaluation(dataset, device, workers, scored)
-    results = evaluate(model, evaluation, raw.save_batch)
+    results = evaluate(model, evaluation, raw.save_outputs)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank_and_world()[0] > 0:
@@ -324,10 +313,10 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
     entries = dict(dataset=name, checkpoint=str(args.checkpoint), delta_m=improvement, results=results)
     write_results(out / "results.json", entries, model, evaluation, checkpoint)
     print("results:", out / "results.json")
-    for first in range(0, min(args.save_images, len(dataset)), 4):
+    shown = range(min(args.save_images, len(dataset)))
+    for first in shown[::4]:
         path = out / (f"contact_sheet_{first // 4 + 1}.png" if first else "contact_sheet.png")
-        shown = range(first, min(first + 4, args.save_images))
-        print("pictures:", save_contact_sheet(model, evaluation, path, shown))
+        print("pictures:", save_contact_sheet(model, evaluation, path, shown[first:first + 4]))
     return results
 
 
@@ -429,20 +418,20 @@ def write_results(path: Path, entries: dict, model: MTMamba, evaluation: "Evalua
 def versions() -> dict[str, str | None]:
     """The versions that results depend on. commit: None where this folder is no git checkout."""
     found = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__, commit=None)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    with contextlib.suppress(OSError):
         found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                         text=True, check=True).stdout.strip()
+                                         text=True).stdout.strip() or None
     return found
 
 
 @torch.inference_mode()
-def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable[[dict, dict], None] | None = None,
+def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable | None = None,
              stop: Callable[[], bool] | None = None) -> Results | None:
     """The scores of a model. Tasks without a label in the data set are named and left out. The model's mode (train or
     eval) stays as it was.
 
-    save: called with each batch and the model's outputs. stop: asked before each batch whether to give up, then the
-    result is None; where a process group runs, it must answer the same in every process.
+    save: called with each image's name, its outputs {task: (1, C_t, H, W)} and its own_area. stop: asked before each
+    batch whether to give up, then the result is None; it must answer the same in every process.
     Where a process group runs, every process has to call this: they share the images, and all return the same figures.
     They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
     exactly the same for any number of processes.
@@ -454,19 +443,15 @@ def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable[[dict, dic
             if stop and stop():
                 break
             for batch in batches:
-                outputs = model(batch["image"].to(evaluation.device))
-                evaluation.update(batch, outputs)
-                if save:
-                    save(batch, outputs)
+                evaluation.update(batch, model(batch["image"].to(evaluation.device)), save)
     model.train(training)
     if stop and stop():
         return None
-    evaluation.reduce()
     return evaluation.results()
 
 
 class Evaluation:
-    """The sums of an evaluation, which give scores and losses. update(...) adds a batch, reduce() the other processes.
+    """The sums of an evaluation, which give scores and losses. update(...) adds a batch, results() the other processes.
 
     workers: processes that load images, and as many that match boundaries (0: none). scored: names of the images that
     odsF is scored on, None for all, () for none; it needs the data set's tolerance. limit: only so many images, the
@@ -486,7 +471,7 @@ class Evaluation:
         """Loads this process's share of the images, in lists of batches of one size, and matches boundaries. Every
         process gets equally many lists; the last may be empty."""
         dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored != () else None
-        digest_names(dataset, self.device)
+        digest_names(dataset)
         rank, world = rank_and_world()
         boundaries = [task for task, kind in dataset.kinds.items() if kind.ods and tolerance is not None]
         samples = WithTruths(dataset, boundaries, self.scored)
@@ -505,32 +490,32 @@ class Evaluation:
                 meter.collect()
         self.seconds = time.perf_counter() - begun
 
-    def update(self, batch: dict, outputs: dict[str, Tensor]):
-        """outputs: of the network (B, C_t, H, W) for a batch of `running`."""
+    def update(self, batch: dict, outputs: dict[str, Tensor], save: Callable | None = None):
+        """outputs: of the network (B, C_t, H, W) for a batch of `running`. save: see evaluate."""
         for task, meter in self.meters.items():
             meter.update(outputs[task], batch[task].to(self.device), with_losses=True)
         for i, truths in enumerate(batch["truths"]):
+            own = {task: output[i:i + 1].float() for task, output in outputs.items()}
             area = own_area(batch["image"], batch["size"][i], self.dataset.LABEL_SCALE)
             for task, truth in truths.items():
                 kind = self.dataset.kinds[task]
-                prediction = kind.predict(outputs[task][i:i + 1].float())[0][area].cpu().numpy()
+                prediction = kind.predict(own[task])[0][area].cpu().numpy()
                 self.ods[task].update(kind.raw(prediction), truth, kind.valid(batch[task][i:i + 1])[0][area].numpy())
+            if save:
+                save(batch["name"][i], own, area)
 
-    def reduce(self):
-        shared = self.device if self.device.type == "cuda" else "cpu"    # where processes add up
+    def results(self) -> Results:
+        """The scores of the tasks that have any, over all processes, the primary metric first."""
         for meter in self.meters.values():
             for name in ("sums", "not_finite", "losses"):
-                setattr(meter, name, add_up(getattr(meter, name).to(shared)))
+                setattr(meter, name, add_up(getattr(meter, name)))
         for meter in self.ods.values():
-            meter.counts = add_up(torch.from_numpy(meter.counts).to(shared)).cpu().numpy()
+            meter.counts = add_up(torch.from_numpy(meter.counts)).cpu().numpy()
         empty = [task for task, meter in self.meters.items() if meter.empty()]
         if empty:    # one task without labels is no reason to lose the others' scores
             print(f"not scored, as no pixel has a label: {', '.join(empty)}")
-
-    def results(self) -> Results:
-        """The scores of the tasks that have any, the primary metric first."""
         return {task: (self.ods[task].compute() if task in self.ods else {}) | meter.compute()
-                for task, meter in self.meters.items() if not meter.empty()}
+                for task, meter in self.meters.items() if task not in empty}
 
     def record(self) -> dict:
         """What results.json tells beside the scores. validation_losses: means over the images with a label. confusion:
@@ -572,40 +557,36 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
 
 
 class RawMaps:
-    """The files of --save-predictions, --probabilities and --label-ids; see their help."""
+    """The files of --save-predictions, --probabilities and --label-ids; see their help. Without a folder it does
+    nothing."""
 
-    def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path],
-                 device: torch.device):
-        """names: of the images. read, device: see claim. Raises ValueError where files would be overwritten, and where
-        the data set has no label IDs."""
-        self.folder, self.probabilities, self.label_ids = args.save_predictions, args.probabilities, args.label_ids
-        self.labels = labels
-        if self.label_ids and not labels.label_ids:
+    def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path]):
+        """names: of the images. read: see claim. Raises ValueError where files would be overwritten, and where the data
+        set has no label IDs."""
+        self.args, self.labels = args, labels
+        if args.label_ids and not labels.label_ids:
             raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
-        if self.folder:
+        if args.save_predictions:
             files = [f"{task}/{name}{suffix}" for name in names for task, kind in labels.kinds.items()
-                     for suffix in (kind.suffix, ".npz")[:1 + self.probabilities]]
-            claim(self.folder, files, read, args.overwrite, device)
+                     for suffix in (kind.suffix, ".npz")[:1 + args.probabilities]]
+            claim(args.save_predictions, files, read, args.overwrite)
 
-    def save_batch(self, batch: dict, outputs: dict[str, Tensor]):
-        """See evaluate. Does nothing where no folder is given."""
-        for i, name in enumerate(batch["name"] if self.folder else ()):
-            own = {task: output[i:i + 1] for task, output in outputs.items()}
-            scale = next(iter(own.values())).shape[-1] // batch["image"].shape[-1]
-            area = own_area(batch["image"], batch["size"][i], scale)
-            maps, shares = ({task: values[0][area].cpu() for task, values in of(self.labels, own).items()}
-                            for of in (predict_maps, probabilities))
-            self.save(name, maps, shares)
+    def save_outputs(self, name: str, outputs: dict[str, Tensor], area: tuple):
+        """See evaluate."""
+        if self.args.save_predictions:
+            self.save(name, *({task: values[0][area].cpu() for task, values in of(self.labels, outputs).items()}
+                              for of in (predict_maps, probabilities)))
 
-    def save(self, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor]):
+    def save(self, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor] | None = None):
         """maps, shares: as of predict_picture, (C, h, w)."""
-        for task, values in maps.items() if self.folder else ():
+        for task, values in maps.items() if self.args.save_predictions else ():
             kind = self.labels.kinds[task]
-            path, values = self.folder / task / f"{name}{kind.suffix}", kind.raw(values.numpy(), self.label_ids)
+            values = kind.raw(values.numpy(), self.args.label_ids)
+            path = self.args.save_predictions / task / f"{name}{kind.suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 Image.fromarray(values).save(file, "PNG") if values.dtype == np.uint8 else np.save(file, values)
-            if self.probabilities and task in shares:
+            if self.args.probabilities and task in shares:
                 with replacing(path.with_suffix(".npz")) as file:
                     np.savez_compressed(file, probability=shares[task].half().numpy())
 
@@ -636,17 +617,8 @@ def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, fl
 PICTURE_FILES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg jxl nef pbm pgm png pnm ppm tga tif "
                  "tiff webp").split()    # endings; those that Pillow cannot read are skipped
 MAX_SIDE = 1024     # pixels
-SHEET = 1600                      # pixels of a sheet's width, at most: its letters stay readable on a screen
-CELL, SMALL_CELL = 512, 300       # of a picture's longer side in a sheet: at most, and to which it may be reduced
+SHEET = 1600                      # pixels of a sheet's width: its letters stay readable on a screen
 LETTERS, LINE, GAP = 16, 24, 8    # heights of letters and lines, and what lies between pictures
-FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts",
-         "/Library/Fonts", "C:/Windows/Fonts")
-
-
-def labels_of(model: MTMamba) -> Labels:
-    """What load_checkpoint and train.py keep in model.labels. Any other model has tasks of the six, whose classes have
-    no names."""
-    return getattr(model, "labels", None) or DenseDataset.describe(model.tasks)
 
 
 def predict_maps(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -662,35 +634,37 @@ def probabilities(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tenso
 
 @torch.inference_mode()
 def save_contact_sheet(model: MTMamba, evaluation: Evaluation, path: Path, images: range = range(4)) -> Path:
-    """Writes a PNG of some images of the evaluation: each image, and each task's prediction above its ground truth; at
-    the end a legend per task with its score on these images."""
-    dataset, training, scale = evaluation.dataset, model.training, model.output_scale
+    """Writes a PNG of some images of the evaluation: each image, and each task's prediction above its ground truth."""
+    dataset, training, scale, blocks, maps = evaluation.dataset, model.training, model.output_scale, [], []
     model.eval()
-    meters, blocks = {task: Meter(kind) for task, kind in dataset.kinds.items()}, []
-    predicted, true = ({task: [] for task in meters} for _ in range(2))
     for sample in fetch(dataset, images[:len(dataset)], evaluation.workers):
-        outputs = model(sample["image"][None].to(evaluation.device))
+        predicted = predict_maps(dataset.labels, model(sample["image"][None].to(evaluation.device)))
         inner = own_area(sample["image"], sample["size"])
         blocks.append([[(sample["name"], to_picture(sample["image"][inner]))]])
-        for task, values in predict_maps(dataset.labels, outputs).items():
-            meters[task].update(outputs[task], sample[task][None].to(evaluation.device))
-            for maps, label in ((predicted, values[0].cpu()), (true, sample[task])):    # at the image's size
-                maps[task].append(label[:, ::scale, ::scale][inner].numpy())
+        maps.append({task: [both[:, ::scale, ::scale][inner].numpy() for both in (values[0].cpu(), sample[task])]
+                     for task, values in predicted.items()})    # at the image's size
     model.train(training)
-    legends = []
-    for task, kind in dataset.kinds.items():
-        found, shown = (np.concatenate([map.reshape(len(map), 1, -1) for map in maps[task]], axis=2)
-                        for maps in (predicted, true))
-        scores = {} if meters[task].empty() else meters[task].compute()
-        metric = kind.primary(scores) if scores else ""
-        note = f", {metric} here: {scores[metric]:.{kind.digits}f}{kind.unit}" if scores else ""
-        legends.append([(kind.title + note, None), *kind.picture(found, shown)[1]])
-        for columns, *pair in zip(blocks, predicted[task], true[task]):
-            columns.append([(f"{kind.title}, {what}", Image.fromarray(kind.picture(values, shown)[0]))
-                            for what, values in zip(("predicted", "true"), pair)])
     with replacing(path) as file:
-        draw_sheet(blocks, legends).save(file, "PNG")
+        draw_maps(blocks, dataset.labels, maps, (", predicted", ", true"), 1).save(file, "PNG")
     return path
+
+
+def draw_maps(blocks: list[list], labels: Labels, maps: list[dict[str, list]], titles: tuple[str, ...],
+              first: int = 0) -> Image.Image:
+    """A sheet of images, with a column for each task's maps of an image and a legend of each task.
+
+    blocks: as of draw_sheet. maps: of each image {task: [map (1 or C, h, w), ...]}; titles: what is added to the task's
+    in the titles of these. The legend's range is that of all images' maps[first:].
+    """
+    legends = []
+    for task, kind in labels.kinds.items():
+        flat = [[map.reshape(len(map), 1, -1) for map in own[task]] for own in maps]
+        drawn, shown = (np.concatenate([map for own in flat for map in own[start:]], axis=2) for start in (0, first))
+        legends.append([(kind.title, ()), *kind.picture(drawn, shown)[1]])
+        for columns, own in zip(blocks, maps):
+            columns.append([(kind.title + title, Image.fromarray(kind.picture(map, shown)[0]))
+                            for title, map in zip(titles, own[task])])
+    return draw_sheet(blocks, legends)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -700,35 +674,34 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
-    """Writes the predictions for the user's own pictures, and a sheet of each; returns how many were skipped."""
+    """Writes the predictions for the user's own pictures, and a sheet of each. Returns how many all processes skipped,
+    in the first one, else 0."""
     paths, kinds, skipped = find_pictures(args.image), model.labels.kinds, 0
     out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
     drawn = [*kinds, *(f"{task}_feature" for task in kinds if args.features), "sheet"]
     stems = distinct_stems(paths, drawn)
     inputs = {path if path.is_dir() else path.parent for path in args.image}
-    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite, device)
-    raw = RawMaps(args, model.labels, stems, inputs, device)
+    claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite)
+    raw = RawMaps(args, model.labels, stems, inputs)
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
-            maps, heat, shares = predict_all(model, image, device, args.max_side, args.probabilities)
+            maps, heat, *shares = predict_picture(model, image, device, args.max_side, args.probabilities)
         except Exception as error:
-            reason = str(error) or type(error).__name__    # a MemoryError may say nothing
-            # On a CPU, PyTorch has no error of its own for too little memory.
-            full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in reason
-            if not (full or is_deliberate(error)):    # a fault in the code
+            if not is_deliberate(error):    # a fault in the code
                 raise
-            print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
+            print("skipped", printable(error if str(path) in str(error) else f"{path}: {error}"), file=sys.stderr)
             skipped += 1
             continue
-        raw.save(stem, maps, shares)
+        raw.save(stem, maps, *shares)
         files = draw_prediction(printable(path.name), image, maps, heat if args.features else {}, model.labels)
         for name, picture in files.items():
             with replacing(out / f"{stem}_{name}.png") as file:
                 picture.save(file, "PNG")
         print("pictures:", printable(out / f"{stem}_sheet.png"))
-    return skipped
+    # This also waits for all processes: torchrun ends the others when one has failed.
+    return int(add_up(torch.tensor(skipped))) * (rank == 0)
 
 
 def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], heat: dict[str, Tensor],
@@ -739,35 +712,30 @@ def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], hea
         picture, lines = kind.picture(maps[task].numpy(), maps[task].numpy())
         files[task] = Image.fromarray(picture)
         columns.append([(kind.title, files[task])])
-        legends.append([(kind.title, None), *lines])
+        legends.append([(kind.title, ()), *lines])
         if task in heat:
             norm = heat[task].numpy()
             low, high = float(norm.min()), float(norm.max())
             files[f"{task}_feature"] = Image.blend(image, Image.fromarray(colour_map(norm, low, high)), 0.6)
-            columns[-1].append((f"its feature: {low:.3g} to {high:.3g}", files[f"{task}_feature"]))
-    if heat:
-        legends.append([("features", None), ("norm of a pixel's final decoder feature, least to largest",
-                                            colour_map(np.arange(8), 0, 7))])
+            columns[-1].append((f"feature's norm: {low:.3g} (blue) to {high:.3g}", files[f"{task}_feature"]))
     return files | {"sheet": draw_sheet([columns], legends)}
 
 
 def keep_inputs(written: Path, read: Iterable[Path]):
-    """Raises ValueError where a file that is read would be replaced."""
-    for path in read:
-        if path.resolve() == written.resolve():
-            raise ValueError(f"{path} is read here and would be replaced; write to another place")
+    """Raises ValueError where a file or a folder that is read would be written to."""
+    if written.resolve() in {path.resolve() for path in read}:
+        raise ValueError(f"{written} is read here; write to another place")
 
 
-def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool, device: torch.device):
+def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool):
     """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
     read, and where one of the files is there, unless they may be overwritten."""
-    if folder.resolve() in {path.resolve() for path in read}:
-        raise ValueError(f"{folder} is read; give another --out or --save-predictions")
+    keep_inputs(folder, read)
     found = [name for name in names if os.path.lexists(folder / name)]
     if found and not overwrite:
         raise ValueError(f"{folder / found[0]} would be overwritten, one of {len(found)}; add --overwrite if it may be")
     check_writable(folder)
-    add_up(torch.zeros(1, device=device))    # no process writes before all have looked
+    add_up(torch.zeros(1))    # no process writes before all have looked
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
@@ -776,8 +744,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
-        else:    # a quoted pattern, too
-            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
+        else:
+            found.append(path)
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}, with names in {' '.join(PICTURE_FILES)}")
     return found
@@ -804,50 +772,41 @@ def printable(text: object) -> str:
 
 def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
-    if Path(path).exists() and not Path(path).is_file():    # a pipe, from which reading may never end
-        raise ValueError(f"{path} is not a file; give the path of a picture")
     return Image.fromarray(read_image(path, turn=True))
 
 
-def predict_picture(model: MTMamba, image: Image.Image, device: torch.device,
-                    max_side: int = MAX_SIDE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}), see below."""
-    return predict_all(model, image, device, max_side)[:2]
-
-
 @torch.inference_mode()
-def predict_all(model: MTMamba, image: Image.Image, device: torch.device, max_side: int,
-                with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
-    """What predict_picture gives, and {task: probabilities as of Kind.probability}, empty unless they are asked for.
+def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, max_side: int = MAX_SIDE,
+                    with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
+    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}); and
+    {task: probabilities as of Kind.probability} if they are asked for. model: of load_checkpoint.
 
     max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
     the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
     """
-    size, scale = (image.height, image.width), model.output_scale
+    size, scale, labels = (image.height, image.width), model.output_scale, model.labels
     shrink = min(1, scale * max_side / max(size))
     if shrink < 1:    # the model takes no side below 32
         image = image.resize([max(32 * scale, round(n * shrink)) for n in image.size], Image.Resampling.BICUBIC)
-    seen = [-(-n // scale) for n in image.size]
-    small = image.resize(seen, Image.Resampling.BILINEAR) if scale > 1 else image
+    small = image.resize(tuple(-(-n // scale) for n in image.size), Image.Resampling.BILINEAR)
     pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
-    labels = labels_of(model)
+    interpolate = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
-    def enlarged(values: Tensor, resize: Callable) -> Tensor:
+    def enlarged(values: Tensor, resize: Callable | None = None) -> Tensor:
         values = values[0, :, :image.height, :image.width].cpu()
-        return values if values.shape[1:] == size else resize(values, size)
-
-    def bilinear(values: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
+        if values.shape[1:] == size:
+            return values
+        return resize(values, size) if resize else interpolate(values[None], size)[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
-    shares = probabilities(labels, outputs if with_probabilities else {})
     heat = {}
     for task, z in features.items():
         norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        norm = F.interpolate(norm, scale_factor=4 * scale, mode="bilinear", align_corners=False)
-        heat[task] = enlarged(norm, bilinear)[0]
-    return maps, heat, {task: enlarged(values, bilinear) for task, values in shares.items()}
+        heat[task] = enlarged(interpolate(norm, scale_factor=4 * scale))[0]
+    if not with_probabilities:
+        return maps, heat
+    return maps, heat, {task: enlarged(values) for task, values in probabilities(labels, outputs).items()}
 
 
 def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
@@ -857,45 +816,48 @@ def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
     go on below. legends: lines as of Kind.picture, the first of which is the title.
     """
     number = max(map(len, blocks))
-    sizes = [picture.size for columns in blocks for column in columns for _, picture in column]
-    rows = -(-number * (min(SMALL_CELL, 2 * max(map(max, sizes))) + GAP) // SHEET)
-    abreast = -(-number // rows)
-    cell = min(CELL, SHEET // abreast - GAP)
-    step = max(SMALL_CELL // 2, *(cell * width // max(width, height) for width, height in sizes)) + GAP
-    width, below, placed = max(SHEET // 2, abreast * step), 0, []
+    widest = max(picture.width for columns in blocks for column in columns for _, picture in column)
+    abreast = min(number, SHEET // min(max(150, 2 * widest), 300))    # 150: of titles; small pictures are doubled
+    step, rows = min(SHEET // abreast, 512), []
     for columns in blocks:
-        for i in range(0, number, abreast):
-            top = below
-            for j, column in enumerate(columns[i:i + abreast]):
-                x, y = j * step, top
-                for title, picture in column:
-                    picture = fit(picture, cell)
-                    placed += [(draw_lines([(title, None)], step), (x, y)), (picture, (x, y + LINE))]
-                    y += LINE + picture.height + GAP
-                below = max(below, y)
-    for lines in legends:
-        placed.append((draw_lines(lines, width), (0, below)))
-        below += placed[-1][0].height
-    sheet = Image.new("RGB", (width, below), "white")
-    for picture, corner in placed:
-        sheet.paste(picture, corner)
-    return sheet
+        drawn = []
+        for column in columns:
+            parts = []
+            for title, picture in column:
+                parts += [draw_lines([(title, ())], step), fit(picture, step - GAP)]
+            drawn.append(join(parts, axis=1))
+        rows += [join(drawn[i:i + abreast], axis=0) for i in range(0, len(drawn), abreast)]
+    return join(rows + [draw_lines(lines, SHEET) for lines in legends], axis=1)
+
+
+def join(pictures: list[Image.Image], axis: int) -> Image.Image:
+    """Side by side (axis 0) or one above the other (axis 1), on white."""
+    sizes = np.array([picture.size for picture in pictures])    # (n, 2)
+    corners = np.zeros_like(sizes)
+    corners[1:, axis] = sizes[:-1, axis].cumsum()
+    joined = Image.new("RGB", tuple((corners + sizes).max(0).tolist()), "white")
+    for picture, corner in zip(pictures, corners.tolist()):
+        joined.paste(picture, tuple(corner))
+    return joined
 
 
 def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Reduced to the longer side `cell`, or enlarged by a whole number within it."""
-    if max(picture.size) > cell:
-        return ImageOps.contain(picture, (cell, cell))
-    return ImageOps.scale(picture, cell // max(picture.size), Image.Resampling.NEAREST)
+    """At most `cell` wide and twice as high: reduced, or enlarged by a whole number. Below it lies a gap."""
+    factor = min(cell // picture.width, 2 * cell // picture.height)
+    if factor:
+        picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
+    else:
+        picture = ImageOps.contain(picture, (cell, 2 * cell))
+    return ImageOps.expand(picture, (0, 0, 0, GAP), "white")
 
 
 def draw_lines(lines: list[tuple], width: int) -> Image.Image:
-    """Texts one after the other, in as many lines as they need, each behind its colour: none, a square of (r, g, b), or
-    a bar that runs through (n, 3)."""
+    """Texts one after the other, in as many lines as they need, each behind its colour: (), a square of (r, g, b), or
+    a bar that runs through (n, 3). Letters that Pillow's font does not have become boxes."""
     picture, x, y = Image.new("RGB", (width, LINE * len(lines)), "white"), 0, 0
-    pen = ImageDraw.Draw(picture)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
     for text, colour in lines:
-        colours, font = np.uint8([] if colour is None else np.atleast_2d(colour)), font_of(text)
+        colours = np.uint8(colour).reshape(-1, 3)
         bar = LETTERS * min(len(colours), 8)
         step = bar + GAP // 2 + round(font.getlength(text)) + 2 * GAP
         if x and x + step > width:
@@ -909,21 +871,6 @@ def draw_lines(lines: list[tuple], width: int) -> Image.Image:
     return picture.crop((0, 0, width, y + LINE))
 
 
-@functools.cache
-def font_of(text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, or the first one of this machine that has all letters of the text."""
-    def has_all(font):
-        missing = font.getmask("\uffff")
-        return all(bytes(font.getmask(c)) != bytes(missing) for c in text if not c.isspace())
-    own = ImageFont.load_default(LETTERS)
-    others = [] if has_all(own) else [p for f in FONTS for p in Path(f).expanduser().rglob("*.[ot]t[cf]")]
-    for path in sorted(others, key=lambda path: (len(path.name), path)):    # upright ones have the shortest names
-        with contextlib.suppress(OSError):
-            if has_all(font := ImageFont.truetype(str(path), LETTERS)):
-                return font
-    return own
-
-
 # --------------------------------------------------------------------------------------------------------- export
 
 def export(args: argparse.Namespace):
@@ -935,23 +882,20 @@ def export(args: argparse.Namespace):
     size = args.img_size or checkpoint["config"].get("img_size")
     if size is None:
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
-    write, run = EXPORTS[args.export.suffix]
-    args.export.parent.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=args.export.parent) as folder:
-        path, generator = Path(folder) / args.export.name, torch.Generator().manual_seed(0)
-        if args.with_preprocessing:
-            network = Prepared(model).eval()
-            image = torch.randint(256, (1, *size, 3), generator=generator, dtype=torch.uint8)
-            expected = predict_maps(labels_of(model), model(normalised(to_tensor(image[0].numpy()))[None]))
-        else:
-            network, image = model, torch.randn(1, model.in_chans, *size, generator=generator)
-            expected = model(image)
+    torch.manual_seed(0)
+    network, image = model, torch.randn(1, model.in_chans, *size)
+    if args.with_preprocessing:
+        network, image = Prepared(model).eval(), torch.randint(256, (1, *size, 3), dtype=torch.uint8)
+    folder, (write, run) = args.export.parent, EXPORTS[args.export.suffix]
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path = Path(temporary) / args.export.name
         try:
             write(network, image, path, describe_export(model, size, args.with_preprocessing))
             outputs = run(path, image)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
-        for task, output in expected.items():
+        for task, output in network(image).items():
             if output.is_floating_point():
                 of, largest = "its largest value", output.abs().max().clamp(min=1e-9)
                 difference = ((outputs[task] - output).abs().max() / largest).item()
@@ -960,11 +904,10 @@ def export(args: argparse.Namespace):
             print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of {of}")
             if not difference < EXPORT_TOLERANCE:
                 raise ValueError(f"the exported model's {task} is off by {difference:.1e} of {of}; nothing was written")
-        written = []
-        for file in sorted(Path(folder).iterdir(), reverse=True):    # beside a large .onnx lie its weights
-            written.append(args.export.parent / file.name)
-            os.replace(file, written[-1])
-    print("exported:", " and ".join(map(str, reversed(written))) + ("; keep them together" if written[1:] else ""))
+        names = sorted(os.listdir(temporary))    # beside a large .onnx lie its weights, which are moved first
+        for name in reversed(names):
+            os.replace(Path(temporary, name), folder / name)
+    print("exported:", " and ".join(str(folder / name) for name in names) + "; keep them together" * (len(names) > 1))
 
 
 class Prepared(nn.Module):
@@ -973,16 +916,15 @@ class Prepared(nn.Module):
 
     def __init__(self, model: MTMamba):
         super().__init__()
-        self.model, self.kinds = model, labels_of(model).kinds
+        self.model, self.labels = model, model.labels
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        outputs = self.model(normalised(image.permute(0, 3, 1, 2).float() / 255))
-        return {task: self.kinds[task].predict(output) for task, output in outputs.items()}
+        return predict_maps(self.labels, self.model(normalised(image.permute(0, 3, 1, 2).float() / 255)))
 
 
 def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
     """The file's metadata: what a program that runs it has to know of its input and outputs."""
-    tasks = {task: kind.describe() for task, kind in labels_of(model).kinds.items()}
+    tasks = {task: kind.describe() for task, kind in model.labels.kinds.items()}
     steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
     return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
 
@@ -1003,8 +945,7 @@ def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str
     program = torch.onnx.export(network, (image,), input_names=["image"], output_names=list(metadata["tasks"]),
                                 dynamo=True, verbose=False)
     program.model.metadata_props.update({name: json.dumps(content) for name, content in metadata.items()})
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    program.save(path, external_data=weights > ONNX_LIMIT)
+    program.save(path)
 
 
 def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
@@ -1016,7 +957,6 @@ def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
 
 EXPORTS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
 EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
-ONNX_LIMIT = 1.9e9         # bytes of weights that a .onnx holds; those of larger models lie in a file beside it
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1024,40 +964,41 @@ ONNX_LIMIT = 1.9e9         # bytes of weights that a .onnx holds; those of large
 @torch.inference_mode()
 def print_cost(args: argparse.Namespace, device: torch.device):
     """Parameters and FLOPs of the paper's variants; or of one model, with its time and memory on this device."""
+    from torch.utils.benchmark import Timer  # which looks for compilers
     data_set, everything = find_dataset_class(args.dataset or "nyud"), args.variant == "all"
+    if args.checkpoint:
+        model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
+        config = checkpoint["config"]
+        models = {config.get("variant", "mtmamba"): model}
+    else:
+        config = dict(tasks=data_set.describe(data_set.TASKS).channels, img_size=args.img_size or data_set.SIZE,
+                      encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
+                      output_scale=data_set.LABEL_SCALE)
+        with torch.device("meta" if everything else device):
+            models = {variant: MTMamba(variant=variant, **config).eval()
+                      for variant in (VARIANTS if everything else [args.variant or "mtmamba"])}
+    size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
+    as_in_paper = everything and not (args.dataset or args.img_size or args.encoder or args.encoder_kwargs)
     print("parameters in millions, FLOPs in 1e9 (the paper's are of NYUDv2 and Swin-Large, cut after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
-    for variant in VARIANTS if everything else [args.variant or "mtmamba"]:
-        if args.checkpoint:
-            model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
-            config = checkpoint["config"]
-        else:
-            tasks = data_set.describe(data_set.TASKS).channels
-            config = dict(tasks=tasks, variant=variant, img_size=args.img_size or data_set.SIZE,
-                          encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
-                          output_scale=data_set.LABEL_SCALE)
-            with torch.device("meta" if everything else device):
-                model = MTMamba(**config).eval()
-        size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
-        variant = config.get("variant", "mtmamba")
+    for variant, model in models.items():
         parameters, flops = count_cost(model, size)
-        as_in_paper = ((config["tasks"], size) == (DATASETS["nyud"].TASKS, DATASETS["nyud"].SIZE)
-                       and config["encoder"] in ("swin-large", ENCODERS["swin-large"])
-                       and not config.get("encoder_kwargs"))
-        first, second = map("{:.2f}".format, PAPER_COST[variant]) if as_in_paper and variant in PAPER_COST else ("", "")
+        first, second = PAPER_COST.get(variant, ("", "")) if as_in_paper else ("", "")
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
     if everything:
         return
-    backend, batch = choose_backend(model, args.backend), args.batch_size or (8 if device.type == "cuda" else 1)
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    backend, batch = choose_backend(model, args.backend), args.batch_size or (8 if cuda else 1)
     encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
     print(f"encoder {encoder:.4f} ({config['encoder']}), decoder {parameters / 1e6 - encoder - heads:.4f}, heads "
           f"{heads:.4f} ({', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
-    cpu = f"{torch.get_num_threads()} threads of a CPU"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    times, batch_times = (np.array(run_times(model, size, n, device)) for n in (1, batch))
-    print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * np.median(times):.1f} ms (median of "
-          f"{len(times)}; 90 % within {1e3 * np.quantile(times, 0.9):.1f} ms); {batch} at a time, "
-          f"{batch / np.median(batch_times):.3g} images per second; peak memory {peak_memory(device)}")
+    name = torch.cuda.get_device_name(device) if cuda else f"{threads} threads of a CPU"
+    images = torch.randn(batch, model.in_chans, *size, device=device)
+    one, several = (Timer("model(images)", globals=dict(model=model, images=images[:n]), num_threads=threads)
+                    .blocked_autorange(min_run_time=5) for n in (1, batch))
+    print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * one.median:.1f} ms (median of "
+          f"{len(one.times)}; 90 % within {1e3 * np.quantile(one.times, 0.9):.1f} ms); {batch} at a time, "
+          f"{batch / several.median:.3g} images per second; peak memory {peak_memory(device)}")
 
 
 def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -1094,18 +1035,6 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
 
 
-def run_times(model: MTMamba, size: tuple[int, int], batch: int, device: torch.device) -> list[float]:
-    """Seconds of forward passes, after two that warm up: at least 3, at most 50, as many as fit into 5 seconds."""
-    images, times = torch.randn(batch, model.in_chans, *size, device=device), []
-    while len(times) < 5 or (sum(times[2:]) < 5 and len(times) < 52):
-        start_time = time.perf_counter()
-        model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start_time)
-    return times[2:]
-
-
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device"
@@ -1122,11 +1051,7 @@ def peak_memory(device: torch.device) -> str:
 def start(name: str) -> Iterator[torch.device]:
     """The device, and under torchrun the process group, of which only the first process prints. Raises ValueError for a
     device that does not exist, and for several processes that cannot find each other."""
-    distributed = "RANK" in os.environ
-    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if missing and (distributed or os.environ.get("WORLD_SIZE", "1") != "1"):
-        raise ValueError(f"the environment has RANK or WORLD_SIZE, but not {', '.join(missing)}; start with torchrun, "
-                         "which sets them, or unset RANK and WORLD_SIZE to run one process")
+    distributed = "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
     if distributed and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1141,8 +1066,7 @@ def start(name: str) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
         yield device
-    # Not after an error: NCCL would wait for the others, which wait for this process.
-    if dist.is_available() and dist.is_initialized():
+    if distributed:    # not after an error: NCCL would wait for the others, which wait for this process
         dist.destroy_process_group()
 
 
@@ -1153,18 +1077,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def add_up(sums: Tensor) -> Tensor:
-    """The sum over the processes, in place."""
+    """The sum over the processes; in place if it lies on the device where they add up."""
     if rank_and_world()[1] > 1:
+        sums = sums.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(sums)
     return sums
 
 
-def digest_names(dataset: DenseDataset, device: torch.device) -> list:
+def digest_names(dataset: DenseDataset) -> list:
     """[number of images, digest of their names in their order]. Raises ValueError where the processes have different
     ones: they would share the images wrongly."""
     digest = int(hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:12], 16)
-    _, world = rank_and_world()
-    if int(add_up(torch.tensor(digest, device=device if device.type == "cuda" else "cpu"))) != world * digest:
+    if int(add_up(torch.tensor(digest))) != rank_and_world()[1] * digest:
         raise ValueError(f"the processes list different images of {type(dataset).__name__}, or another order: "
                          f"{len(dataset)} here, first {dataset.names[0]!r}. list_names must give the same list in each "
                          "process, so sort it")

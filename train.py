@@ -300,7 +300,7 @@ class Run:
         self.single_task = read_baseline(args.baseline, args.dataset, self.val_set, args.out)
         self.train_set.refuse_folder(args.out)
         self.description |= dict(labels=self.train_set.labels.plain(), names={
-            "train": digest_names(self.train_set, self.device), "val": digest_names(self.val_set, self.device)})
+            "train": digest_names(self.train_set), "val": digest_names(self.val_set)})
 
     def build_model(self, new: bool):
         """The model and, where the total loss is a module, that; on the device, compiled, and a part of several

@@ -108,6 +108,7 @@ def test_other_files_are_refused_by_name(root, recorded, folder, suffix, damage,
 def test_a_picture_keeps_its_size_and_colours(tiny_model):
     """It is halved for the network, and the maps are as large as it is."""
     model = tiny_model(Cityscapes.TASKS, output_scale=2, variant="mtmamba++").eval()
+    model.labels = Cityscapes.describe(Cityscapes.TASKS)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3), dtype=np.uint8))
     maps, heat = evaluate.predict_picture(model, picture, torch.device("cpu"))
     half = datasets.to_tensor(np.array(picture.resize((65, 38), Image.Resampling.BILINEAR)))

@@ -96,6 +96,7 @@ def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_p
 def test_preprocessing_gives_the_maps_of_a_picture():
     """For each kind of task."""
     model = build({"semseg": 5, "saliency": 2, "normal": 3, "boundary": 1, "depth": 1})
+    model.labels = Labels(model.tasks)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     expected, _ = evaluate.predict_picture(model, Image.fromarray(pixels), torch.device("cpu"))
     maps = evaluate.Prepared(model)(torch.from_numpy(pixels)[None])
@@ -110,7 +111,7 @@ def test_preprocessing_gives_the_maps_of_a_picture():
 def test_weights_of_a_large_onnx_file_lie_beside_it(checkpoint, tmp_path, monkeypatch, capsys):
     for name in ("onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="the extra export is not installed")
-    monkeypatch.setattr(evaluate, "ONNX_LIMIT", 0)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     layer, image = torch.nn.Conv2d(3, 64, 3).eval(), torch.randn(1, 3, 8, 8)
     evaluate.write_onnx(layer, image, tmp_path / "layer.onnx", {"tasks": {"depth": {}}})
     assert (tmp_path / "layer.onnx.data").stat().st_size >= 4 * 64 * 27

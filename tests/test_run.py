@@ -620,8 +620,8 @@ def test_scoring_that_is_interrupted_is_no_interrupted_training(signals, tmp_pat
 
 
 @pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": "4"}, "not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"),
-    ({"RANK": "0"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun"),
+    ({"WORLD_SIZE": "4"}, "RANK expected, but not set"),
+    ({"RANK": "0"}, "WORLD_SIZE expected, but not set"),
     ({"WORLD_SIZE": "1"}, None)])
 def test_variables_of_a_launcher_without_one(variables, message, monkeypatch):
     for name, value in variables.items():
@@ -709,13 +709,13 @@ def test_other_images_than_before_cannot_be_resumed(flats, signals, tmp_path, ca
 
 def test_processes_that_list_other_images_are_refused(monkeypatch):
     scenes = Synthetic(3)
-    assert evaluate.digest_names(scenes, torch.device("cpu"))[0] == 3
+    assert evaluate.digest_names(scenes)[0] == 3
     monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own)
-    evaluate.digest_names(scenes, torch.device("cpu"))
+    evaluate.digest_names(scenes)
     monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own + 1)
     with pytest.raises(ValueError, match="the processes list different images of Synthetic, or another order: 3 here"):
-        evaluate.digest_names(scenes, torch.device("cpu"))
+        evaluate.digest_names(scenes)
 
 
 def test_too_few_open_files_are_lifted_or_refused_before_the_first_iteration(script, tmp_path):
@@ -997,7 +997,7 @@ def test_weights_of_tasks_in_another_order_are_refused(tmp_path, capsys):
     run(tmp_path / "first", "--tasks", "semseg", "depth", "--iterations", 1)
     message = fails(capsys, 2, tmp_path / "second", "--tasks", "depth", "semseg", "--init-from",
                     tmp_path / "first/last.pt")
-    assert "in the order ['semseg', 'depth']" in message
+    assert "tasks ['semseg', 'depth'] (here ['depth', 'semseg'])" in message
 
 
 def test_a_part_of_a_published_checkpoint(data, tmp_path, capsys):
