@@ -61,13 +61,13 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil, cos, pi, sin
 from multiprocessing import active_children, get_context, get_start_method, parent_process
-from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import scipy.io
 import torch
+import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
@@ -272,9 +272,8 @@ class Camera(NamedTuple):
 
 class Solid(NamedTuple):
     hit: Callable        # hit(origin, rays, *args) -> distance (H, W), normal (3, H, W)
-    args: tuple
-    start: np.ndarray    # the solid lies within `radius` of the segment from start to end, (3,) each
-    end: np.ndarray
+    args: list           # as columns gives them
+    ends: tuple          # the solid lies within `radius` of the segment between these points, (3,) each
     radius: float
     label: int           # class
     part: int            # body part
@@ -322,7 +321,7 @@ def draw_scene(rng, camera):
             depth = rng.uniform(near, far)
             place = np.array([rng.uniform(-0.9, 0.9) * slope * depth, 0, -depth])
             inside = abs(axes @ (place - centre)) < half - radius
-            if inside[0] and inside[2] and all(np.hypot(*(place - p)[::2]) > radius + r for p, r in taken):
+            if inside[::2].all() and all(np.hypot(*(place - p)[::2]) > radius + r for p, r in taken):
                 taken.append((place, radius))
                 return place
 
@@ -341,12 +340,10 @@ def draw_object(rng, place, radius):
     axes, height = yaw(rng.uniform(0, pi)), rng.uniform(0.3, 1.2)
     label = rng.integers(SPHERE, CYLINDER + 1)
     paint = draw_paint(rng, PAINTS[Synthetic.CLASSES["semseg"][label]], axes[0] + axes[2], UP, 0.3)
-    if label == SPHERE:
-        return capsule(label, 0, radius, place + radius * UP, place + radius * UP, paint)
     if label == BOX:
         return box(label, place, np.array([0.7 * radius, height / 2, radius * rng.uniform(0.4, 0.7)]), axes, paint)
-    args = column(place), column(UP), np.float32(height), np.float32(radius)
-    return Solid(hit_cylinder, args, place, place + height * UP, radius, label, 0, paint)
+    hit, low, high = (hit_capsule, radius, radius) if label == SPHERE else (hit_cylinder, 0, height)
+    return rod(hit, (label, 0, paint), radius, place + low * UP, place + high * UP)
 
 
 def draw_person(rng, place):
@@ -384,7 +381,7 @@ def draw_person(rng, place):
                   (LOWER_LEG, 0.055, ankle, ankle + 0.14 * forward, shoes)]
     scale = rng.uniform(0.85, 1.1)
     pelvis = place - scale * min(min(a[1], b[1]) - r for _, r, a, b, _ in bones) * UP    # the lowest bone on the floor
-    body = [capsule(PERSON, part, scale * r, pelvis + scale * a, pelvis + scale * b, paint)
+    body = [rod(hit_capsule, (PERSON, part, paint), scale * r, pelvis + scale * a, pelvis + scale * b)
             for part, r, a, b, paint in bones]
     if not sitting:
         return [body]
@@ -418,21 +415,21 @@ def draw_paint(rng, colour, across, along, scale):
 
 
 def plane(label, point, normal, paint):
-    return Solid(hit_plane, (column(point), column(normal)), point, point, np.inf, label, 0, paint)
+    return Solid(hit_plane, columns(point, normal), (point, point), np.inf, label, 0, paint)
 
 
 def box(label, place, half, axes, paint):
     """A box on the floor at `place`, `half` its widths along the rows of `axes`, the second of which is UP."""
-    args = column(place + half[1] * UP), column(half), np.float32(axes)
-    return Solid(hit_box, args, place, place + 2 * half[1] * UP, np.hypot(half[0], half[2]), label, 0, paint)
+    args = columns(place + half[1] * UP, half, axes)
+    return Solid(hit_box, args, (place, place + 2 * half[1] * UP), np.hypot(half[0], half[2]), label, 0, paint)
 
 
-def capsule(label, part, radius, start, end, paint):
-    """All points within `radius` of the segment from `start` to `end`; a sphere where the two are one."""
+def rod(hit, kind, radius, start, end):
+    """A capsule, all points within `radius` of the segment from `start` to `end` (a sphere where the two are one), or a
+    cylinder between these points, by `hit`. kind: label, part and paint."""
     length = np.linalg.norm(end - start)
     axis = (end - start) / length if length else UP
-    args = column(start), column(axis), np.float32(length), np.float32(radius)
-    return Solid(hit_capsule, args, start, end, radius, label, part, paint)
+    return Solid(hit, columns(start, axis, length, radius), (start, end), radius, *kind)
 
 
 def trace(camera, solids):
@@ -443,25 +440,24 @@ def trace(camera, solids):
     depth = np.full(camera.rays.shape[1:], FAR, np.float32)
     normal = np.zeros_like(camera.rays)
     number = np.zeros(depth.shape, np.int64)
-    origin = column(camera.eye)
-    for i, (y, x) in enumerate(bounds(camera, solids)):
-        if i > 0 and depth[y, x].size:
-            t, n = solids[i].hit(origin, camera.world[:, y, x], *solids[i].args)
-            nearer = (t > 0) & (t < depth[y, x])
-            np.copyto(depth[y, x], t, where=nearer)
-            np.copyto(normal[:, y, x], n, where=nearer)
-            np.copyto(number[y, x], i, where=nearer)
+    origin, = columns(camera.eye)
+    for i, (y, x) in list(enumerate(bounds(camera, solids)))[1:]:
+        t, n = solids[i].hit(origin, camera.world[:, y, x], *solids[i].args)
+        nearer = (t > 0) & (t < depth[y, x])
+        for found, value in (depth[y, x], t), (normal[:, y, x], n), (number[y, x], i):
+            np.copyto(found, value, where=nearer)
     return depth, normal, number
 
 
 def shade(rng, camera, solids, light, depth, normal, number):
     """The photograph (3, H, W) in 0..1: textures, sun and sky light, shadows on the floor, exposure and noise."""
-    points = column(camera.eye) + depth * camera.world
+    eye, light_ray = columns(camera.eye, light)
+    points = eye + depth * camera.world
     floor = np.array([s.label == FLOOR for s in solids])[number]
-    sun = np.maximum(dot(column(light), normal), 0)
+    sun = np.maximum(dot(light_ray, normal), 0)
     for solid, (y, x) in zip(solids, bounds(camera, solids, light)):    # on the floor only, to show what stands where
         if solid.hit is not hit_plane and floor[y, x].any():
-            t, _ = solid.hit(points[:, y, x], column(light), *solid.args)
+            t, _ = solid.hit(points[:, y, x], light_ray, *solid.args)
             sun[y, x][(t > 0) & floor[y, x]] = 0
     lamp = np.float32(rng.uniform(0.35, 0.65))
     glow = (1 - lamp) * (0.8 + 0.2 * normal[1]) + lamp * sun
@@ -477,25 +473,20 @@ def shade(rng, camera, solids, light, depth, normal, number):
 
 
 def bounds(camera, solids, light=None):
-    """A pair of slices (rows, columns) for each solid, inside which all of its image lies. With light: all of its
-    shadow."""
-    h, w = camera.rays.shape[1:]
-    start, end, radius = (np.array(v) for v in zip(*((s.start, s.end, s.radius) for s in solids)))
-    ends = np.stack([start, end])                                # (2, n, 3)
+    """Slices (rows, columns) for each solid, inside which all of its image lies. With light: all of its shadow."""
+    size, outward = np.reshape(camera.rays.shape[1:], (2, 1)), np.reshape([-1, 1], (2, 1, 1))
+    ends, radius = np.array([s.ends for s in solids]), np.array([s.radius for s in solids])    # (n, 2, 3), (n,)
     if light is not None:                                        # a ball's shadow on the floor lies within
         ends = ends - ends[..., 1:2] * light / light[1]          # radius / light[1] of its centre's shadow
         radius = radius / light[1]
-    x, y, z = np.moveaxis((ends - camera.eye) @ camera.turn.T, -1, 0)
+    x, y, z = ((ends - camera.eye) @ camera.turn.T).T            # (2, n) each
+    side = np.stack([-y, x])                                     # (2, 2, n): axis of the image, end, solid
+    angle, width = np.arctan2(side, -z), np.arcsin(radius / np.hypot(side, z))
+    edges = np.tan([(angle - width).min(1), (angle + width).max(1)])    # (2, 2, n): low and high, axis, solid
     near = (-z < radius + 0.05).any(0)                           # reaches behind the camera: may be anywhere
-
-    def extent(side, length):
-        angle, width = np.arctan2(side, -z), np.arcsin(radius / np.hypot(side, z))
-        low, high = np.tan((angle - width).min(0)), np.tan((angle + width).max(0))
-        low = np.where(near, 0, length / 2 + low / camera.pixel - 1).clip(0, length)
-        high = np.where(near, length, length / 2 + high / camera.pixel + 1).clip(0, length)
-        return [slice(int(a), int(b) + 1) for a, b in zip(low, high)]
-
-    return list(zip(extent(-y, h), extent(x, w)))
+    edges = size / 2 + np.where(near, outward * np.inf, edges) / camera.pixel + outward
+    pixels = edges.clip(0, size).astype(int).T
+    return [(slice(top, bottom + 1), slice(left, right + 1)) for (top, bottom), (left, right) in pixels]
 
 
 # Intersections. Each takes origin (3, 1, 1) or (3, H, W), rays (3, H, W) or (3, 1, 1) of any length, and a solid. It
@@ -513,7 +504,7 @@ def hit_box(origin, rays, centre, half, axes):
     enter, leave = (offset - reach) / rays, (offset + reach) / rays    # (3, H, W) for the three pairs of faces
     t = enter.max(0)
     normal = (enter == t) * -np.sign(rays)
-    return np.where(t < leave.min(0), t, np.nan), rotate(axes.T, normal)
+    return np.where(t < leave.min(0), t, np.nan), rotate(axes.swapaxes(0, 1), normal)
 
 
 def hit_cylinder(origin, rays, base, axis, length, radius):
@@ -554,7 +545,7 @@ def dot(a, b):
 
 
 def rotate(matrix, vectors):
-    """matrix (3, 3) times vectors (3, H, W). Not by BLAS, whose rounding may change with the number of threads."""
+    """matrix (3, 3) or (3, 3, 1, 1) times vectors (3, H, W). Not by BLAS, whose rounding may change with the number of threads."""
     return np.stack([dot(row, vectors) for row in np.float32(matrix)])
 
 
@@ -563,8 +554,9 @@ def yaw(angle):
     return np.array([[cos(angle), 0, sin(angle)], UP, [-sin(angle), 0, cos(angle)]])
 
 
-def column(vector):
-    return np.float32(vector).reshape(3, 1, 1)
+def columns(*values):
+    """Numbers, vectors and matrices in the shapes (1, 1), (3, 1, 1), (3, 3, 1, 1), to be combined with maps."""
+    return [np.float32(value)[..., None, None] for value in values]
 
 
 # ------------------------------------------------------------- your own data, PASCAL-Context, NYUDv2, Cityscapes
@@ -580,8 +572,6 @@ class LabelledDataset(DenseDataset, abc.ABC):
     Without augmentation the image keeps its scale. It is padded to `size` on all sides (image 0, labels unknown). A
     side that is longer than that is padded to the next multiple of 32.
     """
-
-    COUNTS = {}    # images by split, as published
 
     def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
@@ -662,15 +652,10 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """Where the names of the split come from, for messages."""
         return f"{type(self).__name__}, split {self.split!r}"
 
-    def check_split(self) -> list[str]:
-        """What is wrong with the split as a whole."""
-        return []
-
-    def file(self, name: str) -> Path | None:
-        """The image's file, where it is known."""
-
-    def check(self, index: int) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-        """What is wrong with an image and its labels: messages by "image" and by task; and what Kind.remarks takes."""
+    def check(self, batch: list[int]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+        """What is wrong with the image of an index and its labels: messages by "image" and by task; and what
+        Kind.remarks takes."""
+        index, = batch
         found, values, name = {}, {}, self.names[index]
         for what in ("image", *self.tasks):
             try:
@@ -700,11 +685,13 @@ def file_names(names: Iterable) -> list[str]:
 
 
 class FileDataset(LabelledDataset):
-    """A folder of files, a list of each split's images, and a method for each label: read_semseg(name) and so on. Each
-    file is checked when it is read."""
+    """A folder of files, a list of each split's images, and what lies where. A label that is not simply what its file
+    holds has a method, read_semseg(name) and so on. Each file is checked when it is read."""
 
-    IMAGE = ()              # folder and suffix of the images
+    FILES = {}              # of "image" and each label: path, with {} for the image's ID, {split} and {city} that it starts
+    #                         with; role, see read_image, or variable of a .mat file; highest value, if limited
     LIST = ""               # the file with a split's image IDs, one per line
+    COUNTS = {}             # images by split, as published
     ROOT = ""               # folder, where none is given
     REFERENCES = False      # scoring them takes hours, and most benchmarks have published figures
     UNIT_NORMALS = False    # as in the published runs
@@ -727,44 +714,46 @@ class FileDataset(LabelledDataset):
             lines = self.names_from().read_bytes().decode("utf-8-sig").split("\n")
         return [line.strip() for line in lines if line.strip()]
 
-    def path(self, folder: str, name: str, suffix: str) -> Path:
-        return self.root / folder / (name + suffix)
+    def path(self, what: str, name: str) -> Path:
+        """The file of "image" or of a label."""
+        return self.root / self.FILES[what][0].format(name, split=self.split, city=name.split("_")[0])
 
     def read(self, name):
-        return self.picture(name), {task: partial(getattr(self, f"read_{task}"), name) for task in self.tasks}
-
-    def file(self, name):
-        folder, suffix = self.IMAGE
-        return self.path(folder, name, suffix)
+        readers = {task: getattr(self, f"read_{task}", partial(self.read_label, task)) for task in self.tasks}
+        return self.picture(name), {task: partial(reader, name) for task, reader in readers.items()}
 
     @kept
     def picture(self, name: str) -> np.ndarray:
         """The image, uint8 (h, w, 3)."""
-        return read_image(self.file(name))
+        return read_image(self.path("image", name))
 
-    def read_label(self, name: str, folder: str, suffix: str, role: str, last: float | None = None) -> np.ndarray:
-        """A label as it is in its file. It must have the image's size, and values in 0..last if `last` is given.
-        role: see read_image; for a .mat file the name of the variable."""
-        path, size = self.path(folder, name, suffix), self.picture(name).shape[:2]
+    @kept
+    def read_label(self, what: str, name: str) -> np.ndarray:
+        """A label as it is in its file. It must have the image's size and no value above the highest in FILES."""
+        path, size = self.path(what, name), self.picture(name).shape[:2]
+        _, role, *last = self.FILES[what]
         label = read_image(path, role) if path.suffix == ".png" else read_array(path, role)
         with about(path):
             found = label.shape[1:] if role == "normal" else label.shape
             expect(found == size, f"the image's size {size}", found)
-            if last is not None:
-                right = (label >= 0) & (label <= last)    # false for nan
-                expect(right.all(), f"values in 0..{last}", label[~right])
+            if last:
+                right = (label >= 0) & (label <= last[0])    # false for nan
+                expect(right.all(), f"values in 0..{last[0]}", label[~right])
         return label
 
-    def check_split(self):
+    def check_split(self) -> list[str]:
+        """What is wrong with the split as a whole."""
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
         return [f"{self.names_from()}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
 
 
-def paper_rows(tasks: Iterable[str], rows: Mapping[tuple[str, str], Sequence[float]]) -> dict:
-    """The attribute PAPER, from figures in the order of the tasks."""
-    return {key: dict(zip(tasks, figures)) for key, figures in rows.items()}
+def paper_rows(tasks: Iterable[str], table: str) -> dict:
+    """The attribute PAPER. A line of the table: variant, encoder, the figures in the order of the tasks, their source.
+    """
+    rows = [line.split() for line in table.strip().splitlines()]
+    return {(variant, encoder): dict(zip(tasks, map(float, figures))) for variant, encoder, *figures in rows}
 
 
 class PascalContext(FileDataset):
@@ -785,8 +774,11 @@ class PascalContext(FileDataset):
                                "horse motorbike person pottedplant sheep sofa train tvmonitor".split()),
                "parsing": PARTS}
     BOUNDARY_TOLERANCE = 0.0075
-    PAPER = paper_rows(TASKS, {("mtmamba", "swin-large"): (81.11, 72.62, 84.14, 14.14, 78.80)})    # Table 1
-    IMAGE = "JPEGImages", ".jpg"
+    PAPER = paper_rows(TASKS, "mtmamba swin-large 81.11 72.62 84.14 14.14 78.80 Table 1")
+    FILES = {"image": ("JPEGImages/{}.jpg",), "semseg": ("semseg/pascal-context/{}.png", "classes"),
+             "semseg of VOC": ("semseg/VOC12/{}.png", "classes"), "parsing": ("human_parts/{}.mat", "anno"),
+             "saliency": ("sal_distill/{}.png", "soft mask"), "normal": ("normals_distill/{}.png", "normal"),
+             "boundary": ("pascal-context/trainval/{}.mat", "LabelMap", 459)}
     COUNTS = {"train": 4998, "val": 5105}
     LIST = "ImageSets/Context/{}.txt"
     ROOT = "data/PASCALContext"
@@ -794,11 +786,11 @@ class PascalContext(FileDataset):
     RECIPE = dict(eval_every=5000)
 
     def read_semseg(self, name):
-        in_voc = self.path("semseg/VOC12", name, ".png").exists()
-        return self.read_label(name, "semseg/VOC12" if in_voc else "semseg/pascal-context", ".png", "classes")
+        in_voc = self.path("semseg of VOC", name).exists()
+        return self.read_label("semseg of VOC" if in_voc else "semseg", name)
 
     def read_parsing(self, name):
-        path, label = self.path("human_parts", name, ".mat"), np.zeros(self.picture(name).shape[:2], np.uint8)
+        path, label = self.path("parsing", name), np.zeros(self.picture(name).shape[:2], np.uint8)
         anno = read_array(path, "anno")
         with reading(path):    # whose structure may be another
             for thing in anno["objects"][0, 0].ravel():
@@ -807,13 +799,8 @@ class PascalContext(FileDataset):
                         label[part["mask"] > 0] = PART_NAMES[part["part_name"].item()]
         return label if label.any() else np.full_like(label, IGNORE)
 
-    def read_saliency(self, name):
-        return self.read_label(name, "sal_distill", ".png", "soft mask")
-
     def read_normal(self, name):
-        normal = self.read_label(name, "normals_distill", ".png", "normal")
-        normal[:, ~INDOOR[self.label_map(name)]] = np.nan
-        return normal
+        return np.where(INDOOR[self.label_map(name)], self.read_label("normal", name), np.float32(np.nan))
 
     def read_boundary(self, name):
         padded = np.pad(self.label_map(name), 1, mode="reflect")
@@ -824,10 +811,9 @@ class PascalContext(FileDataset):
         self.check_index(index)
         return boundary_ground_truth(self.label_map(self.names[index]))
 
-    @kept
     def label_map(self, name: str) -> np.ndarray:
         """459 classes from 1, int32 (h, w)."""
-        return self.read_label(name, "pascal-context/trainval", ".mat", "LabelMap", last=459).astype(np.int32)
+        return self.read_label("boundary", name).astype(np.int32)
 
 
 class NYUDv2(FileDataset):
@@ -847,46 +833,46 @@ class NYUDv2(FileDataset):
         "other structure, other furniture, other prop".split(", "))}
     LABEL_IDS = {"semseg": range(1, 41)}
     BOUNDARY_TOLERANCE = 0.011
-    PAPER = paper_rows(TASKS, {
-        ("mtmamba", "swin-large"): (55.82, 0.5066, 18.63, 78.70),             # Tables 1 to 6
-        ("mtmamba", "swin-base"): (53.62, 0.5126, 19.28, 77.70),              # Table 6
-        ("mtmamba", "swin-small"): (51.93, 0.5246, 19.45, 77.80),
-        ("mtmamba", "swin-tiny"): (49.25, 0.5299, 19.74, 76.90),
-        ("swin-single-task", "swin-large"): (54.32, 0.5166, 19.21, 77.30),    # Table 2
-        ("swin-multi-task", "swin-large"): (53.72, 0.5239, 19.97, 76.50),
-        ("stm1", "swin-large"): (54.61, 0.5059, 19.00, 77.40),
-        ("stm2", "swin-large"): (54.66, 0.4984, 18.81, 78.20),
-        ("stm3", "swin-large"): (54.75, 0.5054, 18.81, 78.20),
-        ("mfe-wmsa", "swin-large"): (54.57, 0.5109, 19.95, 76.60),            # Table 3
-        ("gate-wmsa", "swin-large"): (55.01, 0.4990, 18.73, 78.20),           # Table 4
-        # Table 5, read as its text says: g = 0 is the task's own feature, g = 1 the shared one. By Eq. 24 it would be
-        # the other way round.
-        ("fusion-specific", "swin-large"): (55.37, 0.5087, 18.76, 78.30),
-        ("fusion-shared", "swin-large"): (54.50, 0.4981, 18.83, 78.20),
-        # Second-hand: from publications that compare with MTMamba++ (M2H, arXiv 2510.17363).
-        ("mtmamba++", "swin-large"): (57.01, 0.4818, 18.27, 79.40)})
+    # Table 5 is read as its text says: g = 0 is the task's own feature, g = 1 the shared one. By Eq. 24 it would be the
+    # other way round. MTMamba++'s row is second-hand, from publications that compare with it.
+    PAPER = paper_rows(TASKS, """
+        mtmamba          swin-large  55.82  0.5066  18.63  78.70  Tables 1 to 6
+        mtmamba          swin-base   53.62  0.5126  19.28  77.70  Table 6
+        mtmamba          swin-small  51.93  0.5246  19.45  77.80  Table 6
+        mtmamba          swin-tiny   49.25  0.5299  19.74  76.90  Table 6
+        swin-single-task swin-large  54.32  0.5166  19.21  77.30  Table 2
+        swin-multi-task  swin-large  53.72  0.5239  19.97  76.50  Table 2
+        stm1             swin-large  54.61  0.5059  19.00  77.40  Table 2
+        stm2             swin-large  54.66  0.4984  18.81  78.20  Table 2
+        stm3             swin-large  54.75  0.5054  18.81  78.20  Table 2
+        mfe-wmsa         swin-large  54.57  0.5109  19.95  76.60  Table 3
+        gate-wmsa        swin-large  55.01  0.4990  18.73  78.20  Table 4
+        fusion-specific  swin-large  55.37  0.5087  18.76  78.30  Table 5
+        fusion-shared    swin-large  54.50  0.4981  18.83  78.20  Table 5
+        mtmamba++        swin-large  57.01  0.4818  18.27  79.40  M2H, arXiv 2510.17363""")
     SINGLE_TASK = PAPER["swin-single-task", "swin-large"]
-    IMAGE = "images", ".png"
+    FILES = {"image": ("images/{}.png",), "semseg": ("segmentation/{}.png", "classes", 40),
+             "depth": ("depth/{}.npy", "depth", 100),    # not millimetres
+             "normal": ("normals/{}.png", "normal"), "boundary": ("edge/{}.png", "mask")}
     COUNTS = {"train": 795, "val": 654}
     LIST = "gt_sets/{}.txt"
     ROOT = "data/NYUDv2"
     SIZE = VAL_SIZE = (448, 576)
 
     def read_semseg(self, name):
-        label = self.read_label(name, "segmentation", ".png", "classes", last=40)
+        label = self.read_label("semseg", name)
         return label.astype(np.uint8) - np.uint8(1)    # 0 becomes IGNORE by wrapping around
 
     def read_depth(self, name):
-        return self.read_label(name, "depth", ".npy", "depth", last=100).astype(np.float32)    # 100: not millimetres
-
-    def read_normal(self, name):
-        return self.read_label(name, "normals", ".png", "normal")
-
-    def read_boundary(self, name):
-        return self.read_label(name, "edge", ".png", "mask")
+        return self.read_label("depth", name).astype(np.float32)
 
     def boundary_truth(self, index, task="boundary"):
         return boundary_ground_truth(self.label(index, task)[0])
+
+
+CITYSCAPES = torchvision.datasets.Cityscapes.classes[:34]    # by label ID
+SCORED = [entry for entry in CITYSCAPES if entry.train_id != IGNORE]
+CLASS_BY_ID = np.uint8([entry.train_id for entry in CITYSCAPES])
 
 
 class Cityscapes(FileDataset):
@@ -902,17 +888,15 @@ class Cityscapes(FileDataset):
     """
 
     TASKS = {"semseg": 19, "depth": 1}
-    LABEL_IDS = {"semseg": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)}
-    COLOURS = {"semseg": (
-        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-        (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
-        (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))}
-    CLASSES = {"semseg": tuple("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
-                               "terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle".split(", "))}
+    LABEL_IDS = {"semseg": [entry.id for entry in SCORED]}
+    COLOURS = {"semseg": [entry.color for entry in SCORED]}
+    CLASSES = {"semseg": [entry.name for entry in SCORED]}
     TITLES, UNITS = {"depth": "disparity"}, {"depth": " px"}
     LABEL_SCALE = 2
     DEPTH_RANGE = (0, 80)
-    IMAGE = "leftImg8bit", "_leftImg8bit.png"
+    FILES = {"image": ("leftImg8bit/{split}/{city}/{}_leftImg8bit.png",),
+             "semseg": ("gtFine/{split}/{city}/{}_gtFine_labelIds.png", "classes", 33),
+             "depth": ("disparity/{split}/{city}/{}_disparity.png", "classes")}
     COUNTS = {"train": 2975, "val": 500}
     LIST = "leftImg8bit/{}"
     ROOT = "data/Cityscapes"
@@ -923,16 +907,13 @@ class Cityscapes(FileDataset):
         self.mask_invalid = mask_invalid
 
     def list_names(self):
-        suffix = self.IMAGE[1]
+        suffix = "_leftImg8bit.png"
         return sorted(path.name.removesuffix(suffix) for path in self.names_from().glob(f"*/[!.]*{suffix}"))
-
-    def path(self, folder, name, suffix):
-        return super().path(f"{folder}/{self.split}/{name.split('_')[0]}", name, suffix)
 
     def read(self, name):
         image, labels = super().read(name)
         twice = tuple(2 * n for n in self.size)
-        with about(self.file(name)):
+        with about(self.path("image", name)):
             expect(image.shape[:2] == twice, f"an image of the size {twice}, twice that of the network's input",
                    image.shape[:2], "give half the images' size as --img-size or size")
         return np.array(Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR)), labels
@@ -942,46 +923,38 @@ class Cityscapes(FileDataset):
         return self.load(index)[1][task]()[None]
 
     def read_semseg(self, name):
-        return CLASS_BY_ID[self.label_ids(name)]
+        return CLASS_BY_ID[self.read_label("semseg", name)]
 
     def read_depth(self, name):
-        stored = self.read_label(name, "disparity", "_disparity.png", "classes")
-        with about(self.path("disparity", name, "_disparity.png")):
+        rail_track = self.read_label("semseg", name) == 10
+        stored = self.read_label("depth", name)
+        with about(self.path("depth", name)):
             expect(stored.dtype != np.uint8, "16 bits per pixel", 8)
         invalid = np.float32(np.nan if self.mask_invalid else -1)
         disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, invalid)
-        disparity[self.label_ids(name) == 10] = 0
+        disparity[rail_track] = 0
         return disparity
-
-    @kept
-    def label_ids(self, name: str) -> np.ndarray:
-        """uint8 (h, w)."""
-        return self.read_label(name, "gtFine", "_gtFine_labelIds.png", "classes", last=33)
 
     def check_split(self):
         for name in self.names:
             with suppress(OSError, ValueError):    # which are reported with the image
-                if self.label_ids(name).max() > 18:
+                if self.read_label("semseg", name).max() > 18:
                     return super().check_split()
         return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in files "
                 "of train IDs; take the archive's files *_labelIds.png"]
 
 
-CLASS_BY_ID = np.full(34, IGNORE, np.uint8)    # of Cityscapes
-CLASS_BY_ID[list(Cityscapes.LABEL_IDS["semseg"])] = range(19)
-
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
 PART_NAMES = {name: part for part, names in enumerate((
     "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm", "llarm rlarm lhand rhand",
     "luleg ruleg", "llleg rlleg lfoot rfoot"), start=HEAD) for name in names.split()}
-INDOOR = np.isin(np.arange(460), [    # by class of LabelMap
-    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53, 55, 56, 59,
-    61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113, 115, 122, 124, 135,
-    141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172, 174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215,
-    216, 219, 220, 223, 225, 228, 230, 232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272,
-    273, 275, 281, 283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323, 329,
-    330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405,
-    407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457])
+INDOOR = np.isin(np.arange(460), np.array("""
+    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69 72 73 78
+    83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146 150 154 157 158 159 165 172 174 181
+    183 184 191 193 195 197 199 202 213 215 216 219 220 223 225 228 230 232 233 238 239 242 243 246 250 251 252 255
+    260 261 263 269 272 273 275 281 283 284 285 286 287 288 290 291 292 293 295 304 307 309 310 314 315 319 323 329
+    330 331 336 342 345 349 350 351 352 355 357 368 370 371 374 379 380 383 384 397 401 403 405 407 408 411 412 413
+    414 417 419 421 423 427 429 430 432 440 441 442 443 444 446 454 457""".split(), int))    # by class of LabelMap
 
 DATASETS = {"synthetic": Synthetic, "pascal": PascalContext, "nyud": NYUDv2, "cityscapes": Cityscapes}
 
@@ -1214,7 +1187,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, earlier = 0, {}
+    total, earlier = 0, set()
     for split in ("train", "val"):
         try:
             data = dataset.open(split, args.img_size, root=args.root)
@@ -1225,39 +1198,30 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
             total += 1
             continue
         problems, values = defaultdict(list), defaultdict(list)
-        found = loader(Checks(data), [[i] for i in range(len(data))], args.workers, collate_fn=itemgetter(0))
+        found = loader(range(len(data)), [[i] for i in range(len(data))], args.workers, collate_fn=data.check)
         for results in tqdm(found, f"checking {split}", unit="img"):
             for table, entries in zip((problems, values), results):
                 for what, entry in entries.items():
                     table[what].append(entry)
-        both = [name for name in data.names if name in earlier]
-        same = [name for name in both if data.file(name) and data.file(name) == earlier[name]]
-        problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in same]
-        print(f"{split}: {len(data)} images" + (f"; published: {data.COUNTS[split]}" if data.COUNTS else ""))
+        both, published = [name for name in data.names if name in earlier], ""
+        if issubclass(dataset, FileDataset):
+            published = f"; published: {data.COUNTS[split]}"
+            problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in both]
+        print(f"{split}: {len(data)} images{published}")
         for what, messages in problems.items():
             if messages:
                 print(f"  {what}: {len(messages)} problems", *messages[:3], sep="\n    ")
             if len(messages) > 3:
                 print(f"    and {len(messages) - 3} more")
             total += len(messages)
-        if others := [name for name in both if name not in same]:
-            print(f"  look at the names: {len(others)} occur in train, too, first {others[0]}")
+        if both and not published:
+            print(f"  look at the names: {len(both)} occur in train, too, first {both[0]}")
         for task, kind in data.kinds.items():
             for remark in kind.remarks(np.concatenate(values[task], 1), data.FLIP) if values[task] else ():
                 print(f"  look at {task}: {remark}")
-        earlier = {name: data.file(name) for name in data.names}
+        earlier = set(data.names)
     print(f"{total or 'no'} problems")
     return total
-
-
-class Checks(Dataset):
-    """LabelledDataset.check of each image."""
-
-    def __init__(self, dataset: LabelledDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index):
-        return self.dataset.check(index)
 
 
 def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace, count: int = 3):
@@ -1421,11 +1385,10 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, images: int = 0, *
         workers = fit_workers(workers, dataset, images)
     if workers and get_start_method() != "fork":    # DataLoader would fail amid starting its processes
         try:
-            pickle.dumps(dataset)
+            pickle.dumps((dataset, options))
         except Exception as error:
-            own = type(getattr(dataset, "dataset", dataset)).__name__
-            raise ValueError(f"{own} cannot be sent to a loading process ({error}); open files in `read`, at its first "
-                             "call, and keep no lambda, or give --workers 0") from error
+            raise ValueError(f"the data set cannot be sent to a loading process ({error}); open files in `read`, at "
+                             "its first call, and keep no lambda, or give --workers 0") from error
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
 
 
