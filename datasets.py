@@ -43,7 +43,7 @@ import argparse
 import ast
 import atexit
 import inspect
-import linecache
+import itertools
 import os
 import pickle
 import re
@@ -60,7 +60,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil, cos, pi, sin
-from multiprocessing import active_children, get_context, get_start_method, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -70,22 +70,12 @@ import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import ExifTags, Image, ImageOps
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metrics import (
-    IGNORE,
-    Labels,
-    Unfit,
-    boundary_ground_truth,
-    boundary_pixels,
-    expect,
-    find_class,
-    plain,
-    task_rows,
-    thin,
-)
+from metrics import IGNORE, Labels, Unfit, boundary_ground_truth, boundary_pixels, expect, find_class, plain, thin
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -130,11 +120,10 @@ class DenseDataset(Dataset):
         expect(tasks and set(tasks) <= set(self.TASKS), f"tasks from {list(self.TASKS)}", tasks)
         self.labels = self.describe({task: self.TASKS[task] for task in tasks})
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
-        expect(0 < self.SCALES[0] <= self.SCALES[-1] < np.inf, "SCALES above 0, the smaller one first", self.SCALES)
-        tolerance = self.BOUNDARY_TOLERANCE or 0
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
         expect(seed >= 0, "seed of at least 0", seed)
-        expect(0 <= tolerance <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal", tolerance)
+        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal",
+               self.BOUNDARY_TOLERANCE)
         self.size, self.seed = tuple(map(int, size)), seed
 
     @classmethod
@@ -151,13 +140,9 @@ class DenseDataset(Dataset):
 
     def refuse_folder(self, folder: Path):
         """Refuses to write to a folder that is one that the data set reads or lies in one."""
-        found = {folder.resolve(), *folder.resolve().parents} & {Path(path).resolve() for path in self.folders}
-        if found:
-            raise ValueError(f"{folder} lies in the data set's folder {found.pop()}; give another folder")
-
-    def check_index(self, index: int):
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index in 0..{len(self) - 1}, found {index}")
+        for path in map(Path, self.folders):
+            if folder.resolve().is_relative_to(path.resolve()):
+                raise ValueError(f"{folder} lies in the data set's folder {path}; give another folder")
 
 
 # Decorates a method that keeps its last result: a file that several labels need is read once. The result must not be
@@ -210,10 +195,10 @@ class Synthetic(DenseDataset):
         self.names = [f"synthetic-{i:06d}" for i in range(count)]
 
     def __getitem__(self, index):
-        maps = self.render(index)
+        name, maps = self.names[index], self.render(index)
         sample = {"image": normalised(torch.from_numpy(maps["image"]))}
         sample |= {task: torch.tensor(maps[task]) for task in self.tasks}
-        return sample | {"name": self.names[index], "size": self.size}
+        return sample | {"name": name, "size": self.size}
 
     def boundary_truth(self, index, task="boundary"):
         """The boundaries that odsF scores against: bool (H, W), the label thinned."""
@@ -223,7 +208,6 @@ class Synthetic(DenseDataset):
     def render(self, index):
         """Image `index` in numpy: "image" (3, H, W) in 0..1, the labels of all tasks, "instance" int64 (H, W), and
         "rays" float32 (3, H, W), directions in camera space with z = -1: depth times ray is the point seen."""
-        self.check_index(index)
         rng = np.random.default_rng([self.seed, index])
         camera = draw_camera(rng, *self.size)
         light, groups = draw_scene(rng, camera)
@@ -231,7 +215,6 @@ class Synthetic(DenseDataset):
         with np.errstate(divide="ignore", invalid="ignore"):    # a ray that misses gives nan or inf
             depth, normal, number = trace(camera, solids)
             image = shade(rng, camera, solids, light, depth, normal, number)
-
         table = np.array([(s.label, s.part, i) for i, group in enumerate(groups) for s in group])
         label, part, instance = np.take(table.T, number, axis=1)
         sky = label == SKY
@@ -240,9 +223,9 @@ class Synthetic(DenseDataset):
             "semseg": label[None],
             "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
             "saliency": np.int64(label >= SPHERE)[None],
-            "normal": np.where(sky, np.float32(np.nan), rotate(camera.turn, normal)),
+            "normal": np.where(sky, np.nan, rotate(camera.turn, normal)),
             "boundary": np.float32(boundary_pixels(instance))[None],
-            "depth": np.where(sky, np.float32(np.nan), depth)[None],
+            "depth": np.where(sky, np.nan, depth)[None],
             "instance": instance,
             "rays": camera.rays,
         }
@@ -303,7 +286,7 @@ def draw_scene(rng, camera):
         groups.append([plane(CEILING, 2 * centre, -UP, draw_paint(rng, PAINTS["ceiling"], x, z, 0.8))])
         for axis, width, across in ((x, half[0], z), (z, half[2], x)):
             paint = draw_paint(rng, PAINTS["wall"], across, up, 0.6)
-            groups += [[plane(WALL, centre + side * axis, -np.sign(side) * axis, paint)] for side in (-width, width)]
+            groups += [[plane(WALL, centre + side * width * axis, -side * axis, paint)] for side in (-1, 1)]
     else:
         half, centre = np.full(3, 9.0), np.array([0.0, 0.0, -9.0])
         groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["ground"], x, z, 1.5))])
@@ -545,7 +528,7 @@ def dot(a, b):
 
 
 def rotate(matrix, vectors):
-    """matrix (3, 3) or (3, 3, 1, 1) times vectors (3, H, W). Not by BLAS, whose rounding may change with the number of threads."""
+    """matrix (3, 3) or (3, 3, 1, 1) times vectors (3, H, W). Not by BLAS: its rounding may change with the threads."""
     return np.stack([dot(row, vectors) for row in np.float32(matrix)])
 
 
@@ -573,16 +556,17 @@ class LabelledDataset(DenseDataset, abc.ABC):
     side that is longer than that is padded to the next multiple of 32.
     """
 
-    def __init__(self, split="train", size=None, tasks=None, augment=None, seed=0):
+    source = None    # the file or folder that list_names reads, if there is one, for messages
+
+    def __init__(self, split="train", size=None, tasks=None, seed=0):
         """split: "train", "val" or whatever list_names knows; size: (H, W) of the samples in pixels, None for SIZE;
-        tasks: names from TASKS, None for all; augment: None means in the split "train", if LABEL_SCALE is 1; seed: of
-        augmentation."""
+        tasks: names from TASKS, None for all; seed: of augmentation."""
         super().__init__(size or self.SIZE, tasks, seed)
-        self.split = split
-        self.augment = split == "train" and self.LABEL_SCALE == 1 if augment is None else augment
-        expect(not self.augment or self.LABEL_SCALE == 1, "augment=False, as the labels are larger", self.augment)
+        self.split, self.augment = split, split == "train" and self.LABEL_SCALE == 1
+        kinds = self.describe(self.TASKS).kinds
+        self.cropped_by = next((task for task, kind in kinds.items() if kind.unknown == IGNORE and not kind.binary), "")
         self._listed = list(self.list_names())    # what read takes
-        with about(self.names_from()):
+        with about(self.source or f"{type(self).__name__}, split {split!r}"):
             self.names = file_names(self._listed)
 
     @classmethod
@@ -620,15 +604,14 @@ class LabelledDataset(DenseDataset, abc.ABC):
             image = to_tensor(image)
         inner = tuple(image.shape[1:])
         outer = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(inner, self.size))
-        sample = {"image": torch.from_numpy(pad(normalised(image).numpy(), outer, inner, 0))}
-        sample |= {task: torch.from_numpy(pad(labels[task], outer, inner, kind.unknown)).to(kind.dtype)
+        sample = {"image": pad(normalised(image).numpy(), outer, inner, 0)}
+        sample |= {task: pad(labels[task], outer, inner, kind.unknown).to(kind.dtype)
                    for task, kind in self.kinds.items()}
         return sample | {"name": self.names[index], "size": inner}
 
     @kept
     def load(self, index: int) -> tuple[np.ndarray, dict]:
         """What `read` gives; the image is checked."""
-        self.check_index(index)
         image, labels = self.read(self._listed[index])
         image = np.require(image, requirements="CW")    # torch takes no other arrays
         found = f"{image.dtype} {image.shape}"
@@ -648,48 +631,42 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """The boundaries that odsF scores against: bool (h, w), at the image's own size; here the label, thinned."""
         return thin(self.label(index, task)[0] == 1)
 
-    def names_from(self) -> object:
-        """Where the names of the split come from, for messages."""
-        return f"{type(self).__name__}, split {self.split!r}"
-
-    def check(self, batch: list[int]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-        """What is wrong with the image of an index and its labels: messages by "image" and by task; and what
-        Kind.remarks takes."""
+    def check(self, batch: list[int]) -> dict[str, str | np.ndarray]:
+        """Of an image, given as [index], and its labels: by "image" and by task, what is wrong, or Kind.examples."""
         index, = batch
-        found, values, name = {}, {}, self.names[index]
+        found, examples, name = {}, {}, self.names[index]
         for what in ("image", *self.tasks):
             try:
-                if what == "image":
-                    self.load(index)
-                else:
-                    values[what] = self.kinds[what].examples(self.label(index, what))
+                self.load(index)
+                if what != "image":
+                    examples[what] = self.kinds[what].examples(self.label(index, what))
             except Exception as error:
                 if not is_deliberate(error):
                     raise
                 found.setdefault(str(error) if name in str(error) else f"{name}: {error}", what)
-        return {what: message for message, what in found.items()}, values    # two labels may come from one file
+        return examples | {what: message for message, what in found.items()}    # two labels may come from one file
 
 
 def file_names(names: Iterable) -> list[str]:
     """The names as text. Each must be a possible name of a file below a folder, and occur once."""
-    texts = [name.as_posix() if isinstance(name, PurePath) else str(name) for name in names]
-    expect(texts, "names of images", "none")
-    for text in texts:
-        parts = PurePath(text).parts
-        possible = parts and not PurePath(text).anchor and ".." not in parts and not re.search(
-            "[\0-\x1f\x7f-\x9f\ud800-\udfff]", text) and max(len(part.encode()) for part in parts) <= 240
-        expect(possible, "names of images that can be names of files below a folder, of up to 240 bytes", repr(text))
-    path, count = Counter(map(PurePath, texts)).most_common(1)[0]
+    paths = [PurePath(str(name)) for name in names]
+    expect(paths, "names of images", "none")
+    for path in paths:
+        possible = path.parts and not path.anchor and ".." not in path.parts and not re.search(
+            "[\0-\x1f\x7f-\x9f\ud800-\udfff]", str(path)) and max(len(part.encode()) for part in path.parts) <= 240
+        expect(possible, "names of images that can be names of files below a folder, of up to 240 bytes",
+               repr(path.as_posix()))
+    path, count = Counter(paths).most_common(1)[0]
     expect(count == 1, "a name of its own for each image", f"{str(path)!r} {count} times")
-    return texts
+    return [path.as_posix() for path in paths]
 
 
 class FileDataset(LabelledDataset):
     """A folder of files, a list of each split's images, and what lies where. A label that is not simply what its file
     holds has a method, read_semseg(name) and so on. Each file is checked when it is read."""
 
-    FILES = {}              # of "image" and each label: path, with {} for the image's ID, {split} and {city} that it starts
-    #                         with; role, see read_image, or variable of a .mat file; highest value, if limited
+    FILES = {}              # path of "image" and of each label, role (see read_image; of a .mat file: the variable) and
+    #                         highest value, where it is checked. {} is the image's ID, {city} what it starts with
     LIST = ""               # the file with a split's image IDs, one per line
     COUNTS = {}             # images by split, as published
     ROOT = ""               # folder, where none is given
@@ -700,18 +677,15 @@ class FileDataset(LabelledDataset):
         """As LabelledDataset; root: folder, split: from COUNTS."""
         expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split))
         self.root = Path(root or self.ROOT).expanduser()
-        self.folders = (self.root,)
+        self.folders, self.source = (self.root,), self.root / self.LIST.format(split)
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder {self.root}; unpack {type(self).__name__} there or name another one")
         super().__init__(split, size, tasks, seed=seed)
 
-    def names_from(self) -> Path:
-        return self.root / self.LIST.format(self.split)
-
     def list_names(self):
         """The image IDs in a list: UTF-8, one per line."""
-        with reading(self.names_from()):
-            lines = self.names_from().read_bytes().decode("utf-8-sig").split("\n")
+        with reading(self.source):
+            lines = self.source.read_text("utf-8-sig").split("\n")
         return [line.strip() for line in lines if line.strip()]
 
     def path(self, what: str, name: str) -> Path:
@@ -746,7 +720,7 @@ class FileDataset(LabelledDataset):
         exported = all(name.startswith("synthetic_") for name in self.names)    # tests/archives.py, any number
         if exported or len(self) == self.COUNTS[self.split]:
             return []
-        return [f"{self.names_from()}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
+        return [f"{self.source}: expected {self.COUNTS[self.split]} images, found {len(self)}"]
 
 
 def paper_rows(tasks: Iterable[str], table: str) -> dict:
@@ -770,8 +744,8 @@ class PascalContext(FileDataset):
     """
 
     TASKS = {"semseg": 21, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1}
-    CLASSES = {"semseg": tuple("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
-                               "horse motorbike person pottedplant sheep sofa train tvmonitor".split()),
+    CLASSES = {"semseg": ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+                               "horse motorbike person pottedplant sheep sofa train tvmonitor").split(),
                "parsing": PARTS}
     BOUNDARY_TOLERANCE = 0.0075
     PAPER = paper_rows(TASKS, "mtmamba swin-large 81.11 72.62 84.14 14.14 78.80 Table 1")
@@ -800,15 +774,13 @@ class PascalContext(FileDataset):
         return label if label.any() else np.full_like(label, IGNORE)
 
     def read_normal(self, name):
-        return np.where(INDOOR[self.label_map(name)], self.read_label("normal", name), np.float32(np.nan))
+        normal = self.read_label("normal", name)    # before the map, which read_boundary finds kept
+        return np.where(INDOOR[self.label_map(name)], normal, np.nan)
 
     def read_boundary(self, name):
-        padded = np.pad(self.label_map(name), 1, mode="reflect")
-        neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-        return thin(neighbours != 4 * padded[1:-1, 1:-1])
+        return thin(ndimage.laplace(self.label_map(name), mode="mirror") != 0)
 
     def boundary_truth(self, index, task="boundary"):
-        self.check_index(index)
         return boundary_ground_truth(self.label_map(self.names[index]))
 
     def label_map(self, name: str) -> np.ndarray:
@@ -826,11 +798,11 @@ class NYUDv2(FileDataset):
     """
 
     TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
-    CLASSES = {"semseg": tuple(
+    CLASSES = {"semseg": (
         "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
         "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, "
         "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
-        "other structure, other furniture, other prop".split(", "))}
+        "other structure, other furniture, other prop").split(", ")}
     LABEL_IDS = {"semseg": range(1, 41)}
     BOUNDARY_TOLERANCE = 0.011
     # Table 5 is read as its text says: g = 0 is the task's own feature, g = 1 the shared one. By Eq. 24 it would be the
@@ -908,7 +880,7 @@ class Cityscapes(FileDataset):
 
     def list_names(self):
         suffix = "_leftImg8bit.png"
-        return sorted(path.name.removesuffix(suffix) for path in self.names_from().glob(f"*/[!.]*{suffix}"))
+        return sorted(path.name.removesuffix(suffix) for path in self.source.glob(f"*/[!.]*{suffix}"))
 
     def read(self, name):
         image, labels = super().read(name)
@@ -1016,7 +988,8 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         expect(frames == 1, "one frame", frames)
         lossless = image.format in LOSSLESS and image.info.get("compression") != "jpeg"
         expect(lossless, f"a label without loss, of {', '.join(LOSSLESS)}", image.format)
-        as_is = not re.match(r"\W*L;[24]", layout) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) != 0
+        white = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0    # of TIFF: 0 is white
+        as_is = not white and not re.match(r"\W*L;[24]", layout)
         expect(as_is, "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
         pixels = np.array(image)
         if role == "normal":
@@ -1039,7 +1012,6 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
 
 
 LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
-PHOTOMETRIC = 262    # the tag of TIFF that tells what 0 means
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -1066,7 +1038,7 @@ def read_array(path: Path, variable: str) -> np.ndarray:
 def check_samples(dataset: DenseDataset, workers: int = 0, count: int = 16) -> list[str]:
     """A message for each task without a labelled pixel in the first `count` samples, and for each binary task without a
     positive one. Raises what the data set raises. workers: see fetch."""
-    samples = fetch(dataset, range(min(count, len(dataset))), workers)
+    samples = fetch(dataset, range(len(dataset))[:count], workers)
     messages = []
     for task, kind in dataset.kinds.items():
         if not any(kind.teaches(sample[task][None]).any() for sample in samples):
@@ -1083,9 +1055,8 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def normalised(image: Tensor) -> Tensor:
-    """(3, h, w) in 0..1 -> normalised with IMAGE_MEAN and IMAGE_STD, as encoders expect it."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (image - mean) / std
+    """(..., 3, h, w) in 0..1 -> normalised as encoders expect it."""
+    return TF.normalize(image, IMAGE_MEAN, IMAGE_STD)
 
 
 def centred(outer: tuple[int, int], inner: tuple[int, int], scale: int = 1) -> tuple[slice, slice]:
@@ -1094,12 +1065,12 @@ def centred(outer: tuple[int, int], inner: tuple[int, int], scale: int = 1) -> t
     return tuple(slice(scale * ((a - b) // 2), scale * ((a - b) // 2 + b)) for a, b in zip(outer, inner))
 
 
-def pad(array: np.ndarray, outer: tuple[int, int], inner: tuple[int, int], value: float) -> np.ndarray:
+def pad(array: np.ndarray, outer: tuple[int, int], inner: tuple[int, int], value: float) -> Tensor:
     """Pads an image of the size `inner` (h, w) to the size `outer` (H, W), its label (C, s h, s w) to (C, s H, s W)."""
     scale = array.shape[1] // inner[0]
     padded = np.full((len(array), *(scale * n for n in outer)), value, array.dtype)
     padded[(slice(None), *centred(outer, inner, scale))] = array
-    return padded
+    return torch.from_numpy(padded)
 
 
 # ---------------------------------------------------------------------------------------------------- augmentation
@@ -1119,27 +1090,26 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
 
     image: uint8 (h, w, 3); labels: by task, as Kind.check returns them, as are those returned; data: tells its kinds,
     FLIP, SCALES and the size (H, W) of the crop. Where the scaled image is smaller, h' < H or w' < W. Up to 10 crops
-    are tried until no class of the first task with classes covers more than 75 % of the labelled pixels. Without that
-    label the first crop is taken. What is drawn does not depend on the image or the tasks.
+    are tried until no class of `cropped_by`, the first task with classes, covers more than 75 % of the labelled pixels.
+    Without that label the first crop is taken. What is drawn does not depend on the image or the tasks.
     """
     scale = rng.uniform(*data.SCALES)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5 and data.FLIP
     colours = [(adjust, rng.uniform(*bounds)) for adjust, bounds in JITTER]
     colours = [colour for colour, applied in zip(colours, rng.random(len(JITTER)) < 0.5) if applied]
-    classes = (task for task, row in task_rows(data.TASKS).items()
-               if row.kind.unknown == IGNORE and not row.kind.binary)
-    cropped_by = labels.get(next(classes, None))
-
-    scaled = [max(1, round(length * scale)) for length in image.shape[:2]]
+    scaled = np.array([max(1, round(length * scale)) for length in image.shape[:2]])
     for corner in corners:
-        crop = [window(*lengths) for lengths in zip(corner, scaled, data.size)]
+        start = (corner * (np.maximum(scaled - data.size, 0) + 1)).astype(int)
+        stop = np.minimum(start + data.size, scaled)
         # The pixels of the original that are nearest to those of the crop.
-        y, x = (((np.arange(n)[part] + 0.5) * (m / n)).astype(int) for n, m, part in zip(scaled, image.shape, crop))
-        if cropped_by is None or not dominated(cropped_by[:, y][:, :, x]):
+        y, x = (((np.arange(a, b) + 0.5) * (m / n)).astype(int) for a, b, m, n in zip(start, stop, image.shape, scaled))
+        if data.cropped_by not in labels or not dominated(labels[data.cropped_by][:, y][:, :, x]):
             break
 
-    image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled, antialias=False)[:, crop[0], crop[1]]
+    (top, left), (bottom, right) = start, stop
+    image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled.tolist(), antialias=False)
+    image = image[:, top:bottom, left:right]
     if flipped:
         image, x = image.flip(2), x[::-1]
     image = image.contiguous().float() / 255
@@ -1148,12 +1118,6 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
 
     return image, {task: data.kinds[task].augment(label[:, y][:, :, x], scale, flipped)
                    for task, label in labels.items()}
-
-
-def window(position: float, length: int, size: int) -> slice:
-    """`size` consecutive indices of 0..length-1, or all of them. position in [0, 1) chooses where they start."""
-    start = int(position * (max(length - size, 0) + 1))
-    return slice(start, min(start + size, length))
 
 
 def dominated(label: np.ndarray) -> bool:
@@ -1200,9 +1164,8 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         problems, values = defaultdict(list), defaultdict(list)
         found = loader(range(len(data)), [[i] for i in range(len(data))], args.workers, collate_fn=data.check)
         for results in tqdm(found, f"checking {split}", unit="img"):
-            for table, entries in zip((problems, values), results):
-                for what, entry in entries.items():
-                    table[what].append(entry)
+            for what, result in results.items():
+                (problems if isinstance(result, str) else values)[what].append(result)
         both, published = [name for name in data.names if name in earlier], ""
         if issubclass(dataset, FileDataset):
             published = f"; published: {data.COUNTS[split]}"
@@ -1210,9 +1173,8 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         print(f"{split}: {len(data)} images{published}")
         for what, messages in problems.items():
             if messages:
-                print(f"  {what}: {len(messages)} problems", *messages[:3], sep="\n    ")
-            if len(messages) > 3:
-                print(f"    and {len(messages) - 3} more")
+                more = [f"and {len(messages) - 3} more"] * (len(messages) > 3)
+                print(f"  {what}: {len(messages)} problems", *messages[:3], *more, sep="\n    ")
             total += len(messages)
         if both and not published:
             print(f"  look at the names: {len(both)} occur in train, too, first {both[0]}")
@@ -1224,21 +1186,20 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
     return total
 
 
-def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace, count: int = 3):
-    """A sheet of the first samples of each split, plain and, below that, augmented, with a legend for each task."""
+def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace):
+    """A sheet of the first samples of each split, plain and then augmented, with a legend for each task."""
     from evaluate import draw_maps, to_picture  # which imports this module
     shown = []
     for split in ("train", "val"):
-        data, versions = dataset.open(split, args.img_size, root=args.root), []
+        data = dataset.open(split, args.img_size, root=args.root)
         for augmented in sorted({False, data.augment}):
-            data.augment = augmented
-            versions.append(fetch(data, range(min(count, len(data))), args.workers))
-        shown += [dict(zip((f"{split}:", "in training:"), samples)) for samples in zip(*versions)]
-    blocks = [[[(f"{what} {sample['name']}", to_picture(sample["image"])) for what, sample in samples.items()]]
-              for samples in shown]
-    maps = [{task: [sample[task].numpy() for sample in samples.values()] for task in data.kinds} for samples in shown]
+            data.augment, title = augmented, "in training" if augmented else split
+            samples = fetch(data, range(len(data))[:3], args.workers)
+            shown += [(f"{title}: {sample['name']}", sample) for sample in samples]
+    blocks = [[[(title, to_picture(sample["image"]))]] for title, sample in shown]
+    maps = [{task: [sample[task].numpy()] for task in data.kinds} for _, sample in shown]
     with replacing(args.pictures) as file:
-        draw_maps(blocks, data.labels, maps, ("", "")).save(file, "PNG")
+        draw_maps(blocks, data.labels, maps, ("",)).save(file, "PNG")
     print("pictures:", args.pictures)
 
 
@@ -1271,7 +1232,7 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
         except Exception as error:
-            text = "\n".join(f"{type(cause).__module__}.{type(cause).__qualname__}: {origin(cause)[2]}"
+            text = "\n".join(f"{type(cause).__module__}.{type(cause).__qualname__}: {origin(cause)[1]}"
                              for cause in causes(error))
             for pattern, line in TROUBLES.items():
                 if found := re.search(pattern, text, re.M):
@@ -1279,7 +1240,7 @@ class Parser(argparse.ArgumentParser):
                     self.exit(1, f"{self.prog}: {' '.join(line.split())}\n")
             if not is_deliberate(error):
                 raise
-            message = " ".join(origin(error)[2].split()) or type(error).__name__
+            message = " ".join(origin(error)[1].split()) or type(error).__name__
             self.exit(1 if isinstance(error, FloatingPointError) else 2, f"{self.prog}: {message}\n")
         finally:
             end_loaders()
@@ -1315,25 +1276,23 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def origin(error: BaseException) -> tuple[str, int, str]:
-    """The file and line of the innermost Python frame of an error, and its message. An error of another process has its
-    traceback in its text (of a DataLoader) or as its cause (of concurrent.futures)."""
+def origin(error: BaseException) -> tuple[str, str]:
+    """The line of code in which an error was raised, and its message. An error of another process has its traceback in
+    its text (of a DataLoader) or as its cause (of concurrent.futures)."""
     message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
     remote = str(error.__cause__) if type(error.__cause__).__name__ == "_RemoteTraceback" else message
-    frames = list(re.finditer(r'^ *File "(.+)", line (\d+), in .*\n(?:    .*\n)*', remote, re.M))
+    frames = list(re.finditer(r'^ *File ".+", line \d+, in .*\n(?:    (.*)\n)?(?:    .*\n)*', remote, re.M))
     if frames and (remote is not message or "Original Traceback" in message):
         if remote is message:    # after the last frame: the type and the true message
             message = message[frames[-1].end():].partition(": ")[2]
-        return frames[-1][1], int(frames[-1][2]), message
-    frames = [("", 0), *((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__))]
-    return *frames[-1], message
+        return frames[-1][1] or "", message
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].line if frames else "", message
 
 
 def is_deliberate(error: Exception) -> bool:
-    """Whether an error says what is wrong with the input: it is an OSError, or its innermost frame stands at a `raise`.
-    Errors of the kinds FAULTS never do."""
-    file, number, _ = origin(error)
-    raised = re.search(r"(^|: )\s*raise\b", linecache.getline(file, number))
+    """Whether an error says what is wrong with the input: an OSError, or one from a `raise` that is not of FAULTS."""
+    raised = re.search(r"(^|: )\s*raise\b", origin(error)[0])
     return isinstance(error, OSError) or bool(raised) and not isinstance(error, FAULTS)
 
 
@@ -1366,9 +1325,9 @@ def allow_open_files(workers: int):
         return
     import resource
     needed, (soft, hard) = 64 + 32 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
-    expect(hard == resource.RLIM_INFINITY or hard >= needed, f"a limit of at least {needed} open files for --workers "
-           f"{workers}", hard, f"raise it (ulimit -n {needed}) or give fewer --workers")
-    if soft != resource.RLIM_INFINITY and soft < needed:
+    if 0 <= soft < needed:    # without a limit some systems give -1
+        expect(not 0 <= hard < needed, f"a limit of at least {needed} open files for --workers {workers}", hard,
+               f"raise it (ulimit -n {needed}) or give fewer --workers")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -1383,12 +1342,6 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, images: int = 0, *
         expect_main_guard()
         allow_open_files(workers)
         workers = fit_workers(workers, dataset, images)
-    if workers and get_start_method() != "fork":    # DataLoader would fail amid starting its processes
-        try:
-            pickle.dumps((dataset, options))
-        except Exception as error:
-            raise ValueError(f"the data set cannot be sent to a loading process ({error}); open files in `read`, at "
-                             "its first call, and keep no lambda, or give --workers 0") from error
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
 
 
@@ -1444,7 +1397,7 @@ class Helpers(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
 
 
 def follow_main(*_):

@@ -464,9 +464,9 @@ def coordinates(h, w):
     return np.stack([2 * x, 2 * y, 0 * x], 2), labels
 
 
-def data_of(size, tasks=()):
+def data_of(size, cropped_by=""):
     """What augment takes of a data set."""
-    return SimpleNamespace(kinds=KINDS, size=size, FLIP=True, SCALES=(0.5, 2.0), TASKS=dict(tasks))
+    return SimpleNamespace(kinds=KINDS, size=size, FLIP=True, SCALES=(0.5, 2.0), cropped_by=cropped_by)
 
 
 def test_labels_stay_with_the_image_and_depth_and_normals_follow(monkeypatch):
@@ -535,7 +535,9 @@ def test_dominated_counts_labelled_pixels_only():
 
 
 def test_crops_are_tried_again_while_one_class_dominates():
-    data = data_of((20, 20), {"saliency": 2, "semseg": 3})
+    class Ordered(Own):
+        TASKS = {"depth": 1, "saliency": 2, "semseg": 3, "other": ("semseg", 3)}
+    data = data_of((20, 20), Ordered("train", tasks=["depth"]).cropped_by)
     data.SCALES = 1.0, 1.0
     semseg = np.repeat([1, 2], (90, 10)).astype(np.uint8).reshape(1, 1, 100).repeat(20, 1)
     image = np.zeros((20, 100, 3), np.uint8)
@@ -1340,14 +1342,14 @@ def test_samples_are_drawn_as_training_sees_them(tmp_path, monkeypatch, capsys):
     assert main(["check", "--dataset", "Sided", "--workers", "1", "--img-size", "16", "24", "--pictures",
                  str(tmp_path / "a.png")]) == 0
     (blocks, legends), = sheets
-    assert [[title for title, _ in column] for column in blocks[0]] == [
-        ["train: one", "in training: one"], ["semseg", "semseg"], ["limb", "limb"]]
-    assert [[title for title, _ in column] for column in blocks[1]] == [["val: one"], ["semseg"], ["limb"]]
+    assert [[title for (title, _), in columns] for columns in blocks] == [
+        [f"{title}: one", "semseg", "limb"] for title in ("train", "in training", "val")]
     assert [text for text, _ in legends[0]][:3] == ["semseg", "left arm", "right arm"]
     palette = Sided("val").kinds["semseg"].palette
-    for column, data in zip(range(2), (Sided("val", (16, 24)), Sided("train", (16, 24)))):
-        assert (np.array(blocks[0][1][column][1]) == palette[data[0]["semseg"][0]]).all()
-        assert np.array(blocks[0][0][column][1]).shape == (16, 24, 3)
+    for columns, split in zip(blocks, ("val", "train", "val")):
+        (_, image), (_, drawn) = columns[0][0], columns[1][0]
+        assert (np.array(drawn) == palette[Sided(split, (16, 24))[0]["semseg"][0]]).all()
+        assert np.array(image).shape == (16, 24, 3)
     assert Image.open(tmp_path / "a.png").width > 100 and capsys.readouterr().out.endswith("a.png\n")
 
 
@@ -1504,12 +1506,12 @@ def test_bad_arguments_are_refused(pascal, arguments, message):
         PascalContext(pascal, **arguments)
 
 
-@pytest.mark.parametrize("index", [-1, 8, (0, 8), (1, -1)])
+@pytest.mark.parametrize("index", [8, (0, 8)])
 def test_indices_outside_are_refused(pascal, index):
     data = PascalContext(pascal)
-    with pytest.raises(IndexError, match=r"0\.\.7, found (8|-1)"):
+    with pytest.raises(IndexError):
         data[index]
-    with pytest.raises(IndexError, match=r"0\.\.7, found 8"):
+    with pytest.raises(IndexError):
         data.boundary_truth(8)
 
 

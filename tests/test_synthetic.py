@@ -225,7 +225,8 @@ def test_bad_arguments_are_refused(arguments, message):
         Synthetic(**arguments)
 
 
-@pytest.mark.parametrize("index", [-1, 2])
-def test_indices_outside_are_refused(index):
-    with pytest.raises(IndexError, match=f"0..1, found {index}"):
-        Synthetic(2, size=(32, 32))[index]
+def test_indices_outside_are_refused():
+    with pytest.raises(IndexError):
+        Synthetic(2, size=(32, 32))[2]
+    with pytest.raises(ValueError, match="non-negative"):
+        Synthetic(2, size=(32, 32))[-1]
