@@ -34,9 +34,8 @@ Files of the benchmarks, as their archives have them:
     data/Cityscapes/{leftImg8bit,gtFine,disparity}/{train,val}/CITY/CITY_SSSSSS_FFFFFF_*.png
 """
 
-# Order: what every data set says about itself; Synthetic and its renderer; LabelledDataset, the three benchmarks, and
-# how a data set is found by its name; reading files; from files to samples; augmentation; the commands, from main on;
-# files, processes and signals, a section that evaluate.py and train.py use, too.
+# Order: the base of all data sets; Synthetic and its renderer; data sets of files; reading files; samples and their
+# augmentation; the command; files, processes and signals, which evaluate.py and train.py use, too.
 
 import abc
 import argparse
@@ -49,7 +48,6 @@ import pickle
 import re
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -84,8 +82,7 @@ HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
 class DenseDataset(Dataset):
-    """The base of all data sets. The attributes of its class describe a data set. All scripts use them, and those of
-    your own class as those of the benchmarks."""
+    """The base of all data sets. The attributes of a class describe its data to all scripts."""
 
     TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
@@ -121,9 +118,7 @@ class DenseDataset(Dataset):
         self.labels = self.describe({task: self.TASKS[task] for task in tasks})
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
-        expect(seed >= 0, "seed of at least 0", seed)
-        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal",
-               self.BOUNDARY_TOLERANCE)
+        expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction", self.BOUNDARY_TOLERANCE)
         self.size, self.seed = tuple(map(int, size)), seed
 
     @classmethod
@@ -145,8 +140,7 @@ class DenseDataset(Dataset):
                 raise ValueError(f"{folder} lies in the data set's folder {path}; give another folder")
 
 
-# Decorates a method that keeps its last result: a file that several labels need is read once. The result must not be
-# changed in place.
+# Keeps a method's last result, such as a file that several labels need. It must not be changed in place.
 kept = lru_cache(maxsize=1)
 
 
@@ -155,16 +149,16 @@ kept = lru_cache(maxsize=1)
 class Synthetic(DenseDataset):
     """Ray-cast rooms and open grounds with objects and people, and exact labels for all six tasks.
 
-    Needs no files. An image depends on (seed, index, size) alone. So any number of workers gives the same data, and two
-    seeds give two disjoint splits.
+    An image depends on (seed, index, size) alone. So any number of workers gives the same data, and two seeds give two
+    disjoint splits.
 
     semseg     CLASSES. "floor" is also the ground outdoors, "wall" also a building.
     parsing    PARTS; 0 away from people. An image without people is ignored whole, as in PASCAL-Context.
     saliency   1 on spheres, boxes, cylinders and people.
     normal     unknown on the sky.
-    boundary   1 where the instance differs from that of the right, lower or lower-right neighbour (the last row and
-               column repeat). An instance is a plane of a room, the ground, the sky, a building, an object or a whole
-               person. Edges inside an instance, such as those between the faces of a box, are no boundary.
+    boundary   1 where the instance differs from that of the right, lower or lower-right neighbour. An instance is a
+               plane of a room, the ground, the sky, a building, an object or a whole person. Edges inside an instance,
+               such as those between the faces of a box, are no boundary.
     depth      unknown on the sky; valid values are below FAR.
     """
 
@@ -174,8 +168,7 @@ class Synthetic(DenseDataset):
     TASKS = {"semseg": 8, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
     BOUNDARY_TOLERANCE = 0.02    # 4 pixels at 128x160
     SIZE = (128, 160)
-    # The main job's. No workers: rendering takes a tenth of the time, and a loading process would take a core from the
-    # network.
+    # The main job's. Rendering takes a tenth of the time; a worker would take a core from the network.
     RECIPE = dict(recipe="small", img_size=(64, 96), workers=0, eval_every=0)
     SHUFFLED = False             # every training image is new
 
@@ -211,28 +204,22 @@ class Synthetic(DenseDataset):
         rng = np.random.default_rng([self.seed, index])
         camera = draw_camera(rng, *self.size)
         light, groups = draw_scene(rng, camera)
-        solids = [solid for group in groups for solid in group]
+        solids = sum(groups, [])
         with np.errstate(divide="ignore", invalid="ignore"):    # a ray that misses gives nan or inf
             depth, normal, number = trace(camera, solids)
             image = shade(rng, camera, solids, light, depth, normal, number)
         table = np.array([(s.label, s.part, i) for i, group in enumerate(groups) for s in group])
         label, part, instance = np.take(table.T, number, axis=1)
         sky = label == SKY
-        return {
-            "image": image,
-            "semseg": label[None],
-            "parsing": (part if part.any() else np.full_like(part, IGNORE))[None],
-            "saliency": np.int64(label >= SPHERE)[None],
-            "normal": np.where(sky, np.nan, rotate(camera.turn, normal)),
-            "boundary": np.float32(boundary_pixels(instance))[None],
-            "depth": np.where(sky, np.nan, depth)[None],
-            "instance": instance,
-            "rays": camera.rays,
-        }
+        return dict(
+            image=image, instance=instance, rays=camera.rays, semseg=label[None],
+            parsing=(part if part.any() else np.full_like(part, IGNORE))[None],
+            saliency=np.int64(label >= SPHERE)[None], boundary=np.float32(boundary_pixels(instance))[None],
+            normal=np.where(sky, np.nan, rotate(camera.turn, normal)), depth=np.where(sky, np.nan, depth)[None])
 
 
 # The renderer of Synthetic. World axes: x right, y up, the camera above the origin looks along -z; the floor is y = 0.
-# Vectors that are combined with maps of pixels have shape (3, 1, 1). All maps are float32.
+# All maps are float32.
 
 FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES["semseg"]
 FAR = 16.0                                                              # metres; where the ground ends
@@ -259,14 +246,14 @@ class Solid(NamedTuple):
     ends: tuple          # the solid lies within `radius` of the segment between these points, (3,) each
     radius: float
     label: int           # class
-    part: int            # body part
     paint: np.ndarray    # (15,), see draw_paint
+    part: int = 0        # body part
 
 
 def draw_camera(rng, h, w):
     pixel = rng.uniform(0.9, 1.35) / h                           # vertical field of view 48 to 68 degrees
     y, x = np.mgrid[:h, :w]
-    rays = np.float32([(x + 0.5 - w / 2) * pixel, (h / 2 - y - 0.5) * pixel, np.full((h, w), -1.0)])
+    rays = np.float32([(x + 0.5 - w / 2) * pixel, (h / 2 - y - 0.5) * pixel, 0 * x - 1])
     pitch = rng.uniform(-0.30, 0.05)
     turn = np.array([[1, 0, 0], [0, cos(pitch), sin(pitch)], [0, -sin(pitch), cos(pitch)]])
     return Camera(rays, rotate(turn.T, rays), turn, rng.uniform(1.1, 1.9) * UP, pixel)
@@ -282,8 +269,8 @@ def draw_scene(rng, camera):
         half = rng.uniform((1.8, 1.15, 2.2), (4.0, 1.6, 4.0))
         back = np.array([rng.uniform(-1, 1) * (half[0] - 0.6), 0, half[2] - rng.uniform(0.4, 1.2)])
         centre = half[1] * UP - back @ axes
-        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["floor"], x, z, 0.8))])
-        groups.append([plane(CEILING, 2 * centre, -UP, draw_paint(rng, PAINTS["ceiling"], x, z, 0.8))])
+        groups += [[plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["floor"], x, z, 0.8))],
+                   [plane(CEILING, 2 * centre, -UP, draw_paint(rng, PAINTS["ceiling"], x, z, 0.8))]]
         for axis, width, across in ((x, half[0], z), (z, half[2], x)):
             paint = draw_paint(rng, PAINTS["wall"], across, up, 0.6)
             groups += [[plane(WALL, centre + side * width * axis, -side * axis, paint)] for side in (-1, 1)]
@@ -326,7 +313,7 @@ def draw_object(rng, place, radius):
     if label == BOX:
         return box(label, place, np.array([0.7 * radius, height / 2, radius * rng.uniform(0.4, 0.7)]), axes, paint)
     hit, low, high = (hit_capsule, radius, radius) if label == SPHERE else (hit_cylinder, 0, height)
-    return rod(hit, (label, 0, paint), radius, place + low * UP, place + high * UP)
+    return rod(hit, (label, paint), radius, place + low * UP, place + high * UP)
 
 
 def draw_person(rng, place):
@@ -364,7 +351,7 @@ def draw_person(rng, place):
                   (LOWER_LEG, 0.055, ankle, ankle + 0.14 * forward, shoes)]
     scale = rng.uniform(0.85, 1.1)
     pelvis = place - scale * min(min(a[1], b[1]) - r for _, r, a, b, _ in bones) * UP    # the lowest bone on the floor
-    body = [rod(hit_capsule, (PERSON, part, paint), scale * r, pelvis + scale * a, pelvis + scale * b)
+    body = [rod(hit_capsule, (PERSON, paint, part), scale * r, pelvis + scale * a, pelvis + scale * b)
             for part, r, a, b, paint in bones]
     if not sitting:
         return [body]
@@ -380,8 +367,7 @@ def limb(axes, swing, spread):
 
 def draw_paint(rng, colour, across, along, scale):
     """A texture with features of about `scale` metres along two directions: two colours (3 + 3), mixed by the product
-    of two plane waves (wave vector 3, phase 1, each) times the hardness of their edges (1). colour: mean RGB, spread.
-    """
+    of two plane waves (wave vector 3, phase 1, each) times the hardness of their edges (1). colour: as in PAINTS."""
     *mean, spread = colour
     first, other = np.clip(mean + rng.uniform(-spread, spread, (2, 3)), 0.03, 0.97)
     other = first + rng.uniform(0.1, 0.6) * (other - first)
@@ -398,28 +384,26 @@ def draw_paint(rng, colour, across, along, scale):
 
 
 def plane(label, point, normal, paint):
-    return Solid(hit_plane, columns(point, normal), (point, point), np.inf, label, 0, paint)
+    return Solid(hit_plane, columns(point, normal), (point, point), np.inf, label, paint)
 
 
 def box(label, place, half, axes, paint):
     """A box on the floor at `place`, `half` its widths along the rows of `axes`, the second of which is UP."""
     args = columns(place + half[1] * UP, half, axes)
-    return Solid(hit_box, args, (place, place + 2 * half[1] * UP), np.hypot(half[0], half[2]), label, 0, paint)
+    return Solid(hit_box, args, (place, place + 2 * half[1] * UP), np.hypot(half[0], half[2]), label, paint)
 
 
 def rod(hit, kind, radius, start, end):
     """A capsule, all points within `radius` of the segment from `start` to `end` (a sphere where the two are one), or a
-    cylinder between these points, by `hit`. kind: label, part and paint."""
+    cylinder between these points, by `hit`. kind: label, paint and part."""
     length = np.linalg.norm(end - start)
     axis = (end - start) / length if length else UP
     return Solid(hit, columns(start, axis, length, radius), (start, end), radius, *kind)
 
 
 def trace(camera, solids):
-    """The nearest solid of each pixel: its depth (H, W), its normal (3, H, W) in world axes, its number (H, W).
-
-    A ray that meets nothing within FAR sees the sky: number 0, depth FAR, normal 0.
-    """
+    """The nearest solid of each pixel: its depth (H, W), its normal (3, H, W) in world axes, its number (H, W). A ray
+    that meets nothing within FAR sees the sky: number 0, depth FAR, normal 0."""
     depth = np.full(camera.rays.shape[1:], FAR, np.float32)
     normal = np.zeros_like(camera.rays)
     number = np.zeros(depth.shape, np.int64)
@@ -468,8 +452,8 @@ def bounds(camera, solids, light=None):
     edges = np.tan([(angle - width).min(1), (angle + width).max(1)])    # (2, 2, n): low and high, axis, solid
     near = (-z < radius + 0.05).any(0)                           # reaches behind the camera: may be anywhere
     edges = size / 2 + np.where(near, outward * np.inf, edges) / camera.pixel + outward
-    pixels = edges.clip(0, size).astype(int).T
-    return [(slice(top, bottom + 1), slice(left, right + 1)) for (top, bottom), (left, right) in pixels]
+    return [(slice(top, bottom + 1), slice(left, right + 1))
+            for (top, bottom), (left, right) in edges.clip(0, size).astype(int).T]
 
 
 # Intersections. Each takes origin (3, 1, 1) or (3, H, W), rays (3, H, W) or (3, 1, 1) of any length, and a solid. It
@@ -514,8 +498,7 @@ def hit_capsule(origin, rays, start, axis, length, radius):
 
 def hit_ball(offset, rays, radius):
     """Where rays enter and leave |t * rays - offset| < radius, computed from the point of closest approach. With the
-    textbook's discriminant, float32 rounding would lose a thin limb at ten metres.
-    """
+    textbook's discriminant, float32 rounding would lose a thin limb at ten metres."""
     square = dot(rays, rays)
     middle = dot(offset, rays) / square
     gap = middle * rays - offset
@@ -545,10 +528,8 @@ def columns(*values):
 # ------------------------------------------------------------- your own data, PASCAL-Context, NYUDv2, Cityscapes
 
 class LabelledDataset(DenseDataset, abc.ABC):
-    """Images and their labels: checks, augments, normalises and pads what `read` returns.
-
-    Subclass it for your own data: give TASKS, list_names and read. train.py and evaluate.py then take it as
-    `--dataset path/to/file.py:Class`.
+    """Images and their labels: checks, augments, normalises and pads what `read` returns. Subclass it for your own
+    data: give TASKS, list_names and read. The scripts take it as `--dataset path/to/file.py:Class`.
 
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
@@ -563,8 +544,8 @@ class LabelledDataset(DenseDataset, abc.ABC):
         tasks: names from TASKS, None for all; seed: of augmentation."""
         super().__init__(size or self.SIZE, tasks, seed)
         self.split, self.augment = split, split == "train" and self.LABEL_SCALE == 1
-        kinds = self.describe(self.TASKS).kinds
-        self.cropped_by = next((task for task, kind in kinds.items() if kind.unknown == IGNORE and not kind.binary), "")
+        self.cropped_by = next((task for task, kind in self.describe(self.TASKS).kinds.items()
+                                if kind.unknown == IGNORE and not kind.binary), "")
         self._listed = list(self.list_names())    # what read takes
         with about(self.source or f"{type(self).__name__}, split {split!r}"):
             self.names = file_names(self._listed)
@@ -580,19 +561,14 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
     @abc.abstractmethod
     def list_names(self) -> Sequence[str]:
-        """The names of the split's images, in the order of the data set, the same in each process.
-
-        Files of predictions get these names. So each name is unique; it may have folders, "kitchen/0001".
-        """
+        """The names of the split's images, in the order of the data set, the same in each process. Files of predictions
+        get these names. So each name is unique; it may have folders, "kitchen/0001"."""
 
     @abc.abstractmethod
     def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The image, uint8 (h, w, 3), and its labels by task. name: an item of list_names.
-
-        A label has the form that its kind takes (see metrics.py), or is a function that returns one. Where an image has
-        no label of a task, leave the task out or give None. If a file is damaged, raise OSError or ValueError and name
-        the file.
-        """
+        """The image, uint8 (h, w, 3), and its labels by task. name: an item of list_names. A label has the form that
+        its kind takes (see metrics.py), or is a function that returns one. Where an image has no label of a task, leave
+        the task out or give None. If a file is damaged, raise OSError or ValueError and name the file."""
 
     def __getitem__(self, index):
         """The dictionary of the module's docstring. index: an int, or (epoch, index)."""
@@ -654,8 +630,7 @@ def file_names(names: Iterable) -> list[str]:
     for path in paths:
         possible = path.parts and not path.anchor and ".." not in path.parts and not re.search(
             "[\0-\x1f\x7f-\x9f\ud800-\udfff]", str(path)) and max(len(part.encode()) for part in path.parts) <= 240
-        expect(possible, "names of images that can be names of files below a folder, of up to 240 bytes",
-               repr(path.as_posix()))
+        expect(possible, "names for files below a folder, of up to 240 bytes", repr(path.as_posix()))
     path, count = Counter(paths).most_common(1)[0]
     expect(count == 1, "a name of its own for each image", f"{str(path)!r} {count} times")
     return [path.as_posix() for path in paths]
@@ -674,8 +649,7 @@ class FileDataset(LabelledDataset):
     UNIT_NORMALS = False    # as in the published runs
 
     def __init__(self, root=None, split="train", tasks=None, size=None, seed=0):
-        """As LabelledDataset; root: folder, split: from COUNTS."""
-        expect(split in self.COUNTS, f"split from {list(self.COUNTS)}", repr(split))
+        """As LabelledDataset; root: folder."""
         self.root = Path(root or self.ROOT).expanduser()
         self.folders, self.source = (self.root,), self.root / self.LIST.format(split)
         if not self.root.is_dir():
@@ -724,8 +698,7 @@ class FileDataset(LabelledDataset):
 
 
 def paper_rows(tasks: Iterable[str], table: str) -> dict:
-    """The attribute PAPER. A line of the table: variant, encoder, the figures in the order of the tasks, their source.
-    """
+    """The attribute PAPER. A line has variant, encoder, the figures in the order of the tasks, and their source."""
     rows = [line.split() for line in table.strip().splitlines()]
     return {(variant, encoder): dict(zip(tasks, map(float, figures))) for variant, encoder, *figures in rows}
 
@@ -907,14 +880,6 @@ class Cityscapes(FileDataset):
         disparity[rail_track] = 0
         return disparity
 
-    def check_split(self):
-        for name in self.names:
-            with suppress(OSError, ValueError):    # which are reported with the image
-                if self.read_label("semseg", name).max() > 18:
-                    return super().check_split()
-        return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in files "
-                "of train IDs; take the archive's files *_labelIds.png"]
-
 
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
 PART_NAMES = {name: part for part, names in enumerate((
@@ -953,8 +918,7 @@ def about(what: object) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Names the file where a library cannot read it. Only calls of such libraries, and what looks up their results,
-    stand inside."""
+    """Names the file where a library cannot read it, or where what it read has another structure."""
     try:
         yield
     except FileNotFoundError as error:
@@ -979,15 +943,13 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        frames = getattr(image, "n_frames", 1)
         image.load()
     with about(path):
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         if role == "picture":
             return to_rgb(image)
-        expect(frames == 1, "one frame", frames)
-        lossless = image.format in LOSSLESS and image.info.get("compression") != "jpeg"
-        expect(lossless, f"a label without loss, of {', '.join(LOSSLESS)}", image.format)
+        lossless = image.format in ("PNG", "TIFF", "BMP") and image.info.get("compression") != "jpeg"
+        expect(lossless, "a label without loss, of PNG, TIFF or BMP", image.format)
         white = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0    # of TIFF: 0 is white
         as_is = not white and not re.match(r"\W*L;[24]", layout)
         expect(as_is, "8 or 16 bits per pixel, 0 as black, or a palette", f"the layout {layout}")
@@ -1011,9 +973,6 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
         return (pixels > 127).astype(np.uint8)
 
 
-LOSSLESS = "PNG", "TIFF", "BMP"    # the formats of labels
-
-
 def to_rgb(image: Image.Image) -> np.ndarray:
     """A loaded picture, upright, uint8 (h, w, 3). Of 16 bits in colour Pillow itself gives the upper 8."""
     grey16 = image.format == "PNG" and image.mode[0] == "I"
@@ -1035,10 +994,10 @@ def read_array(path: Path, variable: str) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ from files to samples
 
-def check_samples(dataset: DenseDataset, workers: int = 0, count: int = 16) -> list[str]:
-    """A message for each task without a labelled pixel in the first `count` samples, and for each binary task without a
+def check_samples(dataset: DenseDataset, workers: int = 0) -> list[str]:
+    """A message for each task without a labelled pixel in the first 16 samples, and for each binary task without a
     positive one. Raises what the data set raises. workers: see fetch."""
-    samples = fetch(dataset, range(len(dataset))[:count], workers)
+    samples = fetch(dataset, range(len(dataset))[:16], workers)
     messages = []
     for task, kind in dataset.kinds.items():
         if not any(kind.teaches(sample[task][None]).any() for sample in samples):
@@ -1069,7 +1028,7 @@ def pad(array: np.ndarray, outer: tuple[int, int], inner: tuple[int, int], value
     """Pads an image of the size `inner` (h, w) to the size `outer` (H, W), its label (C, s h, s w) to (C, s H, s W)."""
     scale = array.shape[1] // inner[0]
     padded = np.full((len(array), *(scale * n for n in outer)), value, array.dtype)
-    padded[(slice(None), *centred(outer, inner, scale))] = array
+    padded[(..., *centred(outer, inner, scale))] = array
     return torch.from_numpy(padded)
 
 
@@ -1096,8 +1055,8 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
     scale = rng.uniform(*data.SCALES)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5 and data.FLIP
-    colours = [(adjust, rng.uniform(*bounds)) for adjust, bounds in JITTER]
-    colours = [colour for colour, applied in zip(colours, rng.random(len(JITTER)) < 0.5) if applied]
+    values = [rng.uniform(*bounds) for _, bounds in JITTER]
+    applied = rng.random(len(JITTER)) < 0.5
     scaled = np.array([max(1, round(length * scale)) for length in image.shape[:2]])
     for corner in corners:
         start = (corner * (np.maximum(scaled - data.size, 0) + 1)).astype(int)
@@ -1113,9 +1072,8 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
     if flipped:
         image, x = image.flip(2), x[::-1]
     image = image.contiguous().float() / 255
-    for adjust, value in colours:
+    for (adjust, _), value in itertools.compress(zip(JITTER, values), applied):
         image = adjust(image, value)
-
     return image, {task: data.kinds[task].augment(label[:, y][:, :, x], scale, flipped)
                    for task, label in labels.items()}
 
@@ -1130,15 +1088,13 @@ def dominated(label: np.ndarray) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"], help="read every file; exit code 1 where something is missing or "
-                        "wrong")
+    parser.add_argument("command", choices=["check"], help="reads every file; exit code 1 if one is missing or wrong")
     parser.add_argument("--dataset", required=True, help=f"{', '.join(DATASETS)} or path/to/file.py:Class")
     parser.add_argument("--root", type=Path, help="folder of a benchmark (default: data/...)")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes that read (default: one per CPU)")
     parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="size of the samples (Cityscapes: "
                         "half the size of the images, where that is not 512 1024)")
-    parser.add_argument("--pictures", type=Path, metavar="FILE.png", help="draw the first samples of each split, those "
-                        "to train on also as training sees them in epoch 0")
+    parser.add_argument("--pictures", type=Path, metavar="FILE.png", help="draws samples, also as training sees them")
     args = parser.parse_args(argv)
     with parser.told():
         dataset = find_dataset_class(args.dataset)
@@ -1257,12 +1213,10 @@ TROUBLES = {
     r"BrokenProcessPool|ChildProcessError":
         "the system has killed one of the processes, often because memory ran out; give fewer --workers",
     r"(\w*MemoryError|DefaultCPUAllocator|Cannot allocate memory).*":
-        r"out of memory (\g<0>); try smaller images or a smaller --encoder, in training --accumulate 2 or "
-        "--checkpoint-activations",
+        r"out of memory (\g<0>); try smaller images or --encoder, in training --accumulate or --checkpoint-activations",
     r"closed by peer": "another process of the run ended",
     r"^subprocess.CalledProcessError.*|.*C(\+\+)? compiler.*":
-        r"a compiler is missing or fails (\g<0>); install gcc, g++ and python3-dev, or give --no-compile or --backend "
-        "torch",
+        r"a compiler fails (\g<0>); install gcc, g++ and python3-dev, or give --no-compile or --backend torch",
     r"^torch\._(?:dynamo|inductor)\S+ (?:(?s:.*)Developer debug context: (.+)|(.+\n?.*))":
         r"--compile failed (\1\2); train with --no-compile",
 }
@@ -1292,7 +1246,7 @@ def origin(error: BaseException) -> tuple[str, str]:
 
 def is_deliberate(error: Exception) -> bool:
     """Whether an error says what is wrong with the input: an OSError, or one from a `raise` that is not of FAULTS."""
-    raised = re.search(r"(^|: )\s*raise\b", origin(error)[0])
+    raised = re.search(r"(^|: )raise\b", origin(error)[0])
     return isinstance(error, OSError) or bool(raised) and not isinstance(error, FAULTS)
 
 
@@ -1302,7 +1256,7 @@ def usable_cpus() -> int:
     with suppress(OSError, ValueError):    # a container's limit: microseconds per period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, ceil(int(quota) / int(period)))
-    return min(cpus, 61) if sys.platform == "win32" else cpus    # Windows cannot wait for more processes
+    return cpus
 
 
 def expect_main_guard():
@@ -1319,8 +1273,7 @@ def expect_main_guard():
 
 
 def allow_open_files(workers: int):
-    """Raises the limit on open files to what so many loading processes need: with fewer they would fail during the run,
-    and wait for each other forever."""
+    """Raises the limit on open files to what so many loading processes need. With fewer they would wait forever."""
     if sys.platform == "win32":    # which has no such limit
         return
     import resource
@@ -1368,8 +1321,7 @@ def fetch(dataset: Dataset, indices: Sequence[int], workers: int) -> list[dict]:
 
 @atexit.register
 def end_loaders():
-    """After an error, some loaders may be left. PyTorch and multiprocessing would send them a SIGTERM, which they
-    ignore, and wait."""
+    """Ends loaders that an error has left. PyTorch and multiprocessing would send a SIGTERM, which they ignore."""
     loaders = [process for process in active_children() if process.daemon]
     if loaders and hasattr(signal, "SIGCHLD") and in_main_thread():
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would report that they were killed
@@ -1416,9 +1368,9 @@ def open_again():
     import fcntl  # not on Windows
     for number in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):    # the folder itself was open, too
-            mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
-            if mode == os.O_RDONLY and stat.S_ISREG(os.fstat(number).st_mode):
-                opened = os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
+            path, mode = f"/proc/self/fd/{number}", fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+            if mode == os.O_RDONLY and os.path.isfile(path):
+                opened = os.open(path, os.O_RDONLY)
                 os.lseek(opened, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
                 os.dup2(opened, number, inheritable=False)
                 os.close(opened)
@@ -1430,8 +1382,7 @@ def in_main_thread() -> bool:
 
 
 def interrupt(number: int, frame: object):
-    """The handler of SIGTERM. It ends a script as Ctrl-C does, so that the script ends its processes and removes files
-    that are not complete."""
+    """The handler of SIGTERM. As after Ctrl-C, a script ends its processes and removes files that are not complete."""
     signal.signal(number, signal.SIG_IGN)    # launchers and clusters send several
     raise KeyboardInterrupt
 
@@ -1449,8 +1400,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         for cause in causes(error):
             if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
                 cause.filename = str(path)
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -732,7 +732,7 @@ def test_an_image_larger_than_the_evaluation_size_is_padded_to_a_multiple_of_32(
 
 
 @pytest.mark.parametrize("content, message", [
-    ("a\n../b\n", "names of files below a folder, of up to 240 bytes, found '../b'"),
+    ("a\n../b\n", "names for files below a folder, of up to 240 bytes, found '../b'"),
     ("a\n/b\n", "found '/b'"),
     ("a\nb\0\n", r"found 'b\x00'"),
     ("a\nb\na\n", "expected a name of its own for each image, found 'a' 2 times"),
@@ -997,7 +997,7 @@ def test_what_pictures_need_to_know():
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
     ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"of the shape \(5,\), in LABEL_IDS"),
     ("LABEL_IDS", {"material": (1,)}, "LABEL_IDS"),
-    ("BOUNDARY_TOLERANCE", 2, "BOUNDARY_TOLERANCE as a fraction of the image's diagonal, found 2")])
+    ("BOUNDARY_TOLERANCE", 2, "BOUNDARY_TOLERANCE as a fraction, found 2")])
 def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Mixed, attribute, value)
     with pytest.raises(ValueError, match=message):
@@ -1482,8 +1482,9 @@ def test_helpers_that_fail(forked_pools, monkeypatch):
         helpers.submit(divmod, 7, 0).result()
     assert 1 <= datasets.usable_cpus() <= os.cpu_count()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(100)), raising=False)
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert datasets.usable_cpus() <= 61
+    for limit, expected in (("max 100000", 100), ("150000 100000", 2), ("200000 100000", 2)):    # of a container
+        monkeypatch.setattr(Path, "read_text", lambda path: limit)
+        assert datasets.usable_cpus() == expected
 
 
 def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
@@ -1494,12 +1495,10 @@ def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(split="test"), "expected split from .*'train', 'val'.*, found 'test'"),
     (dict(tasks=[]), "expected tasks from"),
     (dict(tasks=["semseg", "depth"]), r"expected tasks from .*found \['semseg', 'depth'\]"),
     (dict(size=(0, 512)), "expected size"),
     (dict(size=(512,)), "expected size"),
-    (dict(seed=-1), "expected seed"),
 ])
 def test_bad_arguments_are_refused(pascal, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -1529,8 +1528,9 @@ def test_incomplete_trees_are_refused(pascal, tmp_path):
     with pytest.raises(ValueError, match="train.txt: .*found none"):
         PascalContext(root, tasks=["semseg"])
     listed.unlink()
-    with pytest.raises(FileNotFoundError, match="no file .*train.txt"):
-        PascalContext(root, tasks=["semseg"])
+    for split in ("train", "test"):
+        with pytest.raises(FileNotFoundError, match=f"no file .*{split}.txt"):
+            PascalContext(root, split, tasks=["semseg"])
     assert main(["check", "--dataset", "pascal", "--root", str(root), "--workers", "1"]) == 1
 
 

@@ -216,7 +216,6 @@ def test_bounds_cut_nothing_off(monkeypatch):
     (dict(count=0), "count"),
     (dict(count=2, size=(31, 64)), "size"),
     (dict(count=2, size=(64, 64, 3)), "size"),
-    (dict(count=2, seed=-1), "seed"),
     (dict(count=2, tasks=[]), "tasks"),
     (dict(count=2, tasks=["depth", "edges"]), "edges"),
 ])
