@@ -84,7 +84,7 @@ HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 class DenseDataset(Dataset):
     """The base of all data sets. The attributes of a class describe its data to all scripts."""
 
-    TASKS = {}                   # output channels, or (like, channels), by task: see metrics.task_rows
+    TASKS = {}                   # output channels, or (like, channels), by task: see metrics.Labels
     CLASSES = {}                 # names of the classes by task; "class 0" and so on where there are none
     LABEL_IDS = {}               # official numbers of the classes by task, where files have others than 0, 1, 2, ...
     COLOURS = {}                 # (r, g, b) of the classes by task; PASCAL VOC's colours where there are none

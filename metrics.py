@@ -22,16 +22,17 @@ import abc
 import copy
 import importlib
 import inspect
+import json
 import math
 import numbers
 import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +70,18 @@ class Kind(abc.ABC):
 
     metrics: tuple[str, ...] = ()    # the primary one first; the next one counts where that is not computed
     lower_is_better = False
+    unit, digits = "", 2             # of the primary metric; the unit of numbers is also that of their values
+    weight = 1.0                     # of the loss with --loss weighted, as usual in the multi-task literature
     shape: tuple[int, ...] = ()      # of the sums from which the scores are computed
     limits = 1, IGNORE               # the fewest and most output channels
-    row = {}                         # other defaults of Task's fields than its own
     unknown, dtype = math.nan, torch.float32    # of labels
-    stored = np.float32              # the labels' type before augmentation
+    stored, suffix = np.float32, ".npy"         # the labels' type before augmentation; of files of raw predictions
+    scaling = 0                      # of values where the image is enlarged: 1 multiplies by the factor, -1 divides
     binary = ods = False             # whether the label says yes (1) or no (0); whether odsF is scored
 
-    def __init__(self, task: str, row: "Task", labels: "Labels"):
-        self.task, self.channels, self.digits, self.weight = task, row.channels, row.digits, row.weight
-        self.suffix, self.scaling = row.suffix, row.scaling
-        self.title, self.unit = labels.titles.get(task, task), labels.units.get(task, row.unit)
-        self.depth_range, self.unit_normals = labels.depth_range, labels.unit_normals
+    def __init__(self, task: str, channels: int, labels: "Labels"):
+        self.task, self.channels, self.labels = task, channels, labels
+        self.title, self.unit = labels.titles.get(task, task), labels.units.get(task, self.unit)
 
     @abc.abstractmethod
     def loss(self, output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -138,9 +139,8 @@ class Kind(abc.ABC):
     def augment(self, label: np.ndarray, scale: float, flipped: bool) -> np.ndarray:
         """The values of a label (1 or C, h, w) whose image was enlarged by `scale` and, if flipped, mirrored. Its
         pixels are in place already. The array may be changed."""
-        if self.scaling:    # what looks larger is nearer
-            label = label / np.float32(scale) if self.scaling < 0 else label * np.float32(scale)
-        return label
+        scale = np.float32(scale)
+        return label / scale if self.scaling < 0 else label * scale if self.scaling > 0 else label
 
     def examples(self, label: np.ndarray) -> np.ndarray:
         """Some values of a label (1 or C, h, w), as `check` returns it: (1 or C, n)."""
@@ -158,7 +158,7 @@ class Kind(abc.ABC):
 
     def resize(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """A map (1 or C, h, w) at another size (h', w')."""
-        return bilinear(values, size)
+        return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
 
     def confusion(self, sums: Tensor) -> dict | None:
         """The confusion matrix in the sums, [label][prediction], and what its rows are called, where there is one."""
@@ -175,21 +175,22 @@ class Kind(abc.ABC):
     def picture(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
         """A map (1 or C, h, w) -> its colours, uint8 (h, w, 3), and the lines of its legend, (text, a colour or a bar's
         colours). shown: all values that the legend is for, (1 or C, n): the images of a sheet have one legend."""
+        colours, lines = self.paint(values, shown)
+        unknown, others = (~self.valid(torch.from_numpy(map)[None])[0].numpy() for map in (values, shown))
+        colours = np.where(unknown[..., None], UNKNOWN, np.nan_to_num(colours)).astype(np.uint8)
+        return colours, lines + [("unknown", UNKNOWN)] * bool(unknown.any() or others.any())
+
+    def paint(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+        """picture, but for unknown pixels."""
         values, shown = (map[0] if len(map) == 1 else np.linalg.norm(map, axis=0) for map in (values, shown))
         found = shown[~np.isnan(shown)] if np.isfinite(shown).any() else values[~np.isnan(values)]
         low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
-        lines = [(f"{low:.2f} to {high:.2f}{self.unit}", COLOUR_MAP)]
-        return with_unknown(colour_map(values, low, high), np.isnan(values), lines, np.isnan(shown))
+        return colour_map(values, low, high), [(f"{low:.2f} to {high:.2f}{self.unit}", COLOUR_MAP)]
 
 
 def known(target: Tensor, valid: Tensor) -> Tensor:
     """Labels with 0 where they are unknown: NaN times 0 would be NaN, also in gradients."""
     return torch.where(valid[:, None], target, 0)
-
-
-def bilinear(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, h, w) -> (C, h', w')"""
-    return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -203,22 +204,18 @@ def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
 # Anchors of a perceptually uniform colour map, dark blue over green to yellow.
 COLOUR_MAP = np.array([(68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 193, 109),
                        (160, 218, 57), (253, 231, 37)])
-
-
 UNKNOWN = 224, 224, 192    # of PASCAL VOC's colours; black is a class, or the probability 0
-
-
-def with_unknown(colours: np.ndarray, unknown: np.ndarray, lines: list[tuple], others: np.ndarray):
-    """Colours (h, w, 3) as uint8, with UNKNOWN where unknown (h, w), and the legend, with a line for that where there
-    are any, also in `others`."""
-    colours = np.where(unknown[..., None], UNKNOWN, np.nan_to_num(colours)).astype(np.uint8)
-    return colours, lines + [("unknown", UNKNOWN)] * bool(unknown.any() or others.any())
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
     """x to a multiple of 2^-bits. Sums of such numbers are exact in float64 up to 2^(53 - bits), so the figure does not
     depend on the order in which batches and processes are added."""
     return torch.round(x * 2**bits) / 2**bits
+
+
+def totals(terms: Iterable[Tensor], valid: Tensor) -> Tensor:
+    """The sum of each term over the valid pixels: float64 (terms,)."""
+    return torch.stack([torch.where(valid, term, 0).sum(dtype=torch.float64) for term in terms])
 
 
 def histogram(index: Tensor, bins: int) -> Tensor:
@@ -232,18 +229,20 @@ def histogram(index: Tensor, bins: int) -> Tensor:
 class Marked(Kind):
     """The base of the kinds whose labels are classes: integers (h, w) or (1, h, w), IGNORE where unknown."""
 
-    unknown, dtype, stored = IGNORE, torch.int64, np.uint8
+    unit = " %"
+    unknown, dtype, stored, suffix = IGNORE, torch.int64, np.uint8, ".png"
 
     def valid(self, target):
         return (target != IGNORE).all(1)
 
     def check_values(self, label):
         last = 1 if self.binary else self.channels - 1
-        floats = label.dtype.kind == "f" and self.dtype.is_floating_point
-        expect(floats or label.dtype.kind in "uib", "integers", label.dtype)
-        wrong = ~np.isin(label, (0, 1, IGNORE)) if floats else (label < 0) | (label > last) & (label != IGNORE)
+        expect(label.dtype.kind in ("uibf" if self.dtype.is_floating_point else "uib"), "integers", label.dtype)
+        with np.errstate(invalid="ignore"):    # of NaN
+            classes = label.astype(np.uint8)
+        wrong = (classes != label) | (classes > last) & (classes != IGNORE)
         expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
-        return label.astype(np.uint8)
+        return classes
 
     def examples(self, label):
         return np.unique(label)[None]    # all of them
@@ -260,9 +259,8 @@ class Classes(Marked):
     metrics = ("mIoU",)
     limits = 2, IGNORE
 
-    def __init__(self, task, row, labels):
-        super().__init__(task, row, labels)
-        n = self.channels
+    def __init__(self, task, n, labels):
+        super().__init__(task, n, labels)
         self.names = list(labels.classes.get(task) or [f"class {i}" for i in range(n)])
         self.label_ids, colours = (table.get(task) for table in (labels.label_ids, labels.colours))
         pairs = labels.flip_pairs.get(task, ())
@@ -337,9 +335,15 @@ class Classes(Marked):
         ids = self.label_ids if label_ids and self.label_ids else range(256)
         return np.uint8(ids)[values[0]]
 
-    def picture(self, values, shown):
+    def paint(self, values, shown):
         lines = [(self.names[i], self.palette[i]) for i in np.union1d(values, shown) if i != IGNORE]
-        return with_unknown(self.palette[values[0]], values[0] == IGNORE, lines, shown == IGNORE)
+        return self.palette[values[0]], lines
+
+
+class Parsing(Classes):
+    """Human parts, whose loss has another weight."""
+
+    weight = 2.0
 
 
 class Boundary(Marked):
@@ -351,6 +355,7 @@ class Boundary(Marked):
     """
 
     metrics = ("odsF", "pixelF")
+    weight = 50.0
     limits = 1, 1
     dtype = torch.float32
     binary = ods = True
@@ -395,10 +400,9 @@ class Boundary(Marked):
     def raw(self, values, label_ids=False):
         return np.uint8(255 * values[0])    # truncated, as odsF sees it
 
-    def picture(self, values, shown):
-        lines = [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)])]
+    def paint(self, values, shown):
         grey = 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2)
-        return with_unknown(grey, values[0] == IGNORE, lines, shown == IGNORE)
+        return grey, [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)])]
 
 
 class Saliency(Boundary):
@@ -411,11 +415,12 @@ class Saliency(Boundary):
     """
 
     metrics = ("maxF",)
+    weight = 5.0
     limits = 2, 2
     dtype = torch.int64
     ods = False
-    thresholds, origin = torch.cat([torch.arange(1, 256, dtype=torch.float64) / 256,
-                                    torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)]).float().sort()
+    thresholds, origin = torch.cat([Boundary.thresholds, torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)]
+                                   ).float().sort()
 
     def loss(self, output, target, valid):
         salient = (target[:, 0] == 1) & valid
@@ -446,6 +451,7 @@ class Normal(Kind):
     BINS = 18_000           # of 0.01 degrees
     metrics = ("mErr",)
     lower_is_better = True
+    unit, weight = "\N{DEGREE SIGN}", 10.0
     limits = 3, 3
     shape = (BINS + 5,)     # the histogram (180 degrees have a bin of their own), and four sums
 
@@ -460,12 +466,10 @@ class Normal(Kind):
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
         angle = torch.where(valid, rounded(angle, bits=16), 0)    # exact up to 2^37 degrees, all of PASCAL-Context
-        squared = target.square().sum(1)    # of the length; PyTorch's norm is 20 times slower
-        unit = valid & (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)
-        terms = (angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit)
+        unit = about_1(target.square().sum(1))    # PyTorch's norm is 20 times slower
+        terms = angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit
         index = torch.where(valid, (100 * angle.nan_to_num()).long(), self.BINS + 1)
-        return torch.cat([histogram(index, self.BINS + 2)[:-1],
-                          torch.stack([term.sum(dtype=torch.float64) for term in terms])])
+        return torch.cat([histogram(index, self.BINS + 2)[:-1], totals(terms, valid)])
 
     def scores(self, sums):
         below, (total, squares, unit_total, units) = sums[:-4].cumsum(0), sums[-4:]
@@ -478,12 +482,12 @@ class Normal(Kind):
         label = super().check_values(label)
         x, y, z = label
         squared = x * x + y * y + z * z    # of the length
-        known, unit = squared > 0, (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)    # not NaN
+        known, unit = squared > 0, about_1(squared)    # not NaN
         off = known & ~unit & (squared > 0.01)    # many files store shorter ones where there is no normal
         most = off.sum() <= MOST_OFF * known.sum()
         expect(most, "vectors of length 1", f"{np.mean(off):.0%} of other lengths")
         expect(not unit.any() or ((x != y) | (y != z))[unit].any(), "x, y and z in red, green and blue", "a grey image")
-        return np.where(unit if self.unit_normals else known, label, np.float32(np.nan))
+        return np.where(unit if self.labels.unit_normals else known, label, np.float32(np.nan))
 
     def augment(self, label, scale, flipped):
         if flipped:
@@ -500,12 +504,16 @@ class Normal(Kind):
     def resize(self, values, size):
         return F.normalize(super().resize(values, size), dim=0)
 
-    def picture(self, values, shown):
+    def paint(self, values, shown):
         directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
                       ("to the viewer", (0, 0, 1))]
         lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
-        colours = 255 * (values.transpose(1, 2, 0) + 1) / 2
-        return with_unknown(colours, np.isnan(values[0]), lines, np.isnan(shown))
+        return 255 * (values.transpose(1, 2, 0) + 1) / 2, lines
+
+
+def about_1(squared):
+    """Where vectors have about unit length, see UNIT_LENGTH. squared: of the lengths, of torch or numpy."""
+    return (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)
 
 
 class Values(Kind):
@@ -514,15 +522,16 @@ class Values(Kind):
 
     metrics = ("RMSE", "MAE")
     lower_is_better = True
+    digits = 4
     shape = (3,)
 
     def loss(self, output, target, valid):
         return (output - target).abs().mean(1)
 
     def count(self, prediction, target, valid):
-        error = torch.where(valid[:, None], prediction - target, 0)
-        terms = valid[:, None].expand_as(error), rounded(error ** 2, bits=20), rounded(error.abs(), bits=20)
-        return torch.stack([term.sum(dtype=torch.float64) for term in terms])
+        error = prediction - target
+        terms = torch.ones_like(error), rounded(error ** 2, bits=20), rounded(error.abs(), bits=20)
+        return totals(terms, valid[:, None])
 
     def scores(self, sums):
         return {"RMSE": (sums[1] / sums[0]).sqrt(), "MAE": sums[2] / sums[0]}
@@ -543,28 +552,30 @@ class Depth(Values):
     """
 
     metrics = ("RMSE",)
+    unit, scaling = " m", -1    # what looks larger is nearer
     limits = 1, 1
     shape = (10,)
 
-    def __init__(self, task, row, labels):
-        super().__init__(task, row, labels)
-        low, high = self.depth_range or (0, 1)
-        expect(low < high, "depth_range (low, high) with low below high", self.depth_range)
+    def __init__(self, task, channels, labels):
+        super().__init__(task, channels, labels)
+        self.range = labels.depth_range
+        low, high = self.range or (0, 1)
+        expect(low < high, "depth_range (low, high) with low below high", self.range)
 
     def predict(self, output):
         return output.clamp(min=0)
 
     def count(self, prediction, target, valid):
         valid = valid[:, None]
-        if self.depth_range:
-            valid = valid & (target > self.depth_range[0]) & (target < self.depth_range[1])
+        if self.range:
+            valid = valid & (target > self.range[0]) & (target < self.range[1])
         target = torch.where(valid, target.float(), 1)
         floored = prediction.clamp(min=1e-9)
         log, ratio = floored.log() - target.log(), torch.maximum(floored / target, target / floored)
         terms = (torch.ones_like(target), (prediction - target) ** 2, (floored - target).abs() / target,
                  (floored - target) ** 2 / target, log ** 2, log, log.abs(), *(ratio < 1.25 ** i for i in (1, 2, 3)))
-        bits = 16 if self.depth_range else 20    # exact to 2^33 m^2, or to 2^37 square pixels: Cityscapes
-        return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
+        bits = 16 if self.range else 20    # exact to 2^33 m^2, or to 2^37 square pixels: Cityscapes
+        return totals([rounded(term, bits) for term in terms], valid)
 
     def scores(self, sums):
         squares, abs_rel, sq_rel, log_squares, log, abs_log, *deltas = sums[1:] / sums[0]
@@ -589,80 +600,33 @@ class Depth(Values):
         return super().picture(*(np.where(map < 0, np.nan, map) for map in (values, shown)))
 
 
+class Disparity(Depth):
+    """In pixels: larger where nearer."""
+
+    unit, scaling = " px", 1
+
+
 # ------------------------------------------------------------------------- the table of tasks, and labels of a data set
 
-@dataclass(frozen=True)
-class Task:
-    """A row of TASKS: a kind, and what differs by task.
-
-    channels: of the output. None: as many as the data set says.
-    unit, digits: of the primary metric. The unit of numbers is also that of their values.
-    weight: of the loss with --loss weighted, as usual in the multi-task literature.
-    suffix: of the files of raw predictions.
-    scaling: what augmentation does to values where it enlarges the image by a factor: it multiplies by it (1), divides
-        by it (-1) or leaves them (0).
-    """
-
-    kind: type[Kind]
-    channels: int | None = None
-    unit: str = ""
-    digits: int = 2
-    weight: float = 1.0
-    suffix: str = ".npy"
-    scaling: int = 0
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.kind.lower_is_better
-
-
 # The tasks of the paper (Table 1), and two for your own data.
-TASKS = {
-    "semseg": Task(Classes, unit=" %", suffix=".png"),
-    "parsing": Task(Classes, unit=" %", weight=2.0, suffix=".png"),
-    "saliency": Task(Saliency, channels=2, unit=" %", weight=5.0, suffix=".png"),
-    "normal": Task(Normal, channels=3, unit="\N{DEGREE SIGN}", weight=10.0),
-    "boundary": Task(Boundary, channels=1, unit=" %", weight=50.0, suffix=".png"),
-    "depth": Task(Depth, channels=1, unit=" m", digits=4, scaling=-1),
-    "disparity": Task(Depth, channels=1, unit=" px", digits=4, scaling=1),
-    "values": Task(Values, digits=4),
-}
+TASKS = {"semseg": Classes, "parsing": Parsing, "saliency": Saliency, "normal": Normal, "boundary": Boundary,
+         "depth": Depth, "disparity": Disparity, "values": Values}
 TaskTable = Mapping[str, int | tuple[str | type[Kind], int]]    # output channels, or (like, channels), by task
 # Other entries of a sample; the sheet beside the tasks' pictures; attributes of the model's heads.
 RESERVED = {"image", "name", "size", "truths", "sheet", *dir(torch.nn.ModuleDict())}
 
 
-def task_rows(tasks: TaskTable) -> dict[str, Task]:
-    """The row of each task of a data set, with its channels.
+@dataclass(frozen=True)
+class Labels:
+    """What a data set says of its labels, for losses, scores, tables and pictures: plain values, and classes of kinds.
+    The tables are by task; see datasets.DenseDataset for each.
 
     tasks: {"semseg": 12, "material": ("semseg", 5), "flow": (Flow, 2)}. A task is one of TASKS, with its output
     channels; or has another name and is treated like one of these; or has a kind of your own, a class or, in a
     checkpoint, "path/to/file.py:Flow".
     """
-    rows = {}
-    for name, value in tasks.items():
-        free = isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) and name not in RESERVED
-        expect(free, "a task's name of letters, digits, _ and -, not in RESERVED", repr(name), "rename the task")
-        like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (name, value)
-        if isinstance(like, str) and ".py:" in like:
-            like = find_class(like, Kind, said_by="a checkpoint")
-        own = isinstance(like, type) and issubclass(like, Kind)
-        expect(own or like in TASKS, f"a task of {', '.join(TASKS)}, or (like, channels) with like one of these or a "
-               "subclass of metrics.Kind", f"{name!r}: {value!r}")
-        row = Task(like, **like.row) if own else TASKS[like]
-        low, high = row.kind.limits
-        fits = isinstance(channels, numbers.Integral) and low <= channels <= high
-        expect(fits, f"{low} to {high} channels for the task {name!r}", repr(channels))
-        rows[name] = replace(row, channels=int(channels))
-    return rows
 
-
-@dataclass(frozen=True)
-class Labels:
-    """What a data set says of its labels, for losses, scores, tables and pictures: plain values, and classes of kinds.
-    The tables are by task; see datasets.DenseDataset for each."""
-
-    tasks: dict
+    tasks: TaskTable
     classes: dict = field(default_factory=dict)
     colours: dict = field(default_factory=dict)
     titles: dict = field(default_factory=dict)
@@ -675,7 +639,21 @@ class Labels:
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """Each task as an instance of its kind, which checks what is said of it."""
-        return {task: row.kind(task, row, self) for task, row in task_rows(self.tasks).items()}
+        kinds = {}
+        for task, value in self.tasks.items():
+            free = isinstance(task, str) and re.fullmatch(r"\w[\w-]*", task) and task not in RESERVED
+            expect(free, "a task's name of letters, digits, _ and -, not in RESERVED", repr(task), "rename the task")
+            like, channels = value if isinstance(value, (tuple, list)) and len(value) == 2 else (task, value)
+            if isinstance(like, str) and ".py:" in like:
+                like = find_class(like, Kind, said_by="a checkpoint")
+            kind = like if isinstance(like, type) and issubclass(like, Kind) else TASKS.get(like)
+            expect(kind, f"a task of {', '.join(TASKS)}, or (like, channels) with like one of these or a subclass of "
+                   "metrics.Kind", f"{task!r}: {value!r}")
+            low, high = kind.limits
+            fits = isinstance(channels, numbers.Integral) and low <= channels <= high
+            expect(fits, f"{low} to {high} channels for the task {task!r}", repr(channels))
+            kinds[task] = kind(task, int(channels), self)
+        return kinds
 
     @property
     def channels(self) -> dict[str, int]:
@@ -688,17 +666,15 @@ class Labels:
 
 
 def plain(value: object) -> object:
-    """Numbers, texts, lists and dictionaries alone. A class of a kind becomes path/to/file.py:Class, from the current
-    folder."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list, range)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):    # numpy's
-        return value.tolist()
-    if isinstance(value, type):
-        return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    """Numbers, texts, lists and dictionaries alone, as JSON has them. A class of a kind becomes path/to/file.py:Class,
+    from the current folder."""
+    def simpler(value: object) -> object:
+        if isinstance(value, type):
+            return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
+        if isinstance(value, range):
+            return list(value)
+        return value.tolist() if hasattr(value, "tolist") else str(value)    # numpy's
+    return json.loads(json.dumps(value, default=simpler))
 
 
 def find_class(name: str, base: type, said_by: object = None) -> type:
@@ -708,13 +684,11 @@ def find_class(name: str, base: type, said_by: object = None) -> type:
     its word: the Python file must be in or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    importable = path.suffix == ".py" and "." not in path.stem
-    expect(importable, "path/to/file.py:Class (no other dot in the file's name)", repr(name))
-    if said_by and not (path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path)):
-        raise ValueError(f"{said_by} names the Python file {path}, which is not in or below the current folder; to run "
-                         "it, name the data set yourself with --dataset")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    importable = path.is_file() and path.suffix == ".py" and "." not in path.stem
+    expect(importable, "path/to/file.py:Class, a file (no other dot in the file's name)", repr(name))
+    trusted = not said_by or path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path)
+    expect(trusted, "a Python file in or below the current folder", f"{path}, named by {said_by}",
+           "to run it, name the data set yourself with --dataset")
     if str(path.parent) not in sys.path:    # which new processes get, too
         sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)
@@ -733,8 +707,8 @@ def is_file_of(module: object, path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------- meters and delta_m
 
 def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None) -> dict[str, "Meter"]:
-    """tasks: see task_rows; depth_range: see Depth."""
-    return {task: Meter(kind) for task, kind in Labels(dict(tasks), depth_range=depth_range).kinds.items()}
+    """tasks: see Labels; depth_range: see Depth."""
+    return {task: Meter(kind) for task, kind in Labels(tasks, depth_range=depth_range).kinds.items()}
 
 
 class Meter:
@@ -778,17 +752,16 @@ class Meter:
         return scores
 
 
-def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping[str, Task] = TASKS) -> float:
+def delta_m(results: Mapping[str, float], baseline: Mapping[str, float], rows: Mapping = TASKS) -> float:
     """The mean relative improvement over a baseline, in percent. Both give the primary metric of each task.
 
     Delta_m = 100 / T * sum_t (-1)^(l_t) (M_t - S_t) / S_t, l_t = 1 where lower is better. The paper's baseline S for
-    NYUDv2 is Table 2's single-task row. rows: of task_rows, or kinds.
+    NYUDv2 is Table 2's single-task row. rows: the tasks' kinds.
     """
     same = results and results.keys() == baseline.keys()
     expect(same, "the same tasks in results and baseline", f"{sorted(results)} and {sorted(baseline)}")
     expect(all(baseline.values()), "figures of the baseline other than 0", baseline)
-    gains = [(baseline[t] - results[t] if rows[t].lower_is_better else results[t] - baseline[t]) / baseline[t]
-             for t in results]
+    gains = [(-1) ** rows[t].lower_is_better * (results[t] - baseline[t]) / baseline[t] for t in results]
     return 100 * sum(gains) / len(gains)
 
 
@@ -813,23 +786,19 @@ class OdsMeter:
     def __init__(self, max_dist: float, executor: Executor | None = None, waiting: int = 0):
         self.max_dist, self.executor, self.waiting = max_dist, executor, waiting
         self.counts = np.zeros((len(THRESHOLDS) + 1, 4), np.int64)    # the last row: at each image's best threshold
-        self.pending = deque()
+        self.pending = deque()    # functions that give the counts
 
     def update(self, prediction_u8: np.ndarray, ground_truth: np.ndarray, known: np.ndarray | None = None):
-        arguments = prediction_u8, ground_truth, self.max_dist, known
-        if self.executor is None:
-            self.add(boundary_counts(*arguments))
-        else:
-            self.pending.append(self.executor.submit(boundary_counts, *arguments))
-            self.collect(self.waiting)
-
-    def add(self, counts: np.ndarray):
-        self.counts += np.concatenate([counts, counts[[precision_recall(counts)[2].argmax()]]])
+        count = partial(boundary_counts, prediction_u8, ground_truth, self.max_dist, known)
+        self.pending.append(self.executor.submit(count).result if self.executor else count)
+        self.collect(self.waiting)
 
     def collect(self, left: int = 0):
         """Adds the counts of pending images until only `left` are pending."""
         while len(self.pending) > left:
-            self.add(self.pending.popleft().result())
+            counts = self.pending.popleft()()
+            best = precision_recall(counts)[2].argmax()
+            self.counts += np.concatenate([counts, counts[[best]]])
 
     def compute(self) -> dict[str, float]:
         self.collect()
@@ -895,8 +864,6 @@ def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
 def boundary_pixels(label_map: np.ndarray) -> np.ndarray:
     """Where the label of a map (H, W) differs from that of the right, lower or lower-right neighbour: (H, W) bool; the
     last row and column repeat."""
-    label_map = np.asarray(label_map)
-    expect(label_map.ndim == 2, "one label map (H, W)", label_map.shape)
     padded = np.pad(label_map, ((0, 1), (0, 1)), mode="edge")
     return (label_map != padded[:-1, 1:]) | (label_map != padded[1:, :-1]) | (label_map != padded[1:, 1:])
 
@@ -914,8 +881,9 @@ def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
     if min(height, width) < 3:    # all pixels lie on a border
         return np.zeros_like(value)
     triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
-    smooth = ndimage.correlate1d(ndimage.correlate1d(value, triangle, axis=0, mode="reflect"), triangle, axis=1,
-                                 mode="reflect")    # "reflect" is scipy's name of the symmetric border
+    smooth = value
+    for axis in (0, 1):
+        smooth = ndimage.correlate1d(smooth, triangle, axis, mode="reflect")    # scipy's name of the symmetric border
     dy, dx = np.gradient(smooth)
     dxx = np.gradient(dx, axis=1)
     dyy, dxy = np.gradient(dy)
@@ -959,33 +927,28 @@ def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
     One bit of a word is one map, so that 64 maps take one bitwise operation. A pixel is looked at again only after a
     neighbour's deletion.
     """
-    n = on.shape[1]
-    index = np.full((active.shape[0] + 2, active.shape[1] + 2), n)    # n: a pixel that is off in all maps
-    index[1:-1, 1:-1][active] = np.arange(n)
-    y, x = np.nonzero(active)
-    around = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
-    neighbours = np.stack([index[y + 1 + dy, x + 1 + dx] for dy, dx in around])            # (8, n)
-    bits = np.zeros((-(-len(on) // 64), n + 1), np.uint64)                                 # (words, n + 1)
-    for i, row in enumerate(on):
-        bits[i // 64, :n] |= row.astype(np.uint64) << np.uint64(i % 64)
-
-    changed = np.ones((2, n + 1), bool)    # by pass: pixels next to a deletion since it last ran
+    inside = np.pad(active, 1)    # so that the neighbours of a pixel are at fixed distances in the flat map
+    row, inside = inside.shape[1], inside.ravel()
+    around = np.array([1, 1 - row, -row, -row - 1, -1, row - 1, row, row + 1])[:, None]    # to x1 .. x8
+    words = np.packbits(np.pad(on, ((0, -len(on) % 64), (0, 0))), axis=0).T.copy().view(np.uint64)
+    bits = np.zeros((len(inside), words.shape[1]), np.uint64)                              # (pixels, words)
+    bits[inside] = words
+    changed = np.stack([inside, inside])    # by pass: pixels next to a deletion since it last ran
     step = 0
-    while changed[:, :n].any():
-        todo = np.flatnonzero(changed[step, :n])
+    while changed.any():
+        todo = np.flatnonzero(changed[step])
         changed[step] = False
-        todo = todo[bits.take(todo, axis=1).any(0)]
-        deleted = bits.take(todo, axis=1) & _deletable(bits.take(neighbours[:, todo], axis=1), step)
-        bits[:, todo] ^= deleted
-        changed[:, neighbours[:, todo[deleted.any(0)]]] = True
+        todo = todo[bits[todo].any(1)]
+        deleted = bits[todo] & _deletable(bits[todo + around], step)
+        bits[todo] ^= deleted
+        changed[:, todo[deleted.any(1)] + around] = True
         step = 1 - step
-
-    return np.array([bits[i // 64, :n] & np.uint64(1 << i % 64) for i in range(len(on))], bool).reshape(on.shape)
+    return np.unpackbits(bits[inside].view(np.uint8), axis=1, count=len(on)).T.astype(bool)
 
 
 def _deletable(neighbours: np.ndarray, step: int) -> np.ndarray:
-    """The three conditions of thin, bit by bit. neighbours: (words, 8, n), x1 .. x8; step: 0 or 1, the pass."""
-    x1, x2, x3, x4, x5, x6, x7, x8 = neighbours.swapaxes(0, 1)
+    """The three conditions of thin, bit by bit. neighbours: (8, n, words), x1 .. x8; step: 0 or 1, the pass."""
+    x1, x2, x3, x4, x5, x6, x7, x8 = neighbours
     a, b, c, d = ~x1 & (x2 | x3), ~x3 & (x4 | x5), ~x5 & (x6 | x7), ~x7 & (x8 | x1)
     exactly_one = (a ^ b) & ~(c | d) | (c ^ d) & ~(a | b)
     two_of_n1, four_of_n1 = _two_or_four(x1 | x2, x3 | x4, x5 | x6, x7 | x8)

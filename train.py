@@ -707,7 +707,7 @@ def selection_score(results: dict, kinds: Mapping) -> float:
 
 def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping = TASKS) -> Tensor:
     """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS.
-    rows: what has the tasks' weights, by task, Task or Kind."""
+    rows: what has the tasks' weights: their kinds."""
     return make_total(kind, rows)(losses)
 
 

@@ -39,7 +39,7 @@ from archives import export
 from conftest import TINY_SWIN
 from datasets import DATASETS, PascalContext, Synthetic
 from evaluate import write_onnx
-from metrics import boundary_counts, task_rows
+from metrics import Labels, boundary_counts
 from mtmamba import (
     CTM,
     HAS_TRITON,
@@ -410,8 +410,8 @@ def memory(images: tuple[int, ...] = (1, 2, 4, 8), cards: tuple[int, ...] = (24,
     for name, variant in (("nyud", "mtmamba"), ("pascal", "mtmamba"), ("cityscapes", "mtmamba++")):
         data_set, size = DATASETS[name], DATASETS[name].SIZE
         with torch.device("meta"):
-            network = MTMamba({task: row.channels for task, row in task_rows(data_set.TASKS).items()}, size,
-                              variant=variant, output_scale=data_set.LABEL_SCALE, backend="triton")
+            network = MTMamba(Labels(data_set.TASKS).channels, size, variant=variant,
+                              output_scale=data_set.LABEL_SCALE, backend="triton")
         held, *both = training_memory(network, size, images)
         fits = [[max((batch for batch, each in zip(images, kept) if held + each < 0.9 * card), default=0)
                  for card in cards] for kept in both]

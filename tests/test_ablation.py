@@ -25,7 +25,7 @@ def runs(tmp_path):
                 train.add_arguments(parser)
                 args = parser.parse_args([*flags, "--seed", str(seed)])
                 train.complete_flags(args, Synthetic, torch.device("cpu"), 1)
-                results = {task: {TASKS[task].kind.metrics[0]: rng.uniform(1, 9)} for task in tasks}
+                results = {task: {TASKS[task].metrics[0]: rng.uniform(1, 9)} for task in tasks}
                 for task, scores in results.items():
                     figures.setdefault((row, task), []).extend(scores.values())
                 content = dict(results=results, parameters=1_250_000 + 500_000 * i,

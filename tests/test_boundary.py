@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -244,7 +243,7 @@ def test_ois_and_ap_by_hand():
 
     meter, best, total = OdsMeter(0.0075, None, 9), np.zeros(4), np.zeros((101, 4))
     for counts in images():
-        meter.pending.append(mock.Mock(result=lambda counts=counts: counts))
+        meter.pending.append(lambda counts=counts: counts)
         f = [2 * a / d * c / b / max(a / d + c / b, 1e-9) if d else 0 for c, b, a, d in counts]
         best, total = best + counts[int(np.argmax(f))], total + counts
     scores = meter.compute()
@@ -273,8 +272,6 @@ def test_errors_say_what_to_do(forked_pools):
         boundary_counts(prediction / 255, truth, 0.0075)
     with pytest.raises(ValueError, match="diagonal, from 0 to 1, found 4.3"):
         match_boundaries(truth, truth, 4.3)
-    with pytest.raises(ValueError, match=r"\(H, W\), found \(1, 6, 8\)"):
-        boundary_ground_truth(prediction[None])
     with pytest.raises(ValueError, match=r"\(thresholds, 4\), found \(2, 101, 4\)"):
         ods_f(np.zeros((2, 101, 4)))
     with pytest.raises(ValueError, match="uint8, found float64"):    # as it comes back from another process

@@ -46,7 +46,7 @@ from datasets import (
     main,
     read_image,
 )
-from metrics import Labels, boundary_ground_truth, delta_m, task_rows, thin
+from metrics import Labels, boundary_ground_truth, delta_m, thin
 from mtmamba import ENCODERS, VARIANTS
 
 SIZE = (40, 48)
@@ -968,7 +968,7 @@ def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["sheet", "size", "type", "values", "training", "_modules", "a b"])
 def test_names_that_have_other_uses_are_refused(name):
     with pytest.raises(ValueError, match=f"found '{name}'; rename the task"):
-        task_rows({name: ("depth", 1)})
+        Labels({name: ("depth", 1)}).kinds  # noqa: B018
 
 
 def test_what_pictures_need_to_know():
@@ -1012,10 +1012,10 @@ def test_larger_labels_are_not_augmented(monkeypatch):
 
 @pytest.mark.parametrize("kind", [Synthetic, PascalContext, NYUDv2, Cityscapes])
 def test_what_data_sets_say_about_themselves(kind):
-    rows = task_rows(kind.TASKS)
+    channels = Labels(kind.TASKS).channels
     for table in (kind.CLASSES, kind.COLOURS):
-        assert all(len(table[task]) == rows[task].channels for task in table)
-        assert all(len(set(table[task])) == rows[task].channels for task in table)
+        assert all(len(table[task]) == channels[task] for task in table)
+        assert all(len(set(table[task])) == channels[task] for task in table)
     for figures in [*kind.PAPER.values(), *filter(None, [kind.SINGLE_TASK])]:
         assert list(figures) == list(kind.TASKS)
     assert set(kind.PAPER) <= {(variant, encoder) for variant in VARIANTS for encoder in ENCODERS}
@@ -1164,7 +1164,7 @@ def test_your_own_class_is_found_by_its_file(mine):
     found = find_dataset_class(f"{mine}:A")
     assert found.TASKS == {"depth": 1} and find_dataset_class(f"{mine}:A") is found
     for name, message in (("coco", "'synthetic', 'pascal', 'nyud'.* or path/to/file.py:Class, found 'coco'"),
-                          (f"{folder}/none.py:A", "no file .*none.py"),
+                          (f"{folder}/none.py:A", "a file .no other dot in the file's name., found .*none.py"),
                           (f"{folder}/json.py:A", "no other module has .json., found .*json.py; rename"),
                           (f"{folder}/a.b.py:A", "no other dot in the file's name., found .*a.b.py:A"),
                           (f"{mine}:Z", "expected a subclass 'Z' of LabelledDataset .*data.py, .*found None"),
@@ -1377,7 +1377,7 @@ def test_attributes_of_numpy_are_plain_values(tmp_path):
                   Numbers.RECIPE]
     assert repr(attributes) == repr([(8, 16), (8, 16), (0.5, 2.0), 0.02, 1,
                                      {"lr": 1e-3, "iterations": 7, "img_size": [8, 16]}])
-    assert data.kinds["depth"].depth_range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
+    assert data.kinds["depth"].range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
 
 
 class Odd(Own):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import IGNORE, Labels, Meter, delta_m, make_meters, task_rows
+from metrics import IGNORE, Labels, Meter, delta_m, make_meters
 from metrics import TASKS as ROWS
 
 
@@ -123,7 +123,7 @@ TASKS = {"semseg": 5, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1, "
 def test_equals_brute_force(task, channels, compare):
     case = random_case(task, channels)
     ours, expected = score(task, channels, *case), brute_force(task, channels, *case)
-    assert ours.keys() == expected.keys() and next(iter(ours)) in ROWS[task].kind.metrics
+    assert ours.keys() == expected.keys() and next(iter(ours)) in ROWS[task].metrics
     for name, value in expected.items():
         if name == "median":    # of a histogram
             assert abs(ours[name] - value) <= 0.0051
@@ -218,16 +218,18 @@ def test_unknown_task():
 
 
 def test_tasks_of_other_names_are_treated_like_one_of_the_six():
-    rows = task_rows({"semseg": np.int64(12), "material": ("semseg", 5), "height": ["depth", 1]})
-    assert {name: row.channels for name, row in rows.items()} == {"semseg": 12, "material": 5, "height": 1}
-    assert rows["material"].kind is ROWS["semseg"].kind and rows["height"].kind is ROWS["depth"].kind
-    assert rows["height"].lower_is_better and rows["height"].suffix == ".npy"
+    labels = Labels({"semseg": np.int64(12), "material": ("semseg", 5), "height": ["depth", 1]})
+    assert labels.channels == {"semseg": 12, "material": 5, "height": 1}
+    kinds = labels.kinds
+    assert type(kinds["material"]) is ROWS["semseg"] and type(kinds["height"]) is ROWS["depth"]
+    assert kinds["height"].lower_is_better and kinds["height"].suffix == ".npy"
     meters = make_meters({"material": ("semseg", 5), "semseg": 12, "height": ("depth", 1)}, depth_range=(0, 80))
     output, target = map(torch.as_tensor, random_case("semseg", 5))
     meters["material"].update(output, target)
     assert meters["material"].compute() == score("semseg", 5, output, target) and meters["semseg"].empty()
-    assert meters["height"].kind.depth_range == (0, 80)
-    assert delta_m({"height": 1.0}, {"height": 2.0}, rows) == 50 == -delta_m({"material": 1.0}, {"material": 2.0}, rows)
+    assert meters["height"].kind.range == (0, 80)
+    gains = [delta_m({task: 1.0}, {task: 2.0}, kinds) for task in ("height", "material")]
+    assert gains == [50, -50]
 
 
 @pytest.mark.parametrize("table, message", [
@@ -238,7 +240,7 @@ def test_tasks_of_other_names_are_treated_like_one_of_the_six():
     ({"..": ("depth", 1)}, "found '..'"), ({"material": ("semseg", 5, 1)}, "like one of these")])
 def test_impossible_tasks_are_named(table, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        task_rows(table)
+        Labels(table).kinds  # noqa: B018
 
 
 NYUD_BASELINE = (54.32, 0.5166, 19.21, 77.30)    # Table 2, single-task

@@ -16,7 +16,7 @@ import evaluate
 import train
 from datasets import Synthetic
 from metrics import TASKS as ROWS
-from metrics import Labels, task_rows
+from metrics import Labels
 from mtmamba import MTMamba, default_backend
 
 ROOT = Path(train.__file__).parent
@@ -87,7 +87,7 @@ def test_total_is_the_mean_over_images_of_the_sum_of_logarithms():
 def test_weighted_total_has_the_weights_of_the_rows():
     losses = {task: torch.tensor(float(i)) for i, task in enumerate(ROWS, start=1)}
     assert train.total_loss(losses, "weighted").item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1 + 7 + 8
-    rows = task_rows({"material": ("parsing", 5), "semseg": 3})
+    rows = Labels({"material": ("parsing", 5), "semseg": 3}).kinds
     losses = {"semseg": torch.tensor(3.0), "material": torch.tensor(7.0)}
     assert train.total_loss(losses, "weighted", rows).item() == 3 + 2 * 7
 
@@ -138,7 +138,7 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     assert backend in table and backend in capsys.readouterr().out
     for task, metrics in results["trained"].items():
         row = next(line for line in table.splitlines() if line.startswith(task))
-        assert f"{metrics[ROWS[task].kind.primary(ROWS[task].kind, metrics)]:.{ROWS[task].digits}f}" in row
+        assert f"{metrics[ROWS[task].primary(ROWS[task], metrics)]:.{ROWS[task].digits}f}" in row
     files = tmp_path / "results.json", tmp_path / "evaluation_last/results.json"
     ours, again = (json.loads(path.read_text()) for path in files)
     assert ours.pop("images_per_second") > 0 and again.pop("images_per_second") > 0
