@@ -104,7 +104,7 @@ class DenseDataset(Dataset):
     SHUFFLED = True              # whether training visits the images in a new order in each epoch
     folders = ()                 # folders that the data set reads; nothing may be written there
     REFERENCES = True            # whether the untrained model is scored beside a trained one
-    UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.UNIT_LENGTH
+    UNIT_NORMALS = True          # whether normals that are far from unit length are ignored, see metrics.nearly_unit
 
     def __init_subclass__(cls):
         for name in vars(cls).keys() & {"SIZE", "VAL_SIZE", "SCALES", "RECIPE", "LABEL_SCALE", "BOUNDARY_TOLERANCE"}:

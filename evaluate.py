@@ -473,7 +473,7 @@ class Evaluation:
         dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored != () else None
         digest_names(dataset)
         rank, world = rank_and_world()
-        boundaries = [task for task, kind in dataset.kinds.items() if kind.ods and tolerance is not None]
+        boundaries = [task for task, kind in dataset.kinds.items() if "odsF" in kind.metrics and tolerance is not None]
         samples = WithTruths(dataset, boundaries, self.scored)
         first, = fetch(samples, [0], self.workers)
         size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // first["image"][0].numel()))
@@ -507,7 +507,7 @@ class Evaluation:
     def results(self) -> Results:
         """The scores of the tasks that have any, over all processes, the primary metric first."""
         for meter in self.meters.values():
-            for name in ("sums", "not_finite", "losses"):
+            for name in ("sums", "losses"):
                 setattr(meter, name, add_up(getattr(meter, name)))
         for meter in self.ods.values():
             meter.counts = add_up(torch.from_numpy(meter.counts)).cpu().numpy()
@@ -971,7 +971,8 @@ def print_cost(args: argparse.Namespace, device: torch.device):
         config = checkpoint["config"]
         models = {config.get("variant", "mtmamba"): model}
     else:
-        config = dict(tasks=data_set.describe(data_set.TASKS).channels, img_size=args.img_size or data_set.SIZE,
+        tasks = {task: kind.channels for task, kind in data_set.describe(data_set.TASKS).kinds.items()}
+        config = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE,
                       encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
                       output_scale=data_set.LABEL_SCALE)
         with torch.device("meta" if everything else device):

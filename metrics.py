@@ -42,10 +42,7 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import Tensor
 
-IGNORE = 255                # unknown pixels in maps of classes. In maps of numbers they are NaN.
-UNIT_LENGTH = 0.75, 1.25    # A vector stored in 8 bits counts as a unit vector if its length lies between these.
-MOST_AWAY = 0.25            # of right normals, a sixth may look away from the viewer: at the borders of wide images
-MOST_OFF = 0.4              # If a larger share of the vectors is far from unit length, it is no image of normals.
+IGNORE = 255    # unknown pixels in maps of classes. In maps of numbers they are NaN.
 
 
 class Unfit(ValueError):
@@ -77,7 +74,7 @@ class Kind(abc.ABC):
     unknown, dtype = math.nan, torch.float32    # of labels
     stored, suffix = np.float32, ".npy"         # the labels' type before augmentation; of files of raw predictions
     scaling = 0                      # of values where the image is enlarged: 1 multiplies by the factor, -1 divides
-    binary = ods = False             # whether the label says yes (1) or no (0); whether odsF is scored
+    binary = False                   # whether the label says yes (1) or no (0)
 
     def __init__(self, task: str, channels: int, labels: "Labels"):
         self.task, self.channels, self.labels = task, channels, labels
@@ -123,13 +120,12 @@ class Kind(abc.ABC):
         """A label as a data set reads it -> an array (1 or C, h, w) of the type `stored`. size: (h, w). None stands for
         a label that is unknown everywhere. Raises Unfit for another shape, kind of number or range."""
         channels = 1 if self.unknown == IGNORE else self.channels
-        if label is None:
-            return np.full((channels, *size), self.unknown, self.stored)
-        label = np.asarray(label)
-        label = label[None] if channels == 1 and label.shape == size else label
         shape = (channels, *size)
-        expect(label.shape == shape, f"the shape {shape[channels == 1:]}, as the image", label.shape)
-        return self.check_values(label)
+        if label is None:
+            return np.full(shape, self.unknown, self.stored)
+        label, usual = np.asarray(label), shape[channels == 1:]
+        expect(label.shape in (shape, usual), f"the shape {usual}, as the image", label.shape)
+        return self.check_values(label.reshape(shape))
 
     def check_values(self, label: np.ndarray) -> np.ndarray:
         expect(label.dtype.kind == "f", "floats, NaN where unknown", label.dtype)
@@ -149,7 +145,7 @@ class Kind(abc.ABC):
     def remarks(self, values: np.ndarray, flips: bool) -> list[str]:
         """What its owner should look at in a whole split. values: all examples, (1 or C, n); flips: whether training
         mirrors images."""
-        learned = self.teaches(torch.from_numpy(values)[None, :, None]).any()
+        learned = self.teaches(torch.from_numpy(values)[None]).any()
         return [] if learned else [f"no {'positive ' * self.binary}pixel has a label"]
 
     def teaches(self, target: Tensor) -> Tensor:
@@ -183,7 +179,8 @@ class Kind(abc.ABC):
     def paint(self, values: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
         """picture, but for unknown pixels."""
         values, shown = (map[0] if len(map) == 1 else np.linalg.norm(map, axis=0) for map in (values, shown))
-        found = shown[~np.isnan(shown)] if np.isfinite(shown).any() else values[~np.isnan(values)]
+        found = shown if np.isfinite(shown).any() else values
+        found = found[~np.isnan(found)]
         low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
         return colour_map(values, low, high), [(f"{low:.2f} to {high:.2f}{self.unit}", COLOUR_MAP)]
 
@@ -195,8 +192,8 @@ def known(target: Tensor, valid: Tensor) -> Tensor:
 
 def colour_map(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """(...) -> uint8 (..., 3), from the first to the last colour of COLOUR_MAP."""
-    steps = np.linspace(0, len(COLOUR_MAP) - 1, 256)
-    table = np.stack([np.interp(steps, np.arange(len(COLOUR_MAP)), channel) for channel in COLOUR_MAP.T], axis=1)
+    anchors = np.linspace(0, 255, len(COLOUR_MAP))
+    table = np.stack([np.interp(range(256), anchors, channel) for channel in COLOUR_MAP.T], axis=1)
     position = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
     return np.uint8(table)[np.uint8(255 * np.nan_to_num(position))]
 
@@ -213,15 +210,16 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return torch.round(x * 2**bits) / 2**bits
 
 
-def totals(terms: Iterable[Tensor], valid: Tensor) -> Tensor:
-    """The sum of each term over the valid pixels: float64 (terms,)."""
-    return torch.stack([torch.where(valid, term, 0).sum(dtype=torch.float64) for term in terms])
+def totals(terms: Iterable[Tensor], valid: Tensor, bits: int) -> Tensor:
+    """The sum of each term, rounded, over the valid pixels: float64 (terms,)."""
+    return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
 
-def histogram(index: Tensor, bins: int) -> Tensor:
-    """How often each of 0..bins-1 occurs, float64 (bins,). Unlike bincount, this does not wait for the device."""
+def histogram(index: Tensor, valid: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins-1 occurs among the valid pixels, float64 (bins,). Unlike bincount and indexing by a
+    mask, this does not wait for the device."""
     counts = torch.zeros(bins, dtype=torch.float64, device=index.device)
-    return counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.float64))
+    return counts.scatter_add_(0, index.flatten(), valid.flatten().double())
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of tasks
@@ -236,13 +234,11 @@ class Marked(Kind):
         return (target != IGNORE).all(1)
 
     def check_values(self, label):
-        last = 1 if self.binary else self.channels - 1
+        last = max(self.channels - 1, 1)
         expect(label.dtype.kind in ("uibf" if self.dtype.is_floating_point else "uib"), "integers", label.dtype)
-        with np.errstate(invalid="ignore"):    # of NaN
-            classes = label.astype(np.uint8)
-        wrong = (classes != label) | (classes > last) & (classes != IGNORE)
+        wrong = (label < 0) | (label > last) & (label != IGNORE) | (label != np.floor(label))
         expect(not wrong.any(), f"classes in 0..{last} or {IGNORE}", label[wrong])
-        return classes
+        return label.astype(np.uint8)
 
     def examples(self, label):
         return np.unique(label)[None]    # all of them
@@ -262,7 +258,8 @@ class Classes(Marked):
     def __init__(self, task, n, labels):
         super().__init__(task, n, labels)
         self.names = list(labels.classes.get(task) or [f"class {i}" for i in range(n)])
-        self.label_ids, colours = (table.get(task) for table in (labels.label_ids, labels.colours))
+        self.shape = n + 1, n    # [label, prediction]; the last row: labels out of range
+        self.label_ids, colours = labels.label_ids.get(task), labels.colours.get(task)
         pairs = labels.flip_pairs.get(task, ())
         expect(len(self.names) == len(set(self.names)) == n, f"{n} different names in CLASSES[{task!r}]", self.names)
         for table, found, shape in ("COLOURS", colours, (n, 3)), ("LABEL_IDS", self.label_ids, (n,)):
@@ -279,10 +276,6 @@ class Classes(Marked):
         if colours is not None:
             self.palette[:n] = colours
 
-    @property
-    def shape(self):
-        return self.channels + 1, self.channels    # [label, prediction]; the last row: labels out of range
-
     def loss(self, output, target, valid):
         return F.cross_entropy(output, target[:, 0].long(), reduction="none")
 
@@ -293,11 +286,9 @@ class Classes(Marked):
         return output.softmax(1)
 
     def count(self, prediction, target, valid):
-        # Ignored pixels get a row of their own, which is cut off: indexing by a mask would wait for the device.
         classes, target = self.channels, target[:, 0].long()
         label = torch.where((target >= 0) & (target < classes), target, classes)
-        label = torch.where(valid, label, classes + 1)
-        return histogram(label * classes + prediction[:, 0], (classes + 2) * classes).view(classes + 2, classes)[:-1]
+        return histogram(label * classes + prediction[:, 0], valid, (classes + 1) * classes).view(self.shape)
 
     def scores(self, sums):
         sums, outside = sums[:-1], int(sums[-1].sum())
@@ -315,8 +306,7 @@ class Classes(Marked):
         missing = [name for i, name in enumerate(self.names) if i not in values]
         sides = [name for i, name in enumerate(self.names) if self.mirrored[i] == i and re.search(
             r"(?<![A-Za-z])(left|right)|Left|Right|LEFT|RIGHT", name)]
-        others = f" and {len(missing) - 6} others" * (len(missing) > 6)
-        remarks = [f"classes that never occur: {', '.join(missing[:6])}{others}"] if missing else []
+        remarks = [f"{len(missing)} classes never occur, first {', '.join(missing[:6])}"] if missing else []
         if sides and flips:
             remarks.append(f"{', '.join(sides)}: training mirrors images, which makes left of right; name the pairs in "
                            "FLIP_PAIRS, or give FLIP = False")
@@ -358,12 +348,9 @@ class Boundary(Marked):
     weight = 50.0
     limits = 1, 1
     dtype = torch.float32
-    binary = ods = True
+    binary = True
     thresholds = torch.arange(1, 256) / 256
-
-    @property
-    def shape(self):
-        return 2, len(self.thresholds) + 1    # [false or true pixel, number of thresholds below its probability]
+    shape = 2, len(thresholds) + 1    # [false or true pixel, number of thresholds below its probability]
 
     def loss(self, output, target, valid):
         x, y = output[:, 0], target[:, 0].float()
@@ -376,20 +363,16 @@ class Boundary(Marked):
         return self.probability(output)
 
     def count(self, prediction, target, valid):
-        bins = len(self.thresholds) + 1
         self.thresholds = self.thresholds.to(prediction.device)    # stays there
         below = torch.bucketize(prediction[:, 0].contiguous(), self.thresholds)
-        index = torch.where(valid, (target[:, 0] > 0).long() * bins + below, 2 * bins)
-        return histogram(index, 2 * bins + 1)[:-1].view(2, bins)
+        index = (target[:, 0] > 0).long() * self.shape[1] + below
+        return histogram(index, valid, 2 * self.shape[1]).view(self.shape)
 
     def f_measure(self, sums: Tensor, beta2: float) -> Tensor:
         """(1 + beta^2) P R / (beta^2 P + R) at each threshold in percent, 0 where nothing is found."""
         false_positive, true_positive = sums.flip(1).cumsum(1).flip(1)[:, 1:]
-        positive = true_positive.clamp(min=1)
-        precision = positive / (true_positive + false_positive).clamp(min=1)
-        recall = positive / sums[1].sum().clamp(min=1)
-        f = (1 + beta2) * precision * recall / (beta2 * precision + recall)
-        return torch.where(true_positive > 0, 100 * f, 0)
+        precision, recall = true_positive / (true_positive + false_positive), true_positive / sums[1].sum()
+        return (100 * ((1 + beta2) * precision * recall / (beta2 * precision + recall))).nan_to_num(0)
 
     def scores(self, sums):
         return {"pixelF": self.f_measure(sums, beta2=1).max()}
@@ -401,8 +384,7 @@ class Boundary(Marked):
         return np.uint8(255 * values[0])    # truncated, as odsF sees it
 
     def paint(self, values, shown):
-        grey = 255 * np.repeat(values.transpose(1, 2, 0), 3, axis=2)
-        return grey, [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)])]
+        return 255 * values.transpose(1, 2, 0), [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)])]
 
 
 class Saliency(Boundary):
@@ -418,9 +400,9 @@ class Saliency(Boundary):
     weight = 5.0
     limits = 2, 2
     dtype = torch.int64
-    ods = False
     thresholds, origin = torch.cat([Boundary.thresholds, torch.logit(torch.arange(1, 20, dtype=torch.float64) / 20)]
                                    ).float().sort()
+    shape = 2, len(thresholds) + 1
 
     def loss(self, output, target, valid):
         salient = (target[:, 0] == 1) & valid
@@ -441,7 +423,7 @@ class Saliency(Boundary):
 class Normal(Kind):
     """The absolute difference of the unit-length prediction, summed over the three channels. mErr in degrees: the mean
     angle between the prediction, scaled to unit length, and the label. mErr_unit: the same over labels of about unit
-    length alone, see UNIT_LENGTH. Also the median (of a histogram, to 0.01 degrees), the root of the mean square, and
+    length alone, see nearly_unit. Also the median (of a histogram, to 0.01 degrees), the root of the mean square, and
     the percentage of pixels below some angles.
 
     A label is floats (3, h, w): x to the right, y up, z towards the viewer. Unknown are NaN, zero vectors and, if the
@@ -456,7 +438,7 @@ class Normal(Kind):
     shape = (BINS + 5,)     # the histogram (180 degrees have a bin of their own), and four sums
 
     def loss(self, output, target, valid):
-        return (F.normalize(output, dim=1) - target).abs().sum(1)
+        return (self.predict(output) - target).abs().sum(1)
 
     def predict(self, output):
         return F.normalize(output, dim=1)
@@ -466,10 +448,10 @@ class Normal(Kind):
         # Exact also for small angles, where the arc cosine of the product is not.
         angle = torch.rad2deg(2 * torch.atan2((p - t).norm(dim=1), (p + t).norm(dim=1)))
         angle = torch.where(valid, rounded(angle, bits=16), 0)    # exact up to 2^37 degrees, all of PASCAL-Context
-        unit = about_1(target.square().sum(1))    # PyTorch's norm is 20 times slower
+        unit = nearly_unit(target.square().sum(1))    # PyTorch's norm is 20 times slower
         terms = angle, rounded(angle ** 2, bits=8), torch.where(unit, angle, 0), unit
-        index = torch.where(valid, (100 * angle.nan_to_num()).long(), self.BINS + 1)
-        return torch.cat([histogram(index, self.BINS + 2)[:-1], totals(terms, valid)])
+        index = (100 * angle.nan_to_num()).long()
+        return torch.cat([histogram(index, valid, self.BINS + 1), totals(terms, valid, bits=16)])
 
     def scores(self, sums):
         below, (total, squares, unit_total, units) = sums[:-4].cumsum(0), sums[-4:]
@@ -482,10 +464,9 @@ class Normal(Kind):
         label = super().check_values(label)
         x, y, z = label
         squared = x * x + y * y + z * z    # of the length
-        known, unit = squared > 0, about_1(squared)    # not NaN
-        off = known & ~unit & (squared > 0.01)    # many files store shorter ones where there is no normal
-        most = off.sum() <= MOST_OFF * known.sum()
-        expect(most, "vectors of length 1", f"{np.mean(off):.0%} of other lengths")
+        known, unit = squared > 0, nearly_unit(squared)    # not NaN
+        off = ~unit & (squared > 0.01)    # many files store shorter ones where there is no normal
+        expect(off.sum() <= 0.4 * known.sum(), "vectors of length 1", f"{np.mean(off):.0%} of other lengths")
         expect(not unit.any() or ((x != y) | (y != z))[unit].any(), "x, y and z in red, green and blue", "a grey image")
         return np.where(unit if self.labels.unit_normals else known, label, np.float32(np.nan))
 
@@ -495,25 +476,25 @@ class Normal(Kind):
         return label
 
     def remarks(self, values, flips):
-        known = values[2, ~np.isnan(values[2])]
-        away = np.mean(known < 0) if known.size else 0
+        away = np.sum(values[2] < 0) / max(1, np.isfinite(values[2]).sum())
         return super().remarks(values, flips) + [
             f"{away:.0%} of the normals look away from the viewer; usual reasons: OpenCV's axes (negate y and z), the "
-            "world's axes (turn them into the camera's), or blue and red exchanged"] * bool(away > MOST_AWAY)
+            "world's axes (turn them into the camera's), or blue and red exchanged"] * bool(
+                away > 0.25)    # a sixth does at the borders of wide images
 
     def resize(self, values, size):
         return F.normalize(super().resize(values, size), dim=0)
 
     def paint(self, values, shown):
-        directions = [("left", (-1, 0, 0)), ("right", (1, 0, 0)), ("up", (0, 1, 0)), ("down", (0, -1, 0)),
-                      ("to the viewer", (0, 0, 1))]
-        lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions]
+        directions = {"left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, 1, 0), "down": (0, -1, 0),
+                      "to the viewer": (0, 0, 1)}
+        lines = [(name, [255 * (x + 1) // 2 for x in direction]) for name, direction in directions.items()]
         return 255 * (values.transpose(1, 2, 0) + 1) / 2, lines
 
 
-def about_1(squared):
-    """Where vectors have about unit length, see UNIT_LENGTH. squared: of the lengths, of torch or numpy."""
-    return (squared > UNIT_LENGTH[0] ** 2) & (squared < UNIT_LENGTH[1] ** 2)
+def nearly_unit(squared):
+    """Where vectors, stored in 8 bits, count as unit vectors. squared: squares of the lengths, of torch or numpy."""
+    return (squared > 0.75 ** 2) & (squared < 1.25 ** 2)
 
 
 class Values(Kind):
@@ -530,8 +511,7 @@ class Values(Kind):
 
     def count(self, prediction, target, valid):
         error = prediction - target
-        terms = torch.ones_like(error), rounded(error ** 2, bits=20), rounded(error.abs(), bits=20)
-        return totals(terms, valid[:, None])
+        return totals((torch.ones_like(error), error ** 2, error.abs()), valid[:, None], bits=20)
 
     def scores(self, sums):
         return {"RMSE": (sums[1] / sums[0]).sqrt(), "MAE": sums[2] / sums[0]}
@@ -556,26 +536,21 @@ class Depth(Values):
     limits = 1, 1
     shape = (10,)
 
-    def __init__(self, task, channels, labels):
-        super().__init__(task, channels, labels)
-        self.range = labels.depth_range
-        low, high = self.range or (0, 1)
-        expect(low < high, "depth_range (low, high) with low below high", self.range)
-
     def predict(self, output):
         return output.clamp(min=0)
 
     def count(self, prediction, target, valid):
         valid = valid[:, None]
-        if self.range:
-            valid = valid & (target > self.range[0]) & (target < self.range[1])
+        if limits := self.labels.depth_range:
+            valid = valid & (target > limits[0]) & (target < limits[1])
         target = torch.where(valid, target.float(), 1)
         floored = prediction.clamp(min=1e-9)
-        log, ratio = floored.log() - target.log(), torch.maximum(floored / target, target / floored)
-        terms = (torch.ones_like(target), (prediction - target) ** 2, (floored - target).abs() / target,
-                 (floored - target) ** 2 / target, log ** 2, log, log.abs(), *(ratio < 1.25 ** i for i in (1, 2, 3)))
-        bits = 16 if self.range else 20    # exact to 2^33 m^2, or to 2^37 square pixels: Cityscapes
-        return totals([rounded(term, bits) for term in terms], valid)
+        error, log = floored - target, floored.log() - target.log()
+        ratio = torch.maximum(floored / target, target / floored)
+        terms = (torch.ones_like(target), (prediction - target) ** 2, error.abs() / target, error ** 2 / target,
+                 log ** 2, log, log.abs(), *(ratio < 1.25 ** i for i in (1, 2, 3)))
+        bits = 16 if limits else 20    # exact to 2^33 m^2, or to 2^37 square pixels: Cityscapes
+        return totals(terms, valid, bits)
 
     def scores(self, sums):
         squares, abs_rel, sq_rel, log_squares, log, abs_log, *deltas = sums[1:] / sums[0]
@@ -636,6 +611,10 @@ class Labels:
     depth_range: tuple[float, float] | None = None
     unit_normals: bool = True
 
+    def __post_init__(self):
+        low, high = self.depth_range or (0, 1)
+        expect(low < high, "depth_range (low, high) with low below high", self.depth_range)
+
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """Each task as an instance of its kind, which checks what is said of it."""
@@ -654,11 +633,6 @@ class Labels:
             expect(fits, f"{low} to {high} channels for the task {task!r}", repr(channels))
             kinds[task] = kind(task, int(channels), self)
         return kinds
-
-    @property
-    def channels(self) -> dict[str, int]:
-        """MTMamba's tasks."""
-        return {task: kind.channels for task, kind in self.kinds.items()}
 
     def plain(self) -> dict:
         """For checkpoints; Labels(**plain) is the same again."""
@@ -684,18 +658,18 @@ def find_class(name: str, base: type, said_by: object = None) -> type:
     its word: the Python file must be in or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    importable = path.is_file() and path.suffix == ".py" and "." not in path.stem
-    expect(importable, "path/to/file.py:Class, a file (no other dot in the file's name)", repr(name))
-    trusted = not said_by or path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path)
-    expect(trusted, "a Python file in or below the current folder", f"{path}, named by {said_by}",
+    expect(path.is_file() and path.suffix == ".py" and "." not in path.stem,
+           "path/to/file.py:Class, a file (no other dot in the file's name)", repr(name))
+    expect(not said_by or path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path),
+           "a Python file in or below the current folder", f"{path}, named by {said_by}",
            "to run it, name the data set yourself with --dataset")
     if str(path.parent) not in sys.path:    # which new processes get, too
         sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)
     expect(is_file_of(module, path), f"a file whose name no other module has ({path.stem})", path, "rename the file")
     found = getattr(module, class_name, None)
-    whole = isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)
-    expect(whole, f"a subclass {class_name!r} of {base.__name__} in {path}, with all its abstract methods", found)
+    expect(isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found),
+           f"a subclass {class_name!r} of {base.__name__} in {path}, with all its abstract methods", found)
     return found
 
 
@@ -722,7 +696,6 @@ class Meter:
     def __init__(self, kind: Kind):
         self.kind = copy.copy(kind)    # it may keep a tensor on the device of the outputs
         self.sums = torch.zeros(kind.shape, dtype=torch.float64)    # exact for counts up to 2^53
-        self.not_finite = torch.zeros((), dtype=torch.int64)        # at how many pixels an output was nan or infinite
         self.losses = torch.zeros(2, dtype=torch.float64)           # of images with a label, and their number
 
     @torch.no_grad()
@@ -732,8 +705,8 @@ class Meter:
         for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
             image, valid = image.float(), self.kind.valid(label)
             counted = self.kind.count(self.kind.predict(image), known(label, valid), valid)
-            self.sums = self.sums.to(image.device) + counted
-            self.not_finite = self.not_finite.to(image.device) + (~image.sum(1).isfinite()).sum()
+            # The difference is 0, or NaN where an output is not finite.
+            self.sums = self.sums.to(image.device) + counted + (image - image).sum()
             if with_losses:    # whose labels must be in range
                 loss = rounded(self.kind.image_losses(image, label).double(), bits=32)
                 self.losses = self.losses.to(image.device) + torch.stack([loss[0], valid.any()])
@@ -744,7 +717,7 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         task = self.kind.task
-        expect(not self.not_finite, f"finite outputs of the model for {task}", f"{int(self.not_finite)} other pixels",
+        expect(not self.sums.isnan().any(), f"finite outputs of the model for {task}", "others",
                "the training has diverged, or the precision is too low")
         expect(not self.empty(), f"valid pixels of {task}", "none", "check the labels")
         scores = {name: float(value) for name, value in self.kind.scores(self.sums.cpu()).items()}
@@ -822,7 +795,6 @@ def ods_f(counts: np.ndarray) -> float:
 
     counts: (thresholds, 4). There is no interpolation between thresholds.
     """
-    counts = np.asarray(counts)
     expect(counts.shape[1:] == (4,), "counts of the shape (thresholds, 4)", counts.shape, "sum them over the images")
     return float(precision_recall(counts)[2].max())
 
@@ -838,7 +810,6 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     A pixel is on where its suppressed value, in float32, is strictly greater than the threshold in float64, as in the
     reference: 51 / 255 in float32 is a little more than 0.2, and on at the threshold 0.2.
     """
-    prediction_u8, ground_truth = np.asarray(prediction_u8), np.asarray(ground_truth, bool)
     expect(prediction_u8.dtype == np.uint8, "255 times the probability as uint8", prediction_u8.dtype)
     _check_pair(prediction_u8, ground_truth, max_dist)
     value = suppress_non_maxima(prediction_u8)
@@ -847,10 +818,10 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     if known is not None:
         on &= known[active]
     used = on.any(0)
-    truths = np.argwhere(ground_truth)
-    matchings = _matchings(on[:, used], np.argwhere(active)[used], truths, max_dist * np.hypot(*ground_truth.shape))
-    matched = np.array([len(truths) - mates.count(-1) for mates in matchings])
-    return np.stack([matched, np.full_like(matched, len(truths)), matched, on.sum(1)], axis=1)
+    matchings = _matchings(on[:, used], np.argwhere(active)[used], ground_truth, max_dist)
+    matched = np.array([len(mates) - mates.count(-1) for mates in matchings])
+    true = np.full_like(matched, np.count_nonzero(ground_truth))
+    return np.stack([matched, true, matched, on.sum(1)], axis=1)
 
 
 def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
@@ -876,9 +847,8 @@ def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
     survives where 1.01 E is not smaller than E one pixel to either side along theta, bilinear and clamped to the image.
     Survivors within 5 pixels of a border are multiplied by their distance to it / 5, the outermost being at 0.
     """
-    height, width = prediction_u8.shape
     value = prediction_u8.astype(np.float32) / np.float32(255)
-    if min(height, width) < 3:    # all pixels lie on a border
+    if min(value.shape) < 3:    # all pixels lie on a border
         return np.zeros_like(value)
     triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
     smooth = value
@@ -890,15 +860,12 @@ def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
     theta = np.arctan(dyy * np.sign(-dxy) / (dxx + np.float32(1e-5)))
 
     y, x = np.nonzero(prediction_u8)
-    raised, theta = np.float32(1.01) * value[y, x], theta[y, x]
-    for side in (-1, 1):
-        aside = (y + side * np.sin(theta), x + side * np.cos(theta))
-        keep = raised >= ndimage.map_coordinates(value, aside, order=1, mode="nearest")
-        y, x, raised, theta = y[keep], x[keep], raised[keep], theta[keep]
+    ridge, step = value[y, x], np.stack([np.sin(theta[y, x]), np.cos(theta[y, x])])
+    aside = [ndimage.map_coordinates(value, place, order=1, mode="nearest") for place in ((y, x) - step, (y, x) + step)]
     ridges = np.zeros_like(value)
-    ridges[y, x] = value[y, x]
-    fade_y, fade_x = (np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), 5).astype(np.float32) / 5
-                      for n in (height, width))
+    ridges[y, x] = np.where(np.float32(1.01) * ridge >= np.maximum(*aside), ridge, 0)
+    fade_y, fade_x = (np.minimum(np.arange(n), np.arange(n)[::-1]).clip(max=5).astype(np.float32) / 5
+                      for n in value.shape)
     return ridges * fade_y[:, None] * fade_x
 
 
@@ -930,25 +897,24 @@ def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
     inside = np.pad(active, 1)    # so that the neighbours of a pixel are at fixed distances in the flat map
     row, inside = inside.shape[1], inside.ravel()
     around = np.array([1, 1 - row, -row, -row - 1, -1, row - 1, row, row + 1])[:, None]    # to x1 .. x8
-    words = np.packbits(np.pad(on, ((0, -len(on) % 64), (0, 0))), axis=0).T.copy().view(np.uint64)
-    bits = np.zeros((len(inside), words.shape[1]), np.uint64)                              # (pixels, words)
-    bits[inside] = words
+    bits = np.zeros((-(-len(on) // 64), len(inside)), np.uint64)                           # (words, pixels)
+    bits[:, inside] = np.packbits(np.pad(on, ((0, -len(on) % 64), (0, 0))), axis=0).T.copy().view(np.uint64).T
     changed = np.stack([inside, inside])    # by pass: pixels next to a deletion since it last ran
     step = 0
     while changed.any():
         todo = np.flatnonzero(changed[step])
         changed[step] = False
-        todo = todo[bits[todo].any(1)]
-        deleted = bits[todo] & _deletable(bits[todo + around], step)
-        bits[todo] ^= deleted
-        changed[:, todo[deleted.any(1)] + around] = True
+        todo = todo[bits.take(todo, axis=1).any(0)]
+        deleted = bits.take(todo, axis=1) & _deletable(bits.take(todo + around, axis=1), step)
+        bits[:, todo] ^= deleted
+        changed[:, todo[deleted.any(0)] + around] = True
         step = 1 - step
-    return np.unpackbits(bits[inside].view(np.uint8), axis=1, count=len(on)).T.astype(bool)
+    return np.unpackbits(bits[:, inside].T.copy().view(np.uint8), axis=1, count=len(on)).T.astype(bool)
 
 
 def _deletable(neighbours: np.ndarray, step: int) -> np.ndarray:
-    """The three conditions of thin, bit by bit. neighbours: (8, n, words), x1 .. x8; step: 0 or 1, the pass."""
-    x1, x2, x3, x4, x5, x6, x7, x8 = neighbours
+    """The three conditions of thin, bit by bit. neighbours: (words, 8, n), x1 .. x8; step: 0 or 1, the pass."""
+    x1, x2, x3, x4, x5, x6, x7, x8 = neighbours.swapaxes(0, 1)
     a, b, c, d = ~x1 & (x2 | x3), ~x3 & (x4 | x5), ~x5 & (x6 | x7), ~x7 & (x8 | x1)
     exactly_one = (a ^ b) & ~(c | d) | (c ^ d) & ~(a | b)
     two_of_n1, four_of_n1 = _two_or_four(x1 | x2, x3 | x4, x5 | x6, x7 | x8)
@@ -973,23 +939,23 @@ def match_boundaries(prediction: np.ndarray, target: np.ndarray, max_dist: float
     """
     prediction, target = np.asarray(prediction, bool), np.asarray(target, bool)
     _check_pair(prediction, target, max_dist)
-    points, truths = np.argwhere(prediction), np.argwhere(target)
-    on = np.ones((1, len(points)), bool)
-    mates = np.array(next(_matchings(on, points, truths, max_dist * np.hypot(*target.shape))), int)
-    matched_prediction, matched_target = np.zeros_like(prediction), np.zeros_like(target)
-    matched_prediction[tuple(points[mates[mates >= 0]].T)] = True
-    matched_target[tuple(truths[mates >= 0].T)] = True
+    points = np.argwhere(prediction)
+    mates, = map(np.array, _matchings(np.ones((1, len(points)), bool), points, target, max_dist))
+    matched_prediction, matched_target = prediction.copy(), target.copy()
+    matched_prediction[prediction] = np.isin(range(len(points)), mates)
+    matched_target[target] = mates >= 0
     return matched_prediction, matched_target
 
 
-def _matchings(on: np.ndarray, points: np.ndarray, truths: np.ndarray, radius: float) -> Iterator[list[int]]:
-    """For each of M maps a largest matching within radius: every truth's point, -1 without one (one list, reused).
+def _matchings(on: np.ndarray, points: np.ndarray, target: np.ndarray, max_dist: float) -> Iterator[list[int]]:
+    """For each of M maps a largest matching: the point of every true pixel, -1 without one (one list, reused).
 
-    on: (M, points) bool, the points in each map; points, truths: (.., 2) pixel coordinates.
+    on: (M, points) bool, the points in each map; points: (.., 2) pixel coordinates; target: (H, W) bool.
     Each matching starts from the one before, as neighbouring thresholds differ little. First the points that went are
     taken out: an augmenting path can then only begin at a truth that lost its point. With those searched, the new
     points come in, and a path can only begin at one of them. Taking both steps at once would miss pairs.
     """
+    truths, radius = np.argwhere(target), max_dist * np.hypot(*target.shape)
     point_tree, truth_tree = KDTree(points), KDTree(truths)
     near_truth = truth_tree.query_ball_tree(point_tree, radius)
     near_point = point_tree.query_ball_tree(truth_tree, radius)

@@ -307,7 +307,7 @@ class Run:
         processes. new: without a checkpoint that gives the weights."""
         args, device = self.args, self.device
         torch.manual_seed(args.seed)
-        config = dict(tasks=self.train_set.labels.channels, img_size=args.img_size,
+        config = dict(tasks={task: kind.channels for task, kind in self.kinds.items()}, img_size=args.img_size,
                       encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
                       output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
         self.description["config"] = config

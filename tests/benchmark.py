@@ -409,8 +409,9 @@ def memory(images: tuple[int, ...] = (1, 2, 4, 8), cards: tuple[int, ...] = (24,
     print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
     for name, variant in (("nyud", "mtmamba"), ("pascal", "mtmamba"), ("cityscapes", "mtmamba++")):
         data_set, size = DATASETS[name], DATASETS[name].SIZE
+        channels = {task: kind.channels for task, kind in Labels(data_set.TASKS).kinds.items()}
         with torch.device("meta"):
-            network = MTMamba(Labels(data_set.TASKS).channels, size, variant=variant,
+            network = MTMamba(channels, size, variant=variant,
                               output_scale=data_set.LABEL_SCALE, backend="triton")
         held, *both = training_memory(network, size, images)
         fits = [[max((batch for batch, each in zip(images, kept) if held + each < 0.9 * card), default=0)

@@ -51,7 +51,7 @@ def score_constants(dataset: DenseDataset, images: int = 100, odsf: bool = True)
     constants = {task: constant(kind, labels[task]) for task, kind in kinds.items()}
     meters = {task: Meter(kind) for task, kind in kinds.items()}
     ods = {task: OdsMeter(dataset.BOUNDARY_TOLERANCE) for task, kind in kinds.items()
-           if kind.ods and odsf and dataset.BOUNDARY_TOLERANCE is not None}
+           if "odsF" in kind.metrics and odsf and dataset.BOUNDARY_TOLERANCE is not None}
     for i in tqdm(indices, "scoring the best constant", unit="img", leave=False):
         sample = dataset[i]
         for task, meter in meters.items():

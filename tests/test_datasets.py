@@ -697,7 +697,7 @@ def test_faults_are_named_by_loader_and_check(kind, folder, suffix, fault, task,
 def test_check_counts_and_shows_the_first_few(pascal, tmp_path, capsys):
     command = ["check", "--dataset", "pascal", "--workers", "1", "--root"]
     assert main([*command, str(pascal)]) == 0
-    rare = "  look at semseg: classes that never occur: aeroplane, bicycle, bird, boat, bus, car and 10 others"
+    rare = "  look at semseg: 16 classes never occur, first aeroplane, bicycle, bird, boat, bus, car"
     assert capsys.readouterr().out.splitlines() == [
         "train: 8 images; published: 4998", rare, "val: 2 images; published: 5105", rare, "no problems"]
     root = shutil.copytree(pascal, tmp_path / "copy")
@@ -930,7 +930,8 @@ class Mixed(LabelledDataset):
 
 def test_tasks_of_other_names_and_labels_that_are_missing():
     data = Mixed("val", (6, 8))
-    assert data.labels.channels == {"semseg": 12, "material": 5, "depth": 1, "height": 1}
+    channels = {task: kind.channels for task, kind in data.kinds.items()}
+    assert channels == {"semseg": 12, "material": 5, "depth": 1, "height": 1}
     assert type(data.kinds["semseg"].channels) is int and type(data.kinds["height"]) is metrics.Depth
     for sample in data:
         assert list(sample) == ["image", *Mixed.TASKS, "name", "size"]
@@ -1012,7 +1013,7 @@ def test_larger_labels_are_not_augmented(monkeypatch):
 
 @pytest.mark.parametrize("kind", [Synthetic, PascalContext, NYUDv2, Cityscapes])
 def test_what_data_sets_say_about_themselves(kind):
-    channels = Labels(kind.TASKS).channels
+    channels = {task: found.channels for task, found in Labels(kind.TASKS).kinds.items()}
     for table in (kind.CLASSES, kind.COLOURS):
         assert all(len(table[task]) == channels[task] for task in table)
         assert all(len(set(table[task])) == channels[task] for task in table)
@@ -1377,7 +1378,7 @@ def test_attributes_of_numpy_are_plain_values(tmp_path):
                   Numbers.RECIPE]
     assert repr(attributes) == repr([(8, 16), (8, 16), (0.5, 2.0), 0.02, 1,
                                      {"lr": 1e-3, "iterations": 7, "img_size": [8, 16]}])
-    assert data.kinds["depth"].range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
+    assert data.labels.depth_range == [0, 80] and data[0]["image"].shape == (3, 8, 16)
 
 
 class Odd(Own):
@@ -1399,7 +1400,7 @@ def test_check_tells_what_looks_wrong(monkeypatch, capsys):
     monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Odd)
     assert main(["check", "--dataset", "Odd", "--workers", "0"]) == 0
     remarks = [
-        "semseg: classes that never occur: a, b, RightHand, bright",
+        "semseg: 4 classes never occur, first a, b, RightHand, bright",
         "semseg: left hand, RightHand: training mirrors images, which makes left of right; name the pairs in "
         "FLIP_PAIRS, or give FLIP = False",
         "normal: 100% of the normals look away from the viewer; usual reasons: OpenCV's axes (negate y and z), the "
