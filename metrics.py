@@ -10,13 +10,11 @@
 
     delta_m({"semseg": 55.82, ...}, baseline={"semseg": 54.32, ...})
 
-Every metric is one figure over the pixels of the whole data set, never a mean of per-image figures. A meter's state is
-two tensors of sums, on the device of the outputs. They add up over batches, data splits and processes, and no update
-waits for the device. The boundary score odsF has functions of its own.
+Every metric is one figure over all pixels of the data set, never a mean over images. A meter's state is sums, which add
+up over batches and processes. No update waits for the device. The boundary score odsF has functions of its own.
 """
 
-# Order: the base of all kinds; a class for each kind; the table of tasks and what a data set says of its labels; Meter
-# and delta_m; odsF, from the score down to thinning and matching.
+# Order: the base of all kinds; the kinds; the table of tasks, and Labels; Meter and delta_m; odsF, from the score down.
 
 import abc
 import copy
@@ -57,8 +55,7 @@ def expect(condition: bool, expected: str, found: object, advice: str = ""):
 
 
 class Kind(abc.ABC):
-    """A kind of task: its loss, its predictions and scores, the form of its label, and its picture. An instance is one
-    task of a data set.
+    """A kind of task: its loss, predictions and scores, the form of its label, its picture. An instance is one task.
 
     For a kind of your own, subclass it in the file of your data set, whose TASKS then has {"flow": (Flow, 2)}. Define
     metrics, shape, loss, count and scores. The other methods are those of plain numbers: labels are floats (C, h, w),
@@ -117,8 +114,8 @@ class Kind(abc.ABC):
         return torch.where(valid, loss, 0).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
     def check(self, label: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
-        """A label as a data set reads it -> an array (1 or C, h, w) of the type `stored`. size: (h, w). None stands for
-        a label that is unknown everywhere. Raises Unfit for another shape, kind of number or range."""
+        """A label as it is read (None: unknown everywhere) -> an array (1 or C, h, w) of the type `stored`. size: its
+        (h, w). Raises Unfit for another shape, kind of number or range."""
         channels = 1 if self.unknown == IGNORE else self.channels
         shape = (channels, *size)
         if label is None:
@@ -133,8 +130,8 @@ class Kind(abc.ABC):
         return label.astype(np.float32, copy=False)
 
     def augment(self, label: np.ndarray, scale: float, flipped: bool) -> np.ndarray:
-        """The values of a label (1 or C, h, w) whose image was enlarged by `scale` and, if flipped, mirrored. Its
-        pixels are in place already. The array may be changed."""
+        """The values of a label (1 or C, h, w) whose image was enlarged by `scale` and, if flipped, mirrored, as its
+        pixels already are. The array may be changed."""
         scale = np.float32(scale)
         return label / scale if self.scaling < 0 else label * scale if self.scaling > 0 else label
 
@@ -248,8 +245,8 @@ class Classes(Marked):
     """Cross-entropy. mIoU in percent: the mean over classes of IoU = TP / (TP + FP + FN). The background is a class.
     Also the share of pixels that are right, the mean of that share over classes, and each class's IoU.
 
-    A class that occurs neither in the labels nor in the predictions is left out of the means.
-    Differs: the published implementation counts it as 0. On the full benchmarks every class occurs.
+    Differs: a class that occurs neither in the labels nor in the predictions is left out of the means. The published
+    implementation counts it as 0. On the full benchmarks every class occurs.
     """
 
     metrics = ("mIoU",)
@@ -331,17 +328,13 @@ class Classes(Marked):
 
 
 class Parsing(Classes):
-    """Human parts, whose loss has another weight."""
-
     weight = 2.0
 
 
 class Boundary(Marked):
-    """Yes or no at each pixel. Binary cross-entropy; boundary pixels have the weight 0.95, the others 0.05. pixelF in
-    percent: the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel.
-
-    pixelF is a cheap stand-in for odsF, which matches boundaries within a tolerance; the two are not comparable.
-    A pixel is positive where its probability is strictly above the threshold. A label has 1 on a boundary, 0 elsewhere.
+    """Binary cross-entropy; boundary pixels (1 in labels) have the weight 0.95, the others (0) 0.05. pixelF in percent:
+    the best F-measure over the thresholds 1/256 .. 255/256, pixel by pixel. A pixel is positive where its probability
+    is strictly above the threshold. pixelF is a cheap stand-in for odsF and not comparable with it.
     """
 
     metrics = ("odsF", "pixelF")
@@ -392,8 +385,7 @@ class Saliency(Boundary):
     beta^2 = 0.3, the maximum over the thresholds 1/256 .. 255/256 on P(salient).
 
     maxF_published: the published implementation's figure. It applies a sigmoid to the probability before it compares
-    with 0.05, 0.10 .. 0.95. The result lies within [0.5, 0.73], so the other thresholds take all pixels or none.
-    IoU: TP / (TP + FP + FN) in percent, at the threshold 1/2.
+    with 0.05, 0.10 .. 0.95; only thresholds in [0.5, 0.73] act. IoU: TP / (TP + FP + FN) in percent, at 1/2.
     """
 
     metrics = ("maxF",)
@@ -421,10 +413,9 @@ class Saliency(Boundary):
 
 
 class Normal(Kind):
-    """The absolute difference of the unit-length prediction, summed over the three channels. mErr in degrees: the mean
-    angle between the prediction, scaled to unit length, and the label. mErr_unit: the same over labels of about unit
-    length alone, see nearly_unit. Also the median (of a histogram, to 0.01 degrees), the root of the mean square, and
-    the percentage of pixels below some angles.
+    """The absolute difference of the unit-length prediction, summed over the three channels. mErr: the mean angle in
+    degrees between prediction and label. mErr_unit: over labels of about unit length alone, see nearly_unit. Also the
+    median (to 0.01 degrees), the root of the mean square, and the percentage of pixels below some angles.
 
     A label is floats (3, h, w): x to the right, y up, z towards the viewer. Unknown are NaN, zero vectors and, if the
     data set has UNIT_NORMALS, vectors far from unit length.
@@ -477,10 +468,11 @@ class Normal(Kind):
 
     def remarks(self, values, flips):
         away = np.sum(values[2] < 0) / max(1, np.isfinite(values[2]).sum())
-        return super().remarks(values, flips) + [
-            f"{away:.0%} of the normals look away from the viewer; usual reasons: OpenCV's axes (negate y and z), the "
-            "world's axes (turn them into the camera's), or blue and red exchanged"] * bool(
-                away > 0.25)    # a sixth does at the borders of wide images
+        remarks = super().remarks(values, flips)
+        if away > 0.25:    # a sixth of right ones does: at the borders of wide images
+            remarks.append(f"{away:.0%} of the normals look away from the viewer; usual reasons: OpenCV's axes (negate "
+                           "y and z), the world's axes (turn them into the camera's), or blue and red exchanged")
+        return remarks
 
     def resize(self, values, size):
         return F.normalize(super().resize(values, size), dim=0)
@@ -498,8 +490,7 @@ def nearly_unit(squared):
 
 
 class Values(Kind):
-    """Plain numbers, C channels: the absolute difference, RMSE and the mean absolute error MAE, each of a channel on
-    average."""
+    """Plain numbers, C channels: the absolute difference, RMSE and MAE, each of a channel on average."""
 
     metrics = ("RMSE", "MAE")
     lower_is_better = True
@@ -526,9 +517,8 @@ class Depth(Values):
     10), SILog (deviation of the difference of natural logarithms, times 100) and delta_1, delta_2, delta_3 (share of
     pixels where the larger of prediction and label is less than 1.25, 1.25^2, 1.25^3 times the other).
 
-    A label is floats (h, w) or (1, h, w) above 0; 0 and NaN where unknown.
-    Labels.depth_range: (low, high), only pixels with low < target < high are scored; None for all. Cityscapes has
-    (0, 80): its depth is disparity, so RMSE is in pixels.
+    A label is floats (h, w) or (1, h, w) above 0; 0 and NaN where unknown. With Labels.depth_range (low, high) only
+    pixels with low < target < high are scored.
     """
 
     metrics = ("RMSE",)
@@ -567,17 +557,16 @@ class Depth(Values):
     def remarks(self, values, flips):
         known = values[~np.isnan(values)]
         middle = np.median(known) if known.size else 1
-        return super().remarks(values, flips) + [
-            f"half of the depths are above {middle:.3g} m; metres are expected"] * bool(
-                self.unit == " m" and not 0.05 <= middle <= 100)
+        remarks = super().remarks(values, flips)
+        if self.unit == " m" and not 0.05 <= middle <= 100:
+            remarks.append(f"half of the depths are above {middle:.3g} m; metres are expected")
+        return remarks
 
     def picture(self, values, shown):    # disparities that were not measured are negative
         return super().picture(*(np.where(map < 0, np.nan, map) for map in (values, shown)))
 
 
 class Disparity(Depth):
-    """In pixels: larger where nearer."""
-
     unit, scaling = " px", 1
 
 
@@ -593,8 +582,7 @@ RESERVED = {"image", "name", "size", "truths", "sheet", *dir(torch.nn.ModuleDict
 
 @dataclass(frozen=True)
 class Labels:
-    """What a data set says of its labels, for losses, scores, tables and pictures: plain values, and classes of kinds.
-    The tables are by task; see datasets.DenseDataset for each.
+    """What a data set says of its labels. The tables are by task; see datasets.DenseDataset for each.
 
     tasks: {"semseg": 12, "material": ("semseg", 5), "flow": (Flow, 2)}. A task is one of TASKS, with its output
     channels; or has another name and is treated like one of these; or has a kind of your own, a class or, in a
@@ -640,8 +628,7 @@ class Labels:
 
 
 def plain(value: object) -> object:
-    """Numbers, texts, lists and dictionaries alone, as JSON has them. A class of a kind becomes path/to/file.py:Class,
-    from the current folder."""
+    """Numbers, texts, lists and dictionaries alone. A class becomes path/to/file.py:Class, from the current folder."""
     def simpler(value: object) -> object:
         if isinstance(value, type):
             return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
@@ -654,8 +641,8 @@ def plain(value: object) -> object:
 def find_class(name: str, base: type, said_by: object = None) -> type:
     """The subclass of `base` that "path/to/file.py:Class" names.
 
-    said_by: the file that gives the name, where the user does not. It may come from somebody else, and no code runs on
-    its word: the Python file must be in or below the current folder, or loaded already."""
+    said_by: the file that gives the name, where the user does not. No code runs on its word: the Python file must be in
+    or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
     expect(path.is_file() and path.suffix == ".py" and "." not in path.stem,
@@ -687,11 +674,7 @@ def make_meters(tasks: TaskTable, depth_range: tuple[float, float] | None = None
 
 class Meter:
     """The scores of a task. update(output, target) adds a batch, compute() gives the metrics by name. with_losses: adds
-    the images' losses to `losses`, too.
-
-    output: the network's raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of
-    classes, NaN in maps of numbers.
-    """
+    the images' losses to `losses`, too. output, target: see Kind.loss, but unknown is 255 or NaN."""
 
     def __init__(self, kind: Kind):
         self.kind = copy.copy(kind)    # it may keep a tensor on the device of the outputs
@@ -705,8 +688,7 @@ class Meter:
         for image, label in zip(output.split(1), target.split(1), strict=True):    # a whole batch takes more memory
             image, valid = image.float(), self.kind.valid(label)
             counted = self.kind.count(self.kind.predict(image), known(label, valid), valid)
-            # The difference is 0, or NaN where an output is not finite.
-            self.sums = self.sums.to(image.device) + counted + (image - image).sum()
+            self.sums = self.sums.to(image.device) + counted + (image - image).sum()    # NaN if one is not finite
             if with_losses:    # whose labels must be in range
                 loss = rounded(self.kind.image_losses(image, label).double(), bits=32)
                 self.losses = self.losses.to(image.device) + torch.stack([loss[0], valid.any()])
@@ -716,12 +698,12 @@ class Meter:
         return not self.sums.any()
 
     def compute(self) -> dict[str, float]:
-        task = self.kind.task
-        expect(not self.sums.isnan().any(), f"finite outputs of the model for {task}", "others",
+        expect(not self.sums.isnan().any(), f"finite outputs of the model for {self.kind.task}", "others",
                "the training has diverged, or the precision is too low")
-        expect(not self.empty(), f"valid pixels of {task}", "none", "check the labels")
+        expect(not self.empty(), f"valid pixels of {self.kind.task}", "none", "check the labels")
         scores = {name: float(value) for name, value in self.kind.scores(self.sums.cpu()).items()}
-        expect(all(map(math.isfinite, scores.values())), f"finite scores of {task}", scores, "check the labels' range")
+        finite = all(map(math.isfinite, scores.values()))
+        expect(finite, f"finite scores of {self.kind.task}", scores, "check the labels' range")
         return scores
 
 
@@ -752,8 +734,7 @@ class OdsMeter:
 
     odsF: the best F over thresholds that are the same for all images. oisF: F of the counts of each image at its own
     best threshold. AP: the area under the curve of precision over recall, at recalls 0, 0.01 .. 1.
-    executor: whose processes match. At most `waiting` images are pending, so an update may wait for the first of them.
-    None: an update matches at once.
+    executor: whose processes match (None: this one). An update waits until at most `waiting` images are pending.
     """
 
     def __init__(self, max_dist: float, executor: Executor | None = None, waiting: int = 0):
@@ -791,10 +772,8 @@ def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def ods_f(counts: np.ndarray) -> float:
-    """The largest F-measure over the thresholds, as a fraction, from boundary_counts summed over the images.
-
-    counts: (thresholds, 4). There is no interpolation between thresholds.
-    """
+    """The largest F-measure over the thresholds, as a fraction, without interpolation. counts: (thresholds, 4), of
+    boundary_counts, summed over the images."""
     expect(counts.shape[1:] == (4,), "counts of the shape (thresholds, 4)", counts.shape, "sum them over the images")
     return float(precision_recall(counts)[2].max())
 
@@ -807,8 +786,8 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     bool, thinned (boundary_ground_truth). max_dist: as a fraction of the diagonal, 0.0075 for PASCAL-Context, 0.011 for
     NYUDv2. known: (H, W) bool, where there is a label; boundaries predicted elsewhere are not counted.
 
-    A pixel is on where its suppressed value, in float32, is strictly greater than the threshold in float64, as in the
-    reference: 51 / 255 in float32 is a little more than 0.2, and on at the threshold 0.2.
+    A pixel is on where its suppressed value in float32 is strictly greater than the threshold in float64, as in the
+    reference: 51 / 255 is on at 0.2.
     """
     expect(prediction_u8.dtype == np.uint8, "255 times the probability as uint8", prediction_u8.dtype)
     _check_pair(prediction_u8, ground_truth, max_dist)
@@ -820,15 +799,12 @@ def boundary_counts(prediction_u8: np.ndarray, ground_truth: np.ndarray, max_dis
     used = on.any(0)
     matchings = _matchings(on[:, used], np.argwhere(active)[used], ground_truth, max_dist)
     matched = np.array([len(mates) - mates.count(-1) for mates in matchings])
-    true = np.full_like(matched, np.count_nonzero(ground_truth))
-    return np.stack([matched, true, matched, on.sum(1)], axis=1)
+    return np.stack([matched, np.full_like(matched, np.count_nonzero(ground_truth)), matched, on.sum(1)], axis=1)
 
 
 def boundary_ground_truth(label_map: np.ndarray) -> np.ndarray:
-    """True boundaries of a label map (H, W): (H, W) bool, boundary_pixels thinned.
-
-    PASCAL-Context: the map of 459 classes, not the training label. NYUDv2: the 0/255 edge image.
-    """
+    """boundary_pixels, thinned. label_map: of PASCAL-Context that of 459 classes, not the training label; of NYUDv2 the
+    0/255 edge image."""
     return thin(boundary_pixels(label_map))
 
 
@@ -855,8 +831,7 @@ def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         smooth = ndimage.correlate1d(smooth, triangle, axis, mode="reflect")    # scipy's name of the symmetric border
     dy, dx = np.gradient(smooth)
-    dxx = np.gradient(dx, axis=1)
-    dyy, dxy = np.gradient(dy)
+    (dyy, dxy), dxx = np.gradient(dy), np.gradient(dx, axis=1)
     theta = np.arctan(dyy * np.sign(-dxy) / (dxx + np.float32(1e-5)))
 
     y, x = np.nonzero(prediction_u8)
@@ -872,9 +847,8 @@ def suppress_non_maxima(prediction_u8: np.ndarray) -> np.ndarray:
 def thin(maps: np.ndarray) -> np.ndarray:
     """Thins the shapes of each map to lines, until nothing changes: (..., H, W) -> (..., H, W) bool.
 
-    The algorithm of Guo and Hall as in MATLAB's bwmorph(map, "thin", Inf). Let x1 .. x8 be the neighbours of a pixel
-    anticlockwise from the right one, x9 = x1, 0 outside the image. Two passes alternate; each deletes at once all
-    pixels where
+    The algorithm of Guo and Hall, MATLAB's bwmorph(map, "thin", Inf). x1 .. x8 are a pixel's neighbours anticlockwise
+    from the right one, x9 = x1, 0 outside the image. Two passes alternate; each deletes at once all pixels where
       1. exactly one of the k = 1, 3, 5, 7 has x_k = 0 and x_(k+1) or x_(k+2) = 1: deleting breaks no connection;
       2. 2 <= min(n1, n2) <= 3, n1 counting the true ones of x1|x2, x3|x4, x5|x6, x7|x8, n2 those of x2|x3, x4|x5,
          x6|x7, x8|x9: not the end of a line;
@@ -889,11 +863,8 @@ def thin(maps: np.ndarray) -> np.ndarray:
 
 
 def _thin_pixels(on: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """thin for M maps given at the n pixels where active (H, W) is true: (M, n) bool -> (M, n) bool.
-
-    One bit of a word is one map, so that 64 maps take one bitwise operation. A pixel is looked at again only after a
-    neighbour's deletion.
-    """
+    """thin for M maps given at the n pixels where active (H, W) is true: (M, n) bool -> (M, n) bool. One bit of a word
+    is one map, so that 64 maps take one bitwise operation."""
     inside = np.pad(active, 1)    # so that the neighbours of a pixel are at fixed distances in the flat map
     row, inside = inside.shape[1], inside.ravel()
     around = np.array([1, 1 - row, -row, -row - 1, -1, row - 1, row, row + 1])[:, None]    # to x1 .. x8
