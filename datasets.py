@@ -460,7 +460,6 @@ def bounds(camera, solids, light=None):
 # returns the distance (H, W) in units of the ray's length and the outward unit normal (3, H, W). Without a hit ahead
 # the distance is nan or negative and the normal has no meaning. The origin must be outside the solid.
 
-
 def hit_plane(origin, rays, point, normal):
     return dot(point - origin, normal) / dot(rays, normal), normal
 
@@ -534,8 +533,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
     dataset[index] is the sample of epoch 0, dataset[epoch, index] that of any epoch (a sampler may yield such pairs).
     What augmentation draws is a pure function of (seed, epoch, index), so workers and ranks change nothing.
     Without augmentation the image keeps its scale. It is padded to `size` on all sides (image 0, labels unknown). A
-    side that is longer than that is padded to the next multiple of 32.
-    """
+    side that is longer than that is padded to the next multiple of 32."""
 
     source = None    # the file or folder that list_names reads, if there is one, for messages
 
@@ -823,8 +821,8 @@ CLASS_BY_ID = np.uint8([entry.train_id for entry in CITYSCAPES])
 class Cityscapes(FileDataset):
     """Cityscapes: 2,975 images to train on, 500 to validate, 1024x2048 each. A split is the images in its folder.
 
-    The network gets the image at half its size (`size`; Pillow's bilinear filter). Labels keep their size, and nothing
-    is cropped, flipped or recoloured. All this is as in the published runs.
+    As in the published runs, the network gets the image at half its size (`size`; Pillow's bilinear filter), labels
+    keep their size, and nothing is cropped, flipped or recoloured.
 
     semseg     19 classes; all other label IDs are IGNORE.
     depth      disparity in pixels of the file's image: (p - 1) / 256, where p are its 16 bits. It is -1 where p is 0
@@ -938,8 +936,7 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     normal      float32 (3, h, w): 2 p / 255 - 1 of red, green and blue
 
     turn: whether to turn a picture upright if its EXIF data ask for it. Without it such a picture is refused, as nobody
-    knows which way up its labels are. Errors name the file.
-    """
+    knows which way up its labels are. Errors name the file."""
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
@@ -1047,11 +1044,10 @@ JITTER = (                                                       # each with pro
 def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledDataset, rng: np.random.Generator):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
-    image: uint8 (h, w, 3); labels: by task, as Kind.check returns them, as are those returned; data: tells its kinds,
-    FLIP, SCALES and the size (H, W) of the crop. Where the scaled image is smaller, h' < H or w' < W. Up to 10 crops
-    are tried until no class of `cropped_by`, the first task with classes, covers more than 75 % of the labelled pixels.
-    Without that label the first crop is taken. What is drawn does not depend on the image or the tasks.
-    """
+    image: uint8 (h, w, 3); labels: by task, as Kind.check returns them; data: tells its kinds, FLIP, SCALES and the
+    size (H, W) of the crop. Where the scaled image is smaller, h' < H or w' < W. Up to 10 crops are tried until no
+    class of `cropped_by`, the first task with classes, covers more than 75 % of the labelled pixels. Without that label
+    the first crop is taken. What is drawn does not depend on the image or the tasks."""
     scale = rng.uniform(*data.SCALES)
     corners = rng.random((CROPS, 2))
     flipped = rng.random() < 0.5 and data.FLIP
@@ -1080,7 +1076,7 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
 
 def dominated(label: np.ndarray) -> bool:
     """Whether one class covers more than LARGEST_SHARE of the labelled pixels."""
-    counts = np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    counts = np.bincount(label.ravel())[:IGNORE]
     return counts.max() > LARGEST_SHARE * counts.sum()
 
 
@@ -1092,8 +1088,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, help=f"{', '.join(DATASETS)} or path/to/file.py:Class")
     parser.add_argument("--root", type=Path, help="folder of a benchmark (default: data/...)")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes that read (default: one per CPU)")
-    parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="size of the samples (Cityscapes: "
-                        "half the size of the images, where that is not 512 1024)")
+    parser.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"),
+                        help="size of the samples (Cityscapes: half that of the images, where it is not 512 1024)")
     parser.add_argument("--pictures", type=Path, metavar="FILE.png", help="draws samples, also as training sees them")
     args = parser.parse_args(argv)
     with parser.told():
@@ -1173,14 +1169,10 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def told(self, on_full_disk: str = "make room, then run it again") -> Iterator[None]:
-        """A script's work is done inside this block. Errors end the script with one line in these cases:
-
-        130  Ctrl-C or SIGTERM
-        1    the machine is the cause, see TROUBLES, or a loss is not finite
-        2    bad input: an OSError, or an error that our code, a library or the user's class raises on purpose
-
-        Anything else is a fault in the code, ours or the user's. It keeps its traceback.
-        """
+        """A script's work is done inside this block. It ends with one line and exit code 130 on Ctrl-C or SIGTERM; 1 if
+        the machine is the cause, see TROUBLES, or a loss is not finite; 2 on bad input: an OSError, or an error that
+        our code, a library or the user's class raises on purpose. Anything else is a fault in the code, ours or the
+        user's. It keeps its traceback."""
         if in_main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, interrupt)
         try:
@@ -1204,14 +1196,13 @@ class Parser(argparse.ArgumentParser):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# What the machine is to blame for: a pattern of an error's type and text, and the line to print.
+# What the machine is to blame for: a pattern of an error's type and text, and the line to print. With "ancdata" another
+# process learns of too many open files.
 TROUBLES = {
     r"OSError: (.*(?:No space left on device|Disk quota exceeded|File too large).*)": r"cannot write \1; MAKE ROOM",
-    r"Too many open files|ancdata":    # the second is how another process learns of it
-        "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
+    r"Too many open files|ancdata": "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
     r"(DataLoader worker \(pid.*?)[. ]*\n?$": r"\1; if memory is short, give fewer --workers",
-    r"BrokenProcessPool|ChildProcessError":
-        "the system has killed one of the processes, often because memory ran out; give fewer --workers",
+    r"BrokenProcessPool|ChildProcessError": "the system killed a process; if memory is short, give fewer --workers",
     r"(\w*MemoryError|DefaultCPUAllocator|Cannot allocate memory).*":
         r"out of memory (\g<0>); try smaller images or --encoder, in training --accumulate or --checkpoint-activations",
     r"closed by peer": "another process of the run ended",
@@ -1286,11 +1277,8 @@ def allow_open_files(workers: int):
 
 def loader(dataset: Dataset, batches: Iterable, workers: int, images: int = 0, **options) -> DataLoader:
     """What loads the samples of each of the batches in `workers` processes, in order. images: of a batch; then there
-    are no more processes than shared memory has room for. options: of DataLoader.
-
-    Where a run has loading processes, its main process never reads a sample itself: a file that `read` opens and keeps
-    would be shared, with its position, by all processes that are forked later. It takes single samples from `fetch`.
-    """
+    are no more processes than shared memory has room for. options: of DataLoader. The main process takes single samples
+    from `fetch`: a file that `read` opens and keeps would be shared, with its position, by processes forked later."""
     if workers:
         expect_main_guard()
         allow_open_files(workers)
@@ -1408,9 +1396,8 @@ def check_writable(folder: Path):
     """Makes the folder and writes to it once, so that a run fails now and not after hours. Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(2 ** 16))
-            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder} ({error.strerror}); make room or name another") from error

@@ -25,6 +25,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 
 import archives
@@ -35,6 +36,7 @@ from datasets import (
     IGNORE,
     INDOOR,
     Cityscapes,
+    FileDataset,
     LabelledDataset,
     NYUDv2,
     PascalContext,
@@ -171,6 +173,14 @@ def test_saliency_of_a_soft_map_is_what_lies_above_127(tmp_path):
     values = np.resize([*range(0, 240, 8), 127, 128, 254, 255], (6, 8)).astype(np.uint8)
     saliency = inner(by_hand(tmp_path, {"sal_distill/a.png": values})[0], "saliency")
     assert (saliency[0] == (values > 127)).all()
+    for steps in (32, 33):
+        values = np.resize(np.arange(110, 110 + steps), (6, 8)).astype(np.uint8)
+        save(tmp_path / "few.png", values)
+        if steps == 33:
+            assert (read_image(tmp_path / "few.png", "soft mask") == (values > 127)).all()
+        else:
+            with pytest.raises(ValueError, match="0 and 1 or 0 and 255, found 110, 111, 112, 113, 114, 115, ...$"):
+                read_image(tmp_path / "few.png", "soft mask")
 
 
 PARTS = {"hair": 1, "head": 1, "lear": 1, "rear": 1, "lebrow": 1, "rebrow": 1, "leye": 1, "reye": 1, "mouth": 1,
@@ -390,6 +400,9 @@ def test_pictures_are_turned_upright_as_pillow_does(orientation, name, tmp_path)
     Image.fromarray(COLOURS).save(tmp_path / name, exif=exif, **{"lossless": True} if name == "a.webp" else {})
     upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
     assert (read_image(tmp_path / name, turn=True) == np.array(upright)).all()
+    if orientation > 1:
+        with pytest.raises(ValueError, match="an upright image"):
+            read_image(tmp_path / name)
     if name == "a.png":
         assert (read_image(tmp_path / name, turn=True).shape == (8, 6, 3)) == (orientation > 4)
 
@@ -497,6 +510,12 @@ def test_labels_stay_with_the_image_and_depth_and_normals_follow(monkeypatch):
     assert min(lefts) < 0.05 and max(lefts) > 0.95 and abs(np.mean(lefts) - 0.5) < 0.1    # crops reach both sides
 
 
+def test_an_image_of_one_pixel_keeps_it():
+    for seed in range(20):
+        image, _ = augment(np.zeros((1, 1, 3), np.uint8), {}, data_of((4, 4)), np.random.default_rng(seed))
+        assert image.shape == ((3, 1, 1) if np.random.default_rng(seed).uniform(0.5, 2) < 1.5 else (3, 2, 2))
+
+
 def test_colours_are_drawn_half_the_time_in_range_and_in_order(monkeypatch):
     drawn = []
     bounds = [(-32 / 255, 32 / 255), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)]
@@ -519,6 +538,7 @@ def test_what_the_colour_changes_do():
     brightness, contrast, saturation, hue = (adjust for adjust, _ in datasets.JITTER)
     image = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).view(3, 1, 2)
     assert torch.allclose(brightness(image, 0.1), image + 0.1) and brightness(image, 0.5).max() == 1
+    assert brightness(image, -0.5).min() == 0
     assert torch.allclose(contrast(image, 0.5), 0.5 * image) and contrast(image, 1.5).max() == 1
     red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
     assert torch.allclose(saturation(image, 0.5), image, atol=1e-3)    # grey stays
@@ -958,6 +978,14 @@ def test_a_task_that_no_sample_has_is_named(monkeypatch):
     assert message.startswith("height: no pixel counts in the first 2 samples, a to b")
 
 
+def test_the_first_16_samples_are_looked_at(monkeypatch):
+    monkeypatch.setattr(Mixed, "left_out", {f"{i:02d}": ("height",) * (i < 16) for i in range(17)})
+    message, = check_samples(Mixed("val", (6, 8)))
+    assert message.startswith("height: no pixel counts in the first 16 samples, 00 to 15")
+    monkeypatch.setattr(Mixed, "left_out", {f"{i:02d}": ("height",) * (i < 15) for i in range(17)})
+    assert check_samples(Mixed("val", (6, 8))) == []
+
+
 def test_check_names_a_task_that_no_sample_has(monkeypatch, capsys):
     monkeypatch.setattr(Mixed, "left_out", {"a": ("height",), "b": ("height", "depth")})
     monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Mixed)
@@ -1023,6 +1051,21 @@ def test_what_data_sets_say_about_themselves(kind):
     assert kind.REFERENCES is (kind is Synthetic)
 
 
+def test_facts_of_the_data_sets():
+    assert (datasets.IMAGE_MEAN, datasets.IMAGE_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert [(data.COUNTS["train"], data.COUNTS["val"], data.SIZE, data.VAL_SIZE, data.BOUNDARY_TOLERANCE,
+             data.DEPTH_RANGE, data.LABEL_SCALE, data.RECIPE) for data in (PascalContext, NYUDv2, Cityscapes)] == [
+        (4998, 5105, (512, 512), (512, 512), 0.0075, None, 1, {"eval_every": 5000}),
+        (795, 654, (448, 576), (448, 576), 0.011, None, 1, {}), (2975, 500, (512, 1024), None, None, (0, 80), 2, {})]
+    assert (Own.SIZE, Own.SCALES, Own.LABEL_SCALE) == ((480, 640), (0.5, 2.0), 1)
+    assert Own.FLIP and Own.SHUFFLED and Own.REFERENCES and Own.UNIT_NORMALS and not FileDataset.UNIT_NORMALS
+    assert Synthetic.RECIPE == dict(recipe="small", img_size=[64, 96], workers=0, eval_every=0)
+    assert (Synthetic.SIZE, Synthetic.BOUNDARY_TOLERANCE, Synthetic.SHUFFLED) == ((128, 160), 0.02, False)
+    assert np.sum(Synthetic.COLOURS["semseg"], axis=0).tolist() == [1190, 1000, 940]
+    assert Synthetic(1).seed == Synthetic.open("train").seed == Own().seed == Own.open("val").seed == 0
+    assert Synthetic(1, (32, 33)).size == (32, 33) and Own(size=(1, 1)).size == (1, 1)
+
+
 @pytest.mark.parametrize("variant, published", [("mtmamba", 2.38), ("swin-multi-task", -1.87), ("stm1", 0.95), (
     "stm2", 1.84), ("stm3", 1.55), ("mfe-wmsa", -0.79), ("gate-wmsa", 2.08), ("fusion-specific", 1.77), (
     "fusion-shared", 1.76), ("mtmamba++", 4.82), ("swin-single-task", 0)])
@@ -1063,7 +1106,7 @@ def test_data_sets_are_opened_alike(pascal, nyud):
     (["."], "found '.'"),
     (["a\nb"], r"found 'a\\nb'"),
     (["a\udcff"], "found 'a.udcff'"),
-    (["a" * 250], "of up to 240 bytes"),
+    (["a" * 241], "of up to 240 bytes"),
     (["a/b", "c", "a//b"], "expected a name of its own for each image, found 'a/b' 2 times"),
     ([Path("a"), "a"], "found 'a' 2 times"),
     ([], "expected names of images, found none"),
@@ -1076,12 +1119,12 @@ def test_names_can_be_names_of_files(names, message, monkeypatch):
 
 
 def test_read_gets_what_list_names_gives(monkeypatch):
-    given = [Path("hall") / "1", 2, "a b", np.int64(4)]
+    given = [Path("hall") / "1", 2, "a b", np.int64(4), "a" * 240]
     seen, read = [], Own.read
     monkeypatch.setattr(Own, "list_names", lambda self: iter(given))
     monkeypatch.setattr(Own, "read", lambda self, name: seen.append(name) or read(self, name))
     data = Own("val", (8, 8))
-    assert data.names == ["hall/1", "2", "a b", "4"] == [sample["name"] for sample in data]
+    assert data.names == ["hall/1", "2", "a b", "4", "a" * 240] == [sample["name"] for sample in data]
     assert seen == given and isinstance(seen[0], Path)
 
 
@@ -1337,6 +1380,7 @@ def test_larger_labels_lie_where_their_image_lies(inner):
 
 def test_samples_are_drawn_as_training_sees_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "find_dataset_class", lambda name: Sided)
+    monkeypatch.setattr(Sided, "list_names", lambda self: ["one", "two", "three", "four"])
     sheets = []
     monkeypatch.setattr(evaluate, "draw_sheet", lambda *drawn, draw=evaluate.draw_sheet: (
         sheets.append(drawn), draw(*drawn))[1])
@@ -1344,10 +1388,11 @@ def test_samples_are_drawn_as_training_sees_them(tmp_path, monkeypatch, capsys):
                  str(tmp_path / "a.png")]) == 0
     (blocks, legends), = sheets
     assert [[title for (title, _), in columns] for columns in blocks] == [
-        [f"{title}: one", "semseg", "limb"] for title in ("train", "in training", "val")]
+        [f"{title}: {name}", "semseg", "limb"] for title in ("train", "in training", "val")
+        for name in ("one", "two", "three")]
     assert [text for text, _ in legends[0]][:3] == ["semseg", "left arm", "right arm"]
     palette = Sided("val").kinds["semseg"].palette
-    for columns, split in zip(blocks, ("val", "train", "val")):
+    for columns, split in zip(blocks[::3], ("val", "train", "val")):
         (_, image), (_, drawn) = columns[0][0], columns[1][0]
         assert (np.array(drawn) == palette[Sided(split, (16, 24))[0]["semseg"][0]]).all()
         assert np.array(image).shape == (16, 24, 3)
@@ -1472,6 +1517,31 @@ def test_no_process_reads_from_what_another_has_opened(name, tmp_path, capsys):
         assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "2"]) == 0, capsys.readouterr()
 
 
+@pytest.mark.parametrize("free, fitting", [(10 ** 9, 3), (8 * 2 * 4 * 100, 3), (8 * 2 * 4 * 100 - 1, 2), (100, 0)])
+def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, capsys):
+    """Two batches of each process wait, and two more are in use: 8 batches of 2 images for 3 processes."""
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(datasets, "fetch", lambda dataset, indices, workers: [{"image": torch.zeros(100), "name": "a"}])
+    assert datasets.fit_workers(3, None, 2) == fitting
+    assert ("--shm-size" in capsys.readouterr().out) == (fitting < 3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_open_files_are_allowed_as_loading_processes_need_them(monkeypatch):
+    import resource
+    given = []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: given.append(limits))
+    for limits, expected in (((95, 500), [(96, 500)]), ((0, 96), [(96, 96)]), ((96, 96), []), ((-1, -1), []),
+                             ((45, -1), [(96, -1)])):
+        monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
+        datasets.allow_open_files(1)
+        assert given == expected, limits
+        given.clear()
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (45, 95))
+    with pytest.raises(ValueError, match="at least 96 open files for --workers 1, found 95"):
+        datasets.allow_open_files(1)
+
+
 def killed():
     os.kill(os.getpid(), signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
 
@@ -1564,7 +1634,7 @@ def raised(error, cause=None):
     (RuntimeError("received 0 items of ancdata"), None, 1, "ulimit -n 65536"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), None, 1,
      "DataLoader worker (pid 7) is killed by signal: Killed; if memory is short, give fewer --workers"),
-    (BrokenProcessPool("terminated abruptly"), None, 1, "killed one of the processes"),
+    (BrokenProcessPool("terminated abruptly"), None, 1, "the system killed a process"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None, 1,
      "out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB); try smaller images"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 bytes"), None, 1, "out of memory (DefaultCPU"),

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import types
 from pathlib import Path
 
 import numpy as np
@@ -440,15 +439,6 @@ def test_a_loading_process_that_the_system_kills_ends_the_evaluation(checkpoint,
         evaluate.main([*arguments(checkpoint, nyud, tmp_path), "--workers", "1"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 1 and "DataLoader worker" in error and "fewer --workers" in error
-
-
-@pytest.mark.parametrize("free, fitting", [(10 ** 9, 3), (8 * 2 * 4 * 100, 3), (8 * 2 * 4 * 100 - 1, 2), (100, 0)])
-def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, capsys):
-    """Two batches of each process wait, and two more are in use: 8 batches of 2 images for 3 processes."""
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
-    monkeypatch.setattr(datasets, "fetch", lambda dataset, indices, workers: [{"image": torch.zeros(100), "name": "a"}])
-    assert datasets.fit_workers(3, None, 2) == fitting
-    assert ("--shm-size" in capsys.readouterr().out) == (fitting < 3)
 
 
 def test_contact_sheets(checkpoint, nyud, tmp_path):

@@ -100,6 +100,21 @@ def test_every_class_and_part_occurs(scenes):
     assert 0.6 < with_people < 0.95
 
 
+def figures_of(maps):
+    """What a scene shows, in numbers of the order of 1."""
+    normal = np.nan_to_num(maps["normal"])
+    counts = [np.bincount(maps[task].ravel(), minlength=256)[:8] / maps[task].size for task in ("semseg", "parsing")]
+    steps = abs(np.diff(maps["image"])).mean((1, 2))    # of the texture and the noise
+    means = [maps[key].mean((1, 2)) for key in ("image", "boundary")] + [normal.mean((1, 2)), abs(normal).mean((1, 2))]
+    return np.concatenate([*counts, *means, maps["image"].std((1, 2)), steps, [np.nanmean(maps["depth"]) / 10]])
+
+
+def test_scenes_stay_as_they_are(request):
+    """The README's figures are of these scenes. The file holds figures_of each, as they were at first."""
+    data, recorded = Synthetic(160, (48, 64), seed=2), np.load(request.path.parent / "data" / "synthetic_scenes.npy")
+    np.testing.assert_allclose([figures_of(data.render(i)) for i in range(160)], recorded, atol=1e-3)
+
+
 def test_labels_agree_on_what_is_where(scenes):
     for s in scenes:
         semseg, sky = s["semseg"], s["semseg"][0] == SKY
