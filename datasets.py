@@ -43,6 +43,7 @@ import ast
 import atexit
 import inspect
 import itertools
+import json
 import os
 import pickle
 import re
@@ -57,7 +58,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from math import ceil, cos, pi, sin
+from math import ceil, cos, inf, pi, sin
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -1163,9 +1164,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**options)
         self.register("type", Path, lambda text: Path(text).expanduser())    # shells leave --out=~/x as it is
+        self.register("type", dict, lambda text: dict(json.loads(text)))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    @staticmethod
+    def expect_least(args: argparse.Namespace, **least: float):
+        """Raises ValueError where a flag is given that is below the least value here, or not finite."""
+        for name, value in least.items():
+            found = getattr(args, name)
+            if found is not None and not value <= found < inf:
+                raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {found}")
 
     @contextmanager
     def told(self, on_full_disk: str = "make room, then run it again") -> Iterator[None]:

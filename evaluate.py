@@ -12,17 +12,14 @@ X is a checkpoint of train.py or of the published implementation. Scores are pri
 results.json, with contact sheets, in the folder evaluation_NAME beside the checkpoint NAME, or in --out.
 """
 
-# Order: main and its flags; models and checkpoints; scores and tables; pictures and sheets; export; cost; the processes
-# of torchrun, which train.py shares.
+# Order: main and its flags; checkpoints; scores; pictures; export; cost; processes of torchrun, as train.py needs them.
 
 import os
 
-# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, a spinning
-# thread takes the core from the very thread that it waits for: beside one busy process per core, the main job did not
-# finish an iteration in a minute. We limit the spinning before torch is imported, unless the user has decided. An idle
-# machine is as fast as without (tests/benchmark.py busy).
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+# PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, that takes the
+# core from the very thread that they wait for: an iteration of the main job lasted more than a minute. So we limit it,
+# before torch is imported. An idle machine is as fast as without (tests/benchmark.py busy).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import contextlib
@@ -41,6 +38,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +97,8 @@ PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (27
 
 
 def main(argv: list[str] | None = None) -> Results:
-    """The scores; empty with --cost, --export and --image. Exit code 2 on bad input, 1 where a picture was skipped or
-    something could not be written, 130 after Ctrl-C or SIGTERM."""
+    """The scores; {} with --cost, --export and --image. Exit code 2: bad input; 1: a picture was skipped or something
+    could not be written; 130: Ctrl-C or SIGTERM."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -143,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "the model was trained, or as the data set is scored)")
     add("--encoder", help="of a published checkpoint or --cost, which do not name it: "
         f"{', '.join(ENCODERS)} (default), or another timm model")
-    add("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    add("--encoder-kwargs", type=dict, metavar="JSON", help="further arguments of the encoder")
     add = parser.add_argument_group("scores").add_argument
     add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or path/to/file.py:Class (default: that of the "
         "training; of a published checkpoint, the one with its tasks)")
@@ -181,7 +179,7 @@ FLAGS = {"cost": "cost checkpoint device backend dataset variant batch_size img_
              "data_root baseline boundary_list save_images img_size encoder encoder_kwargs"}
 
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
+def check_arguments(args: argparse.Namespace, parser: Parser):
     """Raises ValueError for flags without an effect or with impossible values, and where there is nothing to do."""
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
@@ -194,12 +192,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
             raise ValueError(f"--{name.replace('_', '-')} has no effect here; see --help for what it belongs to")
     if (args.probabilities or args.label_ids) and not args.save_predictions:
         raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
-    for name, least in dict(max_side=32, workers=0, save_images=0, batch_size=1).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, found {value}")
-    if not isinstance(args.encoder_kwargs or {}, dict):
-        raise ValueError(f"expected a JSON object as --encoder-kwargs, found {args.encoder_kwargs}")
+    parser.expect_least(args, max_side=32, workers=0, save_images=0, batch_size=1)
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
 
@@ -208,13 +201,11 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None = None,
                     encoder_kwargs: dict | None = None) -> tuple[MTMamba, dict]:
-    """The model of a checkpoint, in evaluation mode, and what else the file says: "config", MTMamba's arguments,
-    "labels", and of train.py "training", "versions" and "iteration". `model.labels` is what its data set says of the
-    tasks (Labels).
+    """The model of a checkpoint, in evaluation mode, and what else the file says: "config", MTMamba's arguments, and of
+    train.py "training", "versions" and "iteration". `model.labels` (Labels) is what its data set says of the tasks.
 
-    encoder, encoder_kwargs: of a published checkpoint, which does not name them; None for Swin-Large. A checkpoint of
-    train.py knows its own. Raises FileNotFoundError, or ValueError where the file is something else or its weights do
-    not fit its configuration.
+    encoder, encoder_kwargs: of a published checkpoint, which does not name them; None for Swin-Large. Raises
+    FileNotFoundError, or ValueError for another kind of file or weights that do not fit its configuration.
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
@@ -234,19 +225,19 @@ def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of train.py: its entries, with "labels" as Labels. Of a published one: "published", its state_dict,
     and what describe_published gives. Raises FileNotFoundError, or ValueError for another kind of file."""
     checkpoint = read_tensors(path)
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    if isinstance(state, dict) and any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    state = entries.get("model", entries)
+    if any(re.match(r"(module\.)?final_project\.", str(key)) for key in state):
         return describe_published(state) | {"published": state}
-    if not (isinstance(checkpoint, dict) and {"model", "config", "labels"} <= checkpoint.keys()):
-        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path}: expected the entries model, config and labels of train.py, found {found}")
+    if not {"model", "config", "labels"} <= entries.keys():
+        raise ValueError(f"{path}: expected the entries model, config and labels of train.py, found "
+                         f"{list(entries)[:5] or type(checkpoint)}")
     return dict(checkpoint, labels=Labels(**checkpoint["labels"]))
 
 
 def describe_published(state: dict[str, Tensor]) -> dict:
-    """Of a published checkpoint: "config", MTMamba's tasks, variant and output_scale; "dataset", a name; "labels", what
-    that says of the tasks. The heads' channels show which data set it is, and so the order of the tasks. If they fit
-    none, the heads' order is used, and "dataset" is None."""
+    """Of a published checkpoint: "config" (tasks, variant, output_scale), "dataset" and "labels". The heads' channels
+    show the data set, and so the order of the tasks. If they fit none, that is the heads', and "dataset" is None."""
     config = published_config(state)
     tasks = config["tasks"]
     fitting = [name for name, data_set in DATASETS.items() if tasks.items() <= data_set.TASKS.items()]
@@ -280,7 +271,7 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
     try:
         check_scan(model, dtype or torch.float32, compiled, images)
     except RuntimeError as error:    # also of the machine, such as a GPU for which PyTorch has no kernels
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(str(error)) from error
     return name
 
 
@@ -289,25 +280,23 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
 def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: torch.device) -> Results:
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
     name, dataset = open_dataset(args, model.labels, checkpoint)
-    scored = read_boundary_list(args.boundary_list, dataset)
+    scored = read_boundary_list(args.boundary_list, dataset) if args.boundary_list else None
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
     baseline = read_baseline(args.baseline, name, dataset, out)
     if (out / "log.jsonl").exists():
         raise ValueError(f"{out} holds a run of train.py and its results.json; give another folder with --out")
-    for folder in filter(None, (out, args.save_predictions)):
+    for folder in {out, args.save_predictions or out}:
         dataset.refuse_folder(folder)
     check_writable(out)
     raw = RawMaps(args, dataset.labels, dataset.names, [])
-    workers = args.workers
-    if workers is None:
-        workers = min(16, usable_cpus() // rank_and_world()[1]) if dataset.SHUFFLED else 0
-    evaluation = Evaluation(dataset, device, workers, scored)
+    workers = min(16, usable_cpus() // rank_and_world()[1]) if dataset.SHUFFLED else 0
+    evaluation = Evaluation(dataset, device, workers if args.workers is None else args.workers, scored)
     results = evaluate(model, evaluation, raw.save_outputs)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank_and_world()[0] > 0:
         return results
-    print(f"{name}: {len(dataset)} images, {evaluation.record()['images_per_second']:.3g} per second"
+    print(f"{name}: {len(dataset)} images, {len(dataset) / evaluation.seconds:.3g} per second"
           + (f", odsF on {len(scored)} of them" if scored else ""))
     improvement = print_scores({"model": results}, dataset, checkpoint["config"], baseline)
     entries = dict(dataset=name, checkpoint=str(args.checkpoint), delta_m=improvement, results=results)
@@ -322,10 +311,9 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
 
 def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dict, baseline: dict[str, float] | None,
                  primary_only: bool = False) -> float | None:
-    """Prints the table, beside the paper's figures where they are known, and returns the first column's delta_m; None
-    where that is not known. baseline: of read_baseline."""
+    """Prints the table, with the paper's figures where known, and returns the first column's delta_m or None."""
     encoder = {timm_name: key for key, timm_name in ENCODERS.items()}.get(config["encoder"], config["encoder"])
-    paper = dataset.PAPER.get((config.get("variant", "mtmamba"), encoder), {})
+    paper = dataset.PAPER.get((config["variant"], encoder), {})
     print_table(columns, dataset.labels, paper, primary_only)
     single, results = baseline or dataset.SINGLE_TASK, next(iter(columns.values()))
     figures = {task: metrics[dataset.kinds[task].primary(metrics)] for task, metrics in results.items()}
@@ -334,16 +322,16 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
             print("no delta_m: no single-task row is known here for this data set; give one's results with --baseline")
         return None
     improvement = delta_m(figures, {task: single[task] for task in figures}, dataset.kinds)
-    known = not baseline and paper.keys() == figures.keys()
-    published = f" (paper: {delta_m(paper, single, dataset.kinds):+.2f} %)" if known else ""
-    print(f"delta_m against {'--baseline' if baseline else 'the single-task row of Table 2'}: {improvement:+.2f} %"
-          f"{published}")
+    published = ""
+    if not baseline and paper.keys() == figures.keys():
+        published = f" (paper: {delta_m(paper, single, dataset.kinds):+.2f} %)"
+    reference = "--baseline" if baseline else "the single-task row of Table 2"
+    print(f"delta_m against {reference}: {improvement:+.2f} %{published}")
     return improvement
 
 
 def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
-    """The name of the data set to score on, and its images. labels: the model's. Raises ValueError where the data set
-    has other tasks or classes than the model."""
+    """The data set's name and its images. Raises ValueError where its tasks or classes are not those of labels."""
     config, name = checkpoint["config"], args.dataset or checkpoint.get("training", checkpoint).get("dataset")
     if not name:
         raise ValueError(f"the model's tasks {labels.tasks} are not those of one data set; give it with --dataset")
@@ -354,22 +342,15 @@ def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> 
              for side in (labels, dataset.labels)]
     if forms[0] != forms[1]:
         raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
-    if config.get("output_scale", 1) != dataset.LABEL_SCALE:
-        raise ValueError(f"expected a model with the output_scale {dataset.LABEL_SCALE} of {name}'s labels")
     for task in labels.kinds:
-        trained, scored = (list(map(str, side.classes.get(task, ()))) for side in (labels, dataset.labels))
-        for i, (a, b) in enumerate(zip(trained, scored)):
+        for i, (a, b) in enumerate(zip(*(side.classes.get(task, ()) for side in (labels, dataset.labels)))):
             if a != b:
                 raise ValueError(f"class {i} of {task} is {a!r} in {args.checkpoint} and {b!r} in {name}")
-        if bool(trained) != bool(scored):
-            print(f"{task}: only the {'model' if trained else 'data set'} names its classes; taken to be the same")
     return name, dataset
 
 
-def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | None:
+def read_boundary_list(path: Path, dataset: DenseDataset) -> set[str]:
     """The IDs in the file. Raises FileNotFoundError, or ValueError for those that the data set does not have."""
-    if path is None:
-        return None
     names = {line.strip() for line in path.read_text("utf-8-sig").splitlines()} - {""}
     unknown = sorted(names.difference(dataset.names))
     if unknown or not names:
@@ -378,9 +359,8 @@ def read_boundary_list(path: Path | None, dataset: DenseDataset) -> set[str] | N
 
 
 def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset, out: Path) -> dict[str, float] | None:
-    """The primary metrics by task in one or several results.json, such as those of a network per task. Raises
-    FileNotFoundError, or ValueError for another kind of file, another data set, missing figures, and the file that will
-    be written to out."""
+    """The primary metrics by task in one or several results.json. Raises ValueError where they are of another data set,
+    where one is missing, and for the file that will be written to out."""
     keep_inputs(out / "results.json", paths or ())
     figures = {}
     for path in paths or ():
@@ -405,8 +385,8 @@ def write_results(path: Path, entries: dict, model: MTMamba, evaluation: "Evalua
     parameters, flops = count_cost(model, dataset.size)
     content = entries | dict(
         images=evaluation.images, boundary_images=evaluation.boundary_images, split="val",
-        variant=config.get("variant", "mtmamba"), encoder=config["encoder"],
-        encoder_kwargs=config.get("encoder_kwargs"), tasks=list(model.tasks), seed=training.get("seed"),
+        variant=config["variant"], encoder=config["encoder"], encoder_kwargs=config["encoder_kwargs"],
+        tasks=list(model.tasks), seed=training.get("seed"),
         training=training or None, iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops,
         image_size=dataset.size,
         precision=dict(training="float32" if trained_in == "off" else trained_in, scoring="float32"),
@@ -426,16 +406,12 @@ def versions() -> dict[str, str | None]:
 
 @torch.inference_mode()
 def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable | None = None,
-             stop: Callable[[], bool] | None = None) -> Results | None:
-    """The scores of a model. Tasks without a label in the data set are named and left out. The model's mode (train or
-    eval) stays as it was.
-
+             stop: Callable | None = None) -> Results | None:
+    """The scores of a model, whose mode (train or eval) stays as it was. Tasks without a label are left out.
+    Every process of a group has to call this: they share the images, and all return the same figures. They share whole
+    batches, as outputs differ in the last digits with the batch: the figures are the same for any number of processes.
     save: called with each image's name, its outputs {task: (1, C_t, H, W)} and its own_area. stop: asked before each
-    batch whether to give up, then the result is None; it must answer the same in every process.
-    Where a process group runs, every process has to call this: they share the images, and all return the same figures.
-    They share whole batches, because a model's outputs differ in the last digits with the batch. So the figures are
-    exactly the same for any number of processes.
-    """
+    batch whether to give up, then the result is None; it must answer the same in every process."""
     training = model.training
     model.eval()
     with evaluation.running() as loaded:
@@ -452,11 +428,8 @@ def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable | None = N
 
 class Evaluation:
     """The sums of an evaluation, which give scores and losses. update(...) adds a batch, results() the other processes.
-
-    workers: processes that load images, and as many that match boundaries (0: none). scored: names of the images that
-    odsF is scored on, None for all, () for none; it needs the data set's tolerance. limit: only so many images, the
-    first ones.
-    """
+    workers: processes that load images, and as many that match boundaries. scored: names of the images that odsF is
+    scored on, None for all, () for none. limit: the number of images, the first ones."""
 
     def __init__(self, dataset: DenseDataset, device: torch.device, workers: int = 0,
                  scored: Collection[str] | None = None, limit: int | None = None):
@@ -468,8 +441,8 @@ class Evaluation:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Iterator[list[dict]]]:
-        """Loads this process's share of the images, in lists of batches of one size, and matches boundaries. Every
-        process gets equally many lists; the last may be empty."""
+        """Loads this process's images, in lists of batches of one size: as many lists as in other processes, of which
+        the last may be empty. Matches boundaries."""
         dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored != () else None
         digest_names(dataset)
         rank, world = rank_and_world()
@@ -481,8 +454,7 @@ class Evaluation:
         share = batches[rank::world]
         loaded = loader(samples, share, self.workers, size, collate_fn=collate_by_size)
         idle = [[]] * (-(-len(batches) // world) - len(share))
-        begun = time.perf_counter()
-        workers = loaded.num_workers
+        begun, workers = time.perf_counter(), loaded.num_workers
         with Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers:
             self.ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
             yield tqdm(itertools.chain(loaded, idle), "evaluating", len(share + idle), leave=False, disable=rank > 0)
@@ -518,20 +490,19 @@ class Evaluation:
                 for task, meter in self.meters.items() if task not in empty}
 
     def record(self) -> dict:
-        """What results.json tells beside the scores. validation_losses: means over the images with a label. confusion:
-        of classes, [label][prediction]."""
-        losses = {task: (meter.losses[0] / meter.losses[1]).item() for task, meter in self.meters.items()
-                  if meter.losses[1]}
-        confusions = {task: meter.kind.confusion(meter.sums) for task, meter in self.meters.items()}
-        return dict(images_per_second=self.images / self.seconds, validation_losses=losses,
-                    confusion={task: found for task, found in confusions.items() if found})
+        """What results.json tells beside the scores. validation_losses: means over the images with a label."""
+        losses = {task: (m.losses[0] / m.losses[1]).item() for task, m in self.meters.items() if m.losses[1]}
+        confusion = {task: found for task, meter in self.meters.items() if (found := meter.kind.confusion(meter.sums))}
+        return dict(images_per_second=self.images / self.seconds, validation_losses=losses, confusion=confusion)
 
 
+@dataclass
 class WithTruths(Dataset):
     """A data set's samples with the boundaries that odsF is scored against, {task: bool (h, w)}."""
 
-    def __init__(self, dataset: DenseDataset, boundaries: list[str], scored: Collection[str] | None):
-        self.dataset, self.boundaries, self.scored = dataset, boundaries, scored
+    dataset: DenseDataset
+    boundaries: list[str]
+    scored: Collection[str] | None
 
     def __getitem__(self, index):
         sample = self.dataset[index]
@@ -557,12 +528,10 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
 
 
 class RawMaps:
-    """The files of --save-predictions, --probabilities and --label-ids; see their help. Without a folder it does
-    nothing."""
+    """The files of --save-predictions, --probabilities and --label-ids, if they are asked for."""
 
     def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path]):
-        """names: of the images. read: see claim. Raises ValueError where files would be overwritten, and where the data
-        set has no label IDs."""
+        """names: of the images. read: see claim. Raises ValueError as claim, and if the data set has no label IDs."""
         self.args, self.labels = args, labels
         if args.label_ids and not labels.label_ids:
             raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
@@ -591,11 +560,8 @@ class RawMaps:
                     np.savez_compressed(file, probability=shares[task].half().numpy())
 
 
-def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float] | None = None,
-                primary_only: bool = False):
-    """One line per metric, the primary one of a task first; one column per set of results. Given the paper's figures,
-    the last two columns show them and what the first column differs by."""
-    paper = paper or {}
+def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float], primary_only: bool = False):
+    """A line per metric, a column per set of results; if known, the paper's figures and the first column's gap."""
     titles = [*columns, *(["paper", "difference"] if paper else [])]
     print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))
     for task, metrics in next(iter(columns.values())).items():
@@ -628,8 +594,8 @@ def predict_maps(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor
 
 def probabilities(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of the tasks that have them: of classes (B, C_t, H, W), or of yes (B, 1, H, W)."""
-    found = {task: labels.kinds[task].probability(output.float()) for task, output in outputs.items()}
-    return {task: share for task, share in found.items() if share is not None}
+    return {task: share for task, output in outputs.items()
+            if (share := labels.kinds[task].probability(output.float())) is not None}
 
 
 @torch.inference_mode()
@@ -651,11 +617,8 @@ def save_contact_sheet(model: MTMamba, evaluation: Evaluation, path: Path, image
 
 def draw_maps(blocks: list[list], labels: Labels, maps: list[dict[str, list]], titles: tuple[str, ...],
               first: int = 0) -> Image.Image:
-    """A sheet of images, with a column for each task's maps of an image and a legend of each task.
-
-    blocks: as of draw_sheet. maps: of each image {task: [map (1 or C, h, w), ...]}; titles: what is added to the task's
-    in the titles of these. The legend's range is that of all images' maps[first:].
-    """
+    """A sheet of images, each with a column of maps per task, and a legend per task, whose range is that of the maps
+    [first:]. blocks: as of draw_sheet. maps: of each image {task: [map (1 or C, h, w), ...]}, with their titles."""
     legends = []
     for task, kind in labels.kinds.items():
         flat = [[map.reshape(len(map), 1, -1) for map in own[task]] for own in maps]
@@ -674,8 +637,8 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
-    """Writes the predictions for the user's own pictures, and a sheet of each. Returns how many all processes skipped,
-    in the first one, else 0."""
+    """Writes the predictions for the user's pictures, and a sheet of each. Returns how many were skipped, or 0 in other
+    processes than the first."""
     paths, kinds, skipped = find_pictures(args.image), model.labels.kinds, 0
     out = args.out or args.checkpoint.parent / "predictions"
     rank, world = rank_and_world()
@@ -728,8 +691,7 @@ def keep_inputs(written: Path, read: Iterable[Path]):
 
 
 def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool):
-    """Makes the folder that these files are to be written to. Raises ValueError where it is one of the folders that are
-    read, and where one of the files is there, unless they may be overwritten."""
+    """Makes the folder for these files. Raises ValueError if it is also read, or if a file is there already."""
     keep_inputs(folder, read)
     found = [name for name in names if os.path.lexists(folder / name)]
     if found and not overwrite:
@@ -742,10 +704,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = []
     for path in paths:
-        if path.is_dir():
-            found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
-        else:
-            found.append(path)
+        found += [path] if not path.is_dir() else sorted(
+            f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}, with names in {' '.join(PICTURE_FILES)}")
     return found
@@ -778,12 +738,9 @@ def read_picture(path: str | Path) -> Image.Image:
 @torch.inference_mode()
 def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, max_side: int = MAX_SIDE,
                     with_probabilities: bool = False) -> tuple[dict[str, Tensor], ...]:
-    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}); and
-    {task: probabilities as of Kind.probability} if they are asked for. model: of load_checkpoint.
-
-    max_side: the model sees a larger image reduced to that, and the maps are enlarged to the image's size again. If
-    the model's output_scale is not 1, its input is the picture reduced by that factor, as in training.
-    """
+    """({task: map as of Kind.predict, (1 or C, h, w)}, {task: (h, w) norm of the final decoder feature}), and
+    {task: as of Kind.probability} if asked for. model: of load_checkpoint. max_side: the model sees a larger image
+    reduced to that, and the maps are enlarged again. With an output_scale it sees the picture reduced by that."""
     size, scale, labels = (image.height, image.width), model.output_scale, model.labels
     shrink = min(1, scale * max_side / max(size))
     if shrink < 1:    # the model takes no side below 32
@@ -810,11 +767,8 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
 
 
 def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
-    """A sheet of pictures that can be read at a screen's width.
-
-    blocks: the columns of each image. A column is [(title, picture), ...], one above the other. Columns that do not fit
-    go on below. legends: lines as of Kind.picture, the first of which is the title.
-    """
+    """A sheet of pictures that can be read at a screen's width. Columns that do not fit go on below. blocks: columns of
+    each image, [(title, picture), ...]. legends: a title and the lines of Kind.picture."""
     number = max(map(len, blocks))
     widest = max(picture.width for columns in blocks for column in columns for _, picture in column)
     abreast = min(number, SHEET // min(max(150, 2 * widest), 300))    # 150: of titles; small pictures are doubled
@@ -844,11 +798,9 @@ def join(pictures: list[Image.Image], axis: int) -> Image.Image:
 def fit(picture: Image.Image, cell: int) -> Image.Image:
     """At most `cell` wide and twice as high: reduced, or enlarged by a whole number. Below it lies a gap."""
     factor = min(cell // picture.width, 2 * cell // picture.height)
-    if factor:
-        picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
-    else:
-        picture = ImageOps.contain(picture, (cell, 2 * cell))
-    return ImageOps.expand(picture, (0, 0, 0, GAP), "white")
+    fitting = (ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if factor else
+               ImageOps.contain(picture, (cell, 2 * cell)))
+    return ImageOps.expand(fitting, (0, 0, 0, GAP), "white")
 
 
 def draw_lines(lines: list[tuple], width: int) -> Image.Image:
@@ -884,26 +836,28 @@ def export(args: argparse.Namespace):
         raise ValueError(f"{args.checkpoint} does not tell the size of its images; give it with --img-size H W")
     torch.manual_seed(0)
     network, image = model, torch.randn(1, model.in_chans, *size)
+    form = "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
     if args.with_preprocessing:
         network, image = Prepared(model).eval(), torch.randint(256, (1, *size, 3), dtype=torch.uint8)
-    folder, (write, run) = args.export.parent, EXPORTS[args.export.suffix]
+        form = "uint8 RGB (1, H, W, 3)"
+    metadata = {"image": dict(size=list(size), input=form, mean=IMAGE_MEAN, std=IMAGE_STD),
+                "tasks": {task: kind.describe() for task, kind in model.labels.kinds.items()}}
+    folder, write = args.export.parent, EXPORTS[args.export.suffix]
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = Path(temporary) / args.export.name
         try:
-            write(network, image, path, describe_export(model, size, args.with_preprocessing))
-            outputs = run(path, image)
+            outputs = write(network, image, path, metadata)
         except ImportError as error:
             raise ValueError(f"{error}; pip install -e '.[export]'") from error
         for task, output in network(image).items():
             if output.is_floating_point():
-                of, largest = "its largest value", output.abs().max().clamp(min=1e-9)
-                difference = ((outputs[task] - output).abs().max() / largest).item()
+                of, off = "its largest value", (outputs[task] - output).abs().max() / output.abs().max().clamp(min=1e-9)
             else:
-                of, difference = "its pixels", (outputs[task] != output).double().mean().item()
-            print(f"{task}: {tuple(output.shape)}, off by {difference:.1e} of {of}")
-            if not difference < EXPORT_TOLERANCE:
-                raise ValueError(f"the exported model's {task} is off by {difference:.1e} of {of}; nothing was written")
+                of, off = "its pixels", (outputs[task] != output).double().mean()
+            print(f"{task}: {tuple(output.shape)}, off by {off:.1e} of {of}")
+            if not off < EXPORT_TOLERANCE:
+                raise ValueError(f"the exported model's {task} is off by {off:.1e} of {of}; nothing was written")
         names = sorted(os.listdir(temporary))    # beside a large .onnx lie its weights, which are moved first
         for name in reversed(names):
             os.replace(Path(temporary, name), folder / name)
@@ -911,51 +865,38 @@ def export(args: argparse.Namespace):
 
 
 class Prepared(nn.Module):
-    """A model behind its preprocessing: a stored image, uint8 RGB (1, H, W, 3) -> its maps as of predict_picture,
-    {task: (1, 1 or 3, s H, s W)}; s is output_scale."""
+    """A model behind its preprocessing: uint8 RGB (1, H, W, 3) -> maps {task: (1, 1 or C, s H, s W)}, s the scale."""
 
     def __init__(self, model: MTMamba):
         super().__init__()
-        self.model, self.labels = model, model.labels
+        self.model = model
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return predict_maps(self.labels, self.model(normalised(image.permute(0, 3, 1, 2).float() / 255)))
+        return predict_maps(self.model.labels, self.model(normalised(image.permute(0, 3, 1, 2).float() / 255)))
 
 
-def describe_export(model: MTMamba, size: tuple[int, int], prepared: bool) -> dict[str, dict]:
-    """The file's metadata: what a program that runs it has to know of its input and outputs."""
-    tasks = {task: kind.describe() for task, kind in model.labels.kinds.items()}
-    steps = "uint8 RGB (1, H, W, 3)" if prepared else "float32 RGB (1, 3, H, W): (pixel / 255 - mean) / std"
-    return {"image": dict(size=list(size), input=steps, mean=IMAGE_MEAN, std=IMAGE_STD), "tasks": tasks}
-
-
-def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
+def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]) -> dict[str, Tensor]:
+    """Writes the file, and returns its outputs for the image."""
     buffer = io.BytesIO()    # PyTorch's writer of these files aborts the process where a disk is full
     files = {f"{name}.json": json.dumps(content) for name, content in metadata.items()}
     torch.export.save(torch.export.export(network, (image,)), buffer, extra_files=files)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
-
-
-def run_pt2(path: Path, image: Tensor) -> dict[str, Tensor]:
     return torch.export.load(path).module()(image)
 
 
-def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]):
+def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]) -> dict[str, Tensor]:
+    """The same; the weights of a large model lie in a second file."""
+    import onnxruntime
     program = torch.onnx.export(network, (image,), input_names=["image"], output_names=list(metadata["tasks"]),
                                 dynamo=True, verbose=False)
     program.model.metadata_props.update({name: json.dumps(content) for name, content in metadata.items()})
     program.save(path)
-
-
-def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
-    import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {"image": image.numpy()})
-    return {output.name: torch.from_numpy(values) for output, values in zip(session.get_outputs(), outputs)}
+    return dict(zip(metadata["tasks"], map(torch.from_numpy, session.run(None, {"image": image.numpy()}))))
 
 
-EXPORTS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
+EXPORTS = {".onnx": write_onnx, ".pt2": write_pt2}
 EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
 
 
@@ -969,47 +910,47 @@ def print_cost(args: argparse.Namespace, device: torch.device):
     if args.checkpoint:
         model, checkpoint = load_checkpoint(args.checkpoint, device, args.encoder, args.encoder_kwargs)
         config = checkpoint["config"]
-        models = {config.get("variant", "mtmamba"): model}
+        models = {config["variant"]: model}
     else:
         tasks = {task: kind.channels for task, kind in data_set.describe(data_set.TASKS).kinds.items()}
-        config = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE,
-                      encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs,
-                      output_scale=data_set.LABEL_SCALE)
+        config = dict(tasks=tasks, img_size=args.img_size or data_set.SIZE, output_scale=data_set.LABEL_SCALE,
+                      encoder=args.encoder or "swin-large", encoder_kwargs=args.encoder_kwargs)
         with torch.device("meta" if everything else device):
             models = {variant: MTMamba(variant=variant, **config).eval()
                       for variant in (VARIANTS if everything else [args.variant or "mtmamba"])}
     size = tuple(args.img_size or config.get("img_size") or data_set.SIZE)
-    as_in_paper = everything and not (args.dataset or args.img_size or args.encoder or args.encoder_kwargs)
+    changed = args.checkpoint, args.dataset, args.img_size, args.encoder, args.encoder_kwargs
+    paper = {} if any(changed) else PAPER_COST
     print("parameters in millions, FLOPs in 1e9 (the paper's are of NYUDv2 and Swin-Large, cut after two digits)")
     print(f"{'variant':<18}{'parameters':>12}{'paper':>10}{'FLOPs':>12}{'paper':>10}")
     for variant, model in models.items():
         parameters, flops = count_cost(model, size)
-        first, second = PAPER_COST.get(variant, ("", "")) if as_in_paper else ("", "")
+        first, second = paper.get(variant, ("", ""))
         print(f"{variant:<18}{parameters / 1e6:>12.4f}{first:>10}{flops / 1e9:>12.4f}{second:>10}".rstrip())
     if everything:
         return
     cuda, threads = device.type == "cuda", torch.get_num_threads()
     backend, batch = choose_backend(model, args.backend), args.batch_size or (8 if cuda else 1)
-    encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
-    print(f"encoder {encoder:.4f} ({config['encoder']}), decoder {parameters / 1e6 - encoder - heads:.4f}, heads "
-          f"{heads:.4f} ({', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
+    parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    print(", ".join(f"{name} {millions:.4f}" for name, millions in parts.items())
+          + f" ({config['encoder']}; {', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
     name = torch.cuda.get_device_name(device) if cuda else f"{threads} threads of a CPU"
     images = torch.randn(batch, model.in_chans, *size, device=device)
     one, several = (Timer("model(images)", globals=dict(model=model, images=images[:n]), num_threads=threads)
                     .blocked_autorange(min_run_time=5) for n in (1, batch))
     print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * one.median:.1f} ms (median of "
-          f"{len(one.times)}; 90 % within {1e3 * np.quantile(one.times, 0.9):.1f} ms); {batch} at a time, "
-          f"{batch / several.median:.3g} images per second; peak memory {peak_memory(device)}")
+          f"{len(one.times)}), {batch} at a time, {batch / several.median:.3g} images per second; peak memory "
+          + peak_memory(device))
 
 
 def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     """(parameters, FLOPs) of one image (height, width), by the rules that reproduce the paper's Tables 2-4.
 
     A multiply-add of a linear map, convolution or attention product counts 1; LayerNorm 5 per element; a scan
-    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0.
+    9 B L (K D) N + B L (K D); the bilinear resize to the outputs' size 4 per output element; all else 0. Nothing is
+    computed: the model runs on PyTorch's meta device.
     The paper's counter reads the operations of SS2D's two projections (2 per multiply-add) from a report that gives
     four significant digits. Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
-    Nothing is computed: the model runs on PyTorch's meta device, wherever its weights are.
     """
     rounding = 0
 
@@ -1063,7 +1004,7 @@ def start(name: str) -> Iterator[torch.device]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # true float32
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # events and streams belong to the current device
-    if distributed and not dist.is_initialized():
+    if distributed:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
         yield device
@@ -1086,8 +1027,7 @@ def add_up(sums: Tensor) -> Tensor:
 
 
 def digest_names(dataset: DenseDataset) -> list:
-    """[number of images, digest of their names in their order]. Raises ValueError where the processes have different
-    ones: they would share the images wrongly."""
+    """[number of images, digest of their names in order]. Raises ValueError where processes have other lists."""
     digest = int(hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:12], 16)
     if int(add_up(torch.tensor(digest))) != rank_and_world()[1] * digest:
         raise ValueError(f"the processes list different images of {type(dataset).__name__}, or another order: "

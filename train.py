@@ -30,8 +30,7 @@ Under torchrun the exit code after SIGTERM is 1, and torchrun kills 30 s after i
 import os
 
 # Limits the spinning of PyTorch's threads on a CPU, see evaluate.py. It must be set before torch is imported.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import contextlib
@@ -165,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("model: rows of Tables 2-6")
     group.add_argument("--variant", choices=VARIANTS, default="mtmamba")
     group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model or plain ViT")
-    group.add_argument("--encoder-kwargs", type=json.loads, metavar="JSON", help="further arguments of the encoder")
+    group.add_argument("--encoder-kwargs", type=dict, metavar="JSON", help="further arguments of the encoder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
     group.add_argument("--d-state", type=int, metavar="N", help="states of the scan per channel")
     group.add_argument("--freeze-encoder", action="store_true", help="train all but the encoder's backbone")
@@ -231,19 +230,14 @@ def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], devic
 
 def check_flags(args: argparse.Namespace, world: int):
     """Raises ValueError for impossible values."""
-    least = dict(d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1, val_images=1,
-                 eval_every=0, workers=0, seed=0, weight_decay=0)
-    for name, value in least.items():
-        if getattr(args, name) is not None and not value <= getattr(args, name) < math.inf:
-            raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {getattr(args, name)}")
+    Parser.expect_least(args, d_state=1, iterations=1, batch_size=1, accumulate=1, save_every=1, log_every=1,
+                        val_images=1, eval_every=0, workers=0, seed=0, weight_decay=0)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"expected --lr above 0, found {args.lr}")
     if args.freeze_encoder and not args.pretrained and args.init_from is None:
         raise ValueError("--freeze-encoder needs trained weights; give --pretrained or --init-from FILE")
     if args.init_partial and args.init_from is None:
         raise ValueError("--init-partial needs a checkpoint to take weights from; name it with --init-from FILE")
-    if not isinstance(args.encoder_kwargs or {}, dict):
-        raise ValueError(f"expected --encoder-kwargs like '{{\"embed_dim\": 96}}', found {args.encoder_kwargs}")
     parts = world * args.accumulate
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {world} processes x --accumulate "

@@ -73,7 +73,7 @@ def main(argv=None):
     parser.add_argument("--img-size", type=int, nargs=2, default=(64, 96))
     args = parser.parse_args(argv)
     dataset = find_dataset_class(args.dataset).open("val", tuple(args.img_size), root=args.data_root)
-    print_table({"best constant": score_constants(dataset, args.images)}, dataset.labels, primary_only=True)
+    print_table({"best constant": score_constants(dataset, args.images)}, dataset.labels, {}, primary_only=True)
 
 
 if __name__ == "__main__":

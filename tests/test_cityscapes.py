@@ -116,6 +116,14 @@ def test_a_picture_keeps_its_size_and_colours(tiny_model):
         outputs = model(((half - mean) / std)[None])
     assert torch.equal(maps["semseg"], outputs["semseg"].argmax(1)[:, :75, :130])
     assert maps["depth"].shape == (1, 75, 130) and heat["depth"].shape == (75, 130)
+    with torch.no_grad():
+        norm = model.decode(((half - mean) / std)[None])["depth"].norm(dim=-1)
+    enlarged = torch.nn.functional.interpolate(norm[:, None], scale_factor=8, mode="bilinear")[0, 0]
+    torch.testing.assert_close(heat["depth"], enlarged[:75, :130])
+    whole, _ = evaluate.predict_picture(model, picture, torch.device("cpu"), max_side=65)    # of what the network sees
+    assert torch.equal(whole["depth"], maps["depth"])
+    thin, _ = evaluate.predict_picture(model, picture.resize((640, 40)), torch.device("cpu"), max_side=64)
+    assert thin["depth"].shape == (1, 40, 640)
     labels = Cityscapes.describe(Cityscapes.TASKS)
     semseg, depth = labels.kinds["semseg"], labels.kinds["depth"]
     assert depth.title == "disparity" and depth.unit == " px"

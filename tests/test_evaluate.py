@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from constants import score_constants
-from PIL import Image
+from PIL import Image, ImageFont
 from test_model import published_state
 
 import datasets
@@ -227,20 +228,17 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
 
 
 def test_classes_are_compared_by_name(checkpoint, nyud, tmp_path, capsys, monkeypatch):
-    """Other names or another order are refused; names that one side lacks are told."""
+    """Other names or another order are refused; one side may lack them."""
     expected, names = evaluate.main(arguments(checkpoint, nyud, tmp_path)), datasets.NYUDv2.CLASSES["semseg"]
-    assert "semseg: only the data set names its classes" in capsys.readouterr().out
     stored, checkpoint = torch.load(checkpoint), tmp_path / "named.pt"
     torch.save(stored | {"labels": datasets.NYUDv2.describe(NYUD_TASKS).plain()}, checkpoint)
     assert evaluate.main(arguments(checkpoint, nyud, tmp_path)) == expected
-    assert "names its classes" not in capsys.readouterr().out
     monkeypatch.setattr(SmallNYUDv2, "CLASSES", {"semseg": (*names[:3], names[4], names[3], *names[5:])})
     message = fails(capsys, *arguments(checkpoint, nyud, tmp_path))
     assert f"class 3 of semseg is {names[3]!r} in {checkpoint} and {names[4]!r} in nyud" in message
     monkeypatch.setattr(SmallNYUDv2, "CLASSES", {})
     unnamed = evaluate.main(arguments(checkpoint, nyud, tmp_path))
     assert unnamed["depth"] == expected["depth"] and unnamed["semseg"]["mIoU"] == expected["semseg"]["mIoU"]
-    assert "semseg: only the model names its classes" in capsys.readouterr().out
     monkeypatch.setattr(SmallNYUDv2, "TASKS", datasets.NYUDv2.TASKS | {"depth": ("values", 1)})
     assert "another --dataset?" in fails(capsys, *arguments(checkpoint, nyud, tmp_path))
 
@@ -402,6 +400,40 @@ def test_batches_hold_few_images_and_few_pixels(images, pixels, expected, checkp
     assert found == expected
 
 
+class Blank(datasets.LabelledDataset):
+    TASKS = {"depth": 1}
+
+    def list_names(self):
+        return [str(i) for i in range(9 if self.size[0] == 32 else 3)]
+
+    def read(self, name):
+        return np.zeros((*self.size, 3), np.uint8), {"depth": np.ones(self.size, np.float32)}
+
+
+@pytest.mark.parametrize("size, expected", [((32, 32), [8, 1]), ((512, 1024), [2, 1])])
+def test_usual_size_of_batches(size, expected):
+    found = []
+
+    class Model(torch.nn.Module):
+        def forward(self, images):
+            found.append(len(images))
+            return {"depth": images[:, :1]}
+    score(Model(), Blank("val", size))
+    assert found == expected
+
+
+@pytest.mark.parametrize("cpus, expected", [(40, 16), (3, 3)])
+def test_loading_processes_without_workers(cpus, expected, checkpoint, nyud, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(evaluate, "Evaluation", lambda dataset, device, workers, scored: (
+        pytest.fail("as expected") if workers == expected else None))
+    argv = arguments(checkpoint, nyud, tmp_path)
+    first = argv.index("--workers")
+    del argv[first:first + 2]
+    with pytest.raises(pytest.fail.Exception, match="as expected"):
+        evaluate.main(argv)
+
+
 def test_predictions_have_the_images_size_and_are_the_models(checkpoint, nyud, tmp_path):
     for folder, more in (("maps", []), ("more", ["--probabilities", "--label-ids"])):
         evaluate.main(arguments(checkpoint, nyud, tmp_path, "--save-predictions", tmp_path / folder, *more))
@@ -458,16 +490,34 @@ def test_contact_sheets(checkpoint, nyud, tmp_path):
     assert legend >= {tuple(colour) for colour in VOC[np.unique(truth)].tolist()}
 
 
-@pytest.mark.parametrize("size, columns", [((64, 96), 7), ((448, 576), 5), ((400, 600), 7), ((1024, 2048), 3),
-                                           ((900, 30), 9)])
-def test_sheets_are_as_wide_as_a_screen(size, columns):
+@pytest.mark.parametrize("size, columns, shown, rows", [
+    ((64, 96), 7, (128, 192), 1), ((448, 576), 5, (243, 312), 1), ((400, 600), 7, (208, 312), 2),
+    ((1024, 2048), 3, (252, 504), 1), ((900, 30), 9, (338, 11), 1), ((32, 32), 12, (128, 128), 2)])
+def test_sheets_are_as_wide_as_a_screen(size, columns, shown, rows):
     """Of pictures of any size: reduced to 300 pixels at least, else the columns go on below."""
     pictures = [Image.new("RGB", size[::-1], (i, 100, 200)) for i in range(1, columns + 1)]
     sheet = evaluate.draw_sheet([[[("title", picture)] for picture in pictures]], [[("text", ())]])
-    assert 800 <= sheet.width <= evaluate.SHEET
+    assert sheet.size == (1600, rows * (24 + shown[0] + 8) + 24)    # title, picture, gap; legend
     pixels, counts = np.unique(np.asarray(sheet).reshape(-1, 3), axis=0, return_counts=True)
     areas = [counts[(pixels == (i, 100, 200)).all(1)].sum() for i in range(1, columns + 1)]
-    assert len(set(areas)) == 1 and areas[0] >= (min(300, max(size)) / max(size)) ** 2 * np.prod(size) * 0.98
+    assert set(areas) == {np.prod(shown)}
+    assert areas[0] >= (min(300, max(size)) / max(size)) ** 2 * np.prod(size) * 0.98
+
+
+def test_the_range_of_a_legend_is_that_of_the_truth(monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda blocks, legends: legends)
+    maps = [{"depth": [np.float32([[[0, 10]]]), np.float32([[[1, 2]]])]}]    # predicted and true
+    for first, text in ((0, "0.00 to 10.00 m"), (1, "1.00 to 2.00 m")):
+        (_, (found, _)), = evaluate.draw_maps([[]], metrics.Labels({"depth": 1}), maps, ("", ""), first)
+        assert found == text
+
+
+def test_places_of_a_legends_squares():
+    drawn = np.asarray(evaluate.draw_lines([("ab", (255, 0, 0)), ("cd", (0, 0, 255))], 300))
+    second = 16 + 4 + round(ImageFont.load_default(16).getlength("ab")) + 16
+    for left, colour in ((0, (255, 0, 0)), (second, (0, 0, 255))):
+        rows, columns = np.nonzero((drawn == colour).all(2))
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 18, left + 1, left + 15)    # in an outline
 
 
 def test_pascal_and_the_other_kinds_of_maps(tmp_path, capsys, monkeypatch):
@@ -627,6 +677,7 @@ def test_legend_names_what_occurs():
     (text, bar), = lines
     assert text == "1.00 to 5.00 m" and (bar == metrics.COLOUR_MAP).all()
     drawn = np.asarray(evaluate.draw_lines(lines, 300))[evaluate.LINE // 2, :130].astype(int)
+    assert (drawn[[0, 128]] == 128).all()    # its outline
     assert abs(drawn[4] - bar[0]).max() < 10 > abs(drawn[-6] - bar[-1]).max() and len(np.unique(drawn, axis=0)) > 50
 
 
@@ -690,6 +741,10 @@ def test_nothing_is_overwritten_unasked_and_inputs_never(checkpoint, picture, tm
         assert "semseg/a.png" in fails(capsys, *arguments, tmp_path / "new", "--save-predictions", tmp_path / "raw")
     assert {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("a.*")} == {
         "semseg/a.png", "depth/a.npy", "normal/a.npy", "boundary/a.png", "semseg/a.npz", "boundary/a.npz"}
+    (tmp_path / "probabilities/semseg").mkdir(parents=True)
+    shutil.copy(tmp_path / "raw/semseg/a.npz", tmp_path / "probabilities/semseg")
+    assert "semseg/a.npz would be overwritten" in fails(capsys, *arguments, tmp_path / "new", "--save-predictions",
+                                                        tmp_path / "probabilities", "--probabilities")
     classes, shares = Image.open(tmp_path / "raw/semseg/a.png"), np.load(tmp_path / "raw/semseg/a.npz")["probability"]
     assert shares.shape == (40, 45, 70) and (np.asarray(classes) == shares.argmax(0)).mean() > 0.99    # of 16 bits
 
@@ -782,6 +837,7 @@ def test_no_two_pictures_have_a_file_in_common():
     paths = [Path(name) for name in ("x.png", "x_coarse.png", "x.jpg", "X.png", "y.png")]
     stems = evaluate.distinct_stems(paths, ["semseg", "coarse_semseg", "sheet"])
     assert stems == ["x", "x_coarse_2", "x_2", "X_3", "y"]
+    assert evaluate.distinct_stems([Path("x" * 246 + ".png")], ["sheet"]) == ["x" * 200]
 
 
 def test_probabilities_change_no_other_file(checkpoint, picture, tmp_path):
@@ -832,25 +888,28 @@ def test_cost_of_a_checkpoint(more, size, checkpoint, capsys):
     assert row.split() == ["stm1", f"{parameters / 1e6:.4f}", f"{flops / 1e9:.4f}"]
     count = {name: sum(p.numel() for key, p in model.named_parameters() if key.split(".")[0] == name) / 1e6
              for name in ("encoder", "stages", "heads")}
-    for text in (f"encoder {count['encoder']:.4f} (convnext_atto)", f"decoder {count['stages']:.4f}",
-                 f"heads {count['heads']:.4f} (semseg, depth, normal, boundary)", f"{size[0]}x{size[1]}"):
-        assert text in parts
-    assert re.search(r"one image takes [\d.]+ ms .* 2 at a time, [\d.]+ images per second; peak memory [\d.]+ GiB",
-                     measured)
+    sizes = ", ".join(f"{name} {millions:.4f}" for name, millions in count.items())
+    assert parts == f"{sizes} (convnext_atto; semseg, depth, normal, boundary); images of {size[0]}x{size[1]}"
+    ms, speed, memory = map(float, re.search(r"one image takes ([\d.]+) ms .* 2 at a time, ([\d.]+) images per second; "
+                                             r"peak memory ([\d.]+) GiB", measured).groups())
+    assert 0.1 < ms * speed / 1000 < 10
+    assert memory == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, rel=0.2)
 
 
 def test_flags_that_cost_does_not_use(checkpoint, capsys):
     for flag in ("--variant=stm1", "--dataset=nyud", "--workers=1"):
         assert f"{flag.split('=')[0]} has no effect" in fails(capsys, "--cost", "--checkpoint", checkpoint, flag)
     assert "--batch-size has no effect" in fails(capsys, "--cost", "--variant", "all", "--batch-size", "2")
+    assert "--batch-size of at least 1, found 0" in fails(capsys, "--cost", "--batch-size", "0")
     assert "--max-side of at least 32, found 31" in fails(capsys, "--checkpoint", checkpoint, "--image", "a.png",
                                                           "--max-side", "31")
 
 
 def test_cost_of_a_data_sets_tasks_and_size(capsys):
     evaluate.main(["--cost", "--dataset", "cityscapes", "--variant", "stm1", "--encoder", "swin-tiny", "--img-size",
-                   "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu"])
-    assert "(semseg, depth); images of 32x64" in capsys.readouterr().out
+                   "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu", "--batch-size", "1"])
+    printed = capsys.readouterr().out
+    assert "(swin-tiny; semseg, depth); images of 32x64" in printed and "1 at a time" in printed
 
 
 def test_cost_of_every_variant_with_another_encoder(capsys, monkeypatch):

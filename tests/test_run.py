@@ -709,7 +709,7 @@ def test_other_images_than_before_cannot_be_resumed(flats, signals, tmp_path, ca
 
 def test_processes_that_list_other_images_are_refused(monkeypatch):
     scenes = Synthetic(3)
-    assert evaluate.digest_names(scenes)[0] == 3
+    assert evaluate.digest_names(scenes) == [3, 203499351951010]    # as in earlier checkpoints
     monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(evaluate, "add_up", lambda own: 2 * own)
     evaluate.digest_names(scenes)
