@@ -44,7 +44,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -96,27 +96,24 @@ class DecoderConfig:
 
 
 PAPER = DecoderConfig()
-_MTMAMBA = {key: value for key, value in vars(PAPER).items() if key != "d_state"}
 VARIANTS = {    # arguments of DecoderConfig
-    "mtmamba": _MTMAMBA,
+    "mtmamba": {},
     # The successor, then each of its two changes alone
-    "mtmamba++": dict(_MTMAMBA, ctm="semantic", head="lite"),
-    "s-ctm-dense": dict(_MTMAMBA, ctm="semantic"),
-    "f-ctm-lite": dict(_MTMAMBA, head="lite"),
+    "mtmamba++": dict(ctm="semantic", head="lite"),
+    "s-ctm-dense": dict(ctm="semantic"),
+    "f-ctm-lite": dict(head="lite"),
     # Table 2. The paper names the Swin rows, and the W-MSA rows below, but does not describe them. The structures here
     # are inferred: they are the ones whose parameters and FLOPs both equal the paper's (tests/test_cost.py).
-    "stm1": dict(_MTMAMBA, depth=1, ctm=None),
-    "stm2": dict(_MTMAMBA, depth=2, ctm=None),
-    "stm3": dict(_MTMAMBA, depth=3, ctm=None),
-    "swin-multi-task": dict(_MTMAMBA, block="swin", ctm=None),
-    "swin-single-task": dict(_MTMAMBA, block="swin", ctm=None, shared_encoder=False),
-    # Table 3
-    "mfe-wmsa": dict(_MTMAMBA, mfe="wmsa"),
-    # Table 4
-    "gate-wmsa": dict(_MTMAMBA, gate="wmsa"),
+    "stm1": dict(depth=1, ctm=None),
+    "stm2": dict(ctm=None),
+    "stm3": dict(depth=3, ctm=None),
+    "swin-multi-task": dict(block="swin", ctm=None),
+    "swin-single-task": dict(block="swin", ctm=None, shared_encoder=False),
+    "mfe-wmsa": dict(mfe="wmsa"),       # Table 3
+    "gate-wmsa": dict(gate="wmsa"),     # Table 4
     # Table 5
-    "fusion-specific": dict(_MTMAMBA, fusion="specific"),
-    "fusion-shared": dict(_MTMAMBA, fusion="shared"),
+    "fusion-specific": dict(fusion="specific"),
+    "fusion-shared": dict(fusion="shared"),
 }
 
 
@@ -155,21 +152,17 @@ class MTMamba(nn.Module):
         config = DecoderConfig(**VARIANTS[variant], d_state=d_state)
         self.shared_encoder = config.shared_encoder
         self.tasks, self.output_scale = dict(tasks), output_scale
-        encoder_kwargs = encoder_kwargs or {}
-        self.in_chans = encoder_kwargs.get("in_chans", in_chans)
-        if self.in_chans != 3 and not isinstance(encoder, nn.Module):
-            encoder_kwargs = dict(encoder_kwargs, in_chans=self.in_chans)
+        encoder_kwargs = dict(encoder_kwargs or {})
+        self.in_chans = encoder_kwargs.setdefault("in_chans", in_chans)
 
         def build_encoder():
             return Encoder(encoder if self.shared_encoder else copy.deepcopy(encoder), img_size, pretrained,
                            encoder_kwargs)
         self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
-        c1, c2, c3, c4 = self.encoders()[0].channels
-
-        self.stages = nn.ModuleList(DecoderStage(list(tasks), c_in, c, i, config)
-                                    for i, (c_in, c) in enumerate([(c4, c3), (c3, c2), (c2, c1)]))
+        c = self.encoders()[0].channels
+        self.stages = nn.ModuleList(DecoderStage(list(tasks), c[3 - i], c[2 - i], i, config) for i in range(3))
         build_head = DenseHead if config.head == "dense" else LiteHead
-        self.heads = nn.ModuleDict({t: build_head(c1, channels) for t, channels in tasks.items()})
+        self.heads = nn.ModuleDict({t: build_head(c[0], channels) for t, channels in tasks.items()})
         synchronise_batch_norm(self)
         set_backend(self, backend)
 
@@ -246,16 +239,14 @@ class MTMamba(nn.Module):
             encoder.train(encoder.training)
 
     def set_grad_checkpointing(self, enable: bool = True):
-        """Training keeps only the inputs of each block (of the encoder and the stages, cross-task blocks, heads with
-        the attribute `recomputed`) and computes it again in the backward pass: less memory, more time, equal gradients.
-
-        What has a batch norm is kept: its statistics would count the batch twice.
-        """
+        """Training keeps only the inputs of each block (encoder, stages, heads) and computes it again in the backward
+        pass: less memory, more time, equal gradients. What has a batch norm is not computed again: its statistics would
+        count the batch twice."""
         for encoder in self.encoders():
             encoder.set_grad_checkpointing(enable)
         blocks = [block for stage in self.stages for blocks in stage.blocks.values() for block in blocks]
         blocks += [stage.ctm for stage in self.stages if stage.ctm]
-        for block in (*blocks, *(head for head in self.heads.values() if getattr(head, "recomputed", False))):
+        for block in (*blocks, *self.heads.values()):
             block.__dict__.pop("forward", None)    # of an earlier call
             if enable and not has_batch_norm(block):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -291,7 +282,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(part, BatchNorm) for part in module.modules())
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def set_backend(module: nn.Module, backend: str | None):
@@ -325,11 +316,8 @@ class DecoderStage(nn.Module):
         self.expand = per_task(tasks, lambda: PatchExpand(dim_in, dim, factor=2))
         self.fuse = per_task(tasks, lambda: nn.Linear(2 * dim, dim))
         self.blocks = per_task(tasks, lambda: nn.Sequential(*map(build_block, range(config.depth))))
-        self.ctm = None
-        if config.ctm == "feature":
-            self.ctm = CTM(tasks, dim, drop_path(config.depth), config)
-        elif config.ctm == "semantic":
-            self.ctm = SCTM(tasks, dim, drop_path(config.depth), config.d_state)
+        build_ctm = {"feature": CTM, "semantic": SCTM}.get(config.ctm)
+        self.ctm = build_ctm and build_ctm(tasks, dim, drop_path(config.depth), config)
 
     def forward(self, z: dict[str, Tensor], f: dict[str, Tensor]) -> dict[str, Tensor]:
         """z: {task: (B, H, W, C_in)}, f: {task: (B, 2H, 2W, C)}, the encoder's feature -> {task: (B, 2H, 2W, C)}"""
@@ -349,13 +337,10 @@ class CTM(nn.Module):
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
     and the gate has no bias, the two are the same function with the gate's weight negated
     (load_published_checkpoint does that).
-    d_state, backend: N, if it is not config's, and the scans' backend.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER,
-                 d_state: int | None = None, backend: str | None = None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
-        config = replace(config, d_state=d_state or config.d_state)
         self.fusion = fusion = config.fusion
         if fusion in ("adaptive", "specific"):
             self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
@@ -367,7 +352,6 @@ class CTM(nn.Module):
             self.gate = per_task(tasks, lambda: build_gate(dim, config))
         self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
         self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
-        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -389,18 +373,15 @@ class CTM(nn.Module):
 
 
 class STM(nn.Module):
-    """Self-task Mamba block, Figure 2(a), Eq. 14-18. d_state, backend: as in CTM."""
+    """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER, d_state: int | None = None,
-                 backend: str | None = None):
+    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
-        config = replace(config, d_state=d_state or config.d_state)
         self.norm = nn.LayerNorm(dim)
         self.mfe = MFE(dim, dim, config)
         self.gate = build_gate(dim, config)
         self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
         self.drop_path = DropPath(drop_path)
-        set_backend(self, backend)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)"""
@@ -465,12 +446,11 @@ class SS2D(nn.Module):
 
     def reset_parameters(self):
         """Mamba's initialisation. The other modules keep the default of PyTorch or timm, but for LiteHead's conv."""
-        nn.init.uniform_(self.x_proj_weight, -self.x_proj_weight.shape[2] ** -0.5, self.x_proj_weight.shape[2] ** -0.5)
-        # Keeps the variance of the low-rank step through its expansion to D.
-        nn.init.uniform_(self.dt_weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+        for weight in (self.x_proj_weight, self.dt_weight):    # keeps the variance of the inputs
+            nn.init.uniform_(weight, -weight.shape[-1] ** -0.5, weight.shape[-1] ** -0.5)
         with torch.no_grad():
             # softplus(bias) is log-uniform in [0.001, 0.1], so that channels forget at different rates from the start.
-            dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+            dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)))
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))    # the inverse of softplus
             # A = -(1, 2, ..., N): the real part of S4D's initialisation. The logarithm keeps A negative.
             self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1)))
@@ -481,11 +461,8 @@ class SS2D(nn.Module):
         R, N = self.dt_rank, self.d_state
         c = x if c is None else c
         projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
-        delta, BC = projected.split([R, 2 * N], dim=-1)                       # Eq. 6, 7
-        # The GPU kernels read B and C side by side in float32. Both are copies, so that autograd keeps them and not
-        # `projected`, too.
-        delta, BC = delta.contiguous(), BC.to(_compute_dtype(BC)).contiguous()
-        B, C = BC.chunk(2, dim=-1)                                            # (B, H, W, K, N) each
+        delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7
+        delta = delta.contiguous()    # a copy, so that autograd does not keep all of `projected`
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
         # The scan expands delta to D channels itself. So autograd does not store the result, 4 times as large as x.
         return selective_scan_2d(x, delta, A, B, C, self.D, self.dt_bias, self.backend, self.dt_weight)
@@ -569,8 +546,6 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
             raise ValueError(f"x {tuple(x.shape)}: expected {name} of shape {expected}, found {tuple(tensor.shape)}")
-    if 0 in (*x.shape, n):
-        raise ValueError(f"nothing to scan in x {tuple(x.shape)} with state size {n}; expected 1 or more of each")
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -583,24 +558,18 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         mixed = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if mixed else contextlib.nullcontext():
             return _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight)
-    inputs = (x, delta, A, B, C, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
+    BC = torch.cat([B, C], dim=-1).to(_compute_dtype(x))    # as the GPU kernels read them
+    inputs = (x, delta, A, BC, D, delta_bias, None if dt_weight is None else dt_weight.to(delta.dtype))
     if any(t is not None and _is_transformed(t) for t in inputs):
         raise RuntimeError(f"the scan backend {backend} knows backward() alone, not torch.func; use the backend loop")
     return _scan_op(*inputs, backend)[0]
 
 
-BACKENDS = ("loop", "torch", "numba", "triton", "mamba_ssm")
-
-
 def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that selective_scan_2d picks: "triton" on CUDA and "numba" on CPUs, where they are installed;
     elsewhere, and in float64, "torch"."""
-    if dtype != torch.float64:
-        if device.type == "cuda" and HAS_TRITON:
-            return "triton"
-        if device.type == "cpu" and has_numba():
-            return "numba"
-    return "torch"
+    fast = {"cuda": "triton", "cpu": "numba"}.get(device.type)
+    return fast if fast and dtype != torch.float64 and not backend_fault(fast) else "torch"
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -644,8 +613,6 @@ class PatchExpand(nn.Module):
 class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
 
-    recomputed = True    # with activation checkpointing
-
     def __init__(self, dim: int, channels: int):
         super().__init__()
         self.expand = PatchExpand(dim, dim, factor=4)
@@ -673,10 +640,9 @@ class SCTM(nn.Module):
     step sizes and matrices of a task's own scan.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, d_state: int = 16,
-                 backend: str | None = None):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
         super().__init__()
-        d_inner, config = EXPANSION * dim, replace(PAPER, d_state=d_state)
+        d_inner = EXPANSION * dim
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
@@ -686,7 +652,6 @@ class SCTM(nn.Module):
         self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
         self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
-        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -833,7 +798,7 @@ class Encoder(nn.Module):
         self.frozen, self.pyramid, self.indices = False, None, range(4)
         if isinstance(encoder, nn.Module):
             self.name, self.backbone, self.channels = type(encoder).__name__, encoder, getattr(encoder, "channels", ())
-            if len(self.channels) != 4 or pretrained or kwargs:
+            if len(self.channels) != 4 or pretrained or kwargs.keys() - {"in_chans"}:
                 raise ValueError("expected a module with four numbers in its attribute `channels`, without pretrained "
                                  f"and encoder_kwargs, found {self.name} with {self.channels}")
         else:
@@ -962,46 +927,61 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
 # All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. The
 # inputs and some of the states are saved for the backward pass, which computes the other states again.
 
-@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=())
-def _scan_op(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
-             dt_weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """Arguments as in selective_scan_2d. Returns y (B, H, W, D) and the states to be saved."""
+_INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor BC, Tensor D, Tensor delta_bias, Tensor? dt_weight, str backend"
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _scan_op(*inputs):
+    """Arguments as in selective_scan_2d; BC (B, H, W, K, 2N) holds B and C, in float32 or float64. Returns y
+    (B, H, W, D) and the states to be saved."""
+    x, _, A, *_, backend = inputs
     _expect_backend(backend, x)
-    _, forward, _ = _SCANS[backend]
+    forward, _ = _SCANS[backend]
+    states = _scan_states(x, A, backend)
     with torch.autocast(x.device.type, enabled=False):
-        y, states = forward(*_scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight))
-    return y.to(x.dtype), states
+        return forward(states, *_scan_operands(*inputs)).to(x.dtype), states
 
 
 @_scan_op.register_fake
-def _scan_fake(x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    empty_states, _, _ = _SCANS[backend]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), empty_states(x, A.shape[-1])
+def _scan_fake(x, delta, A, *others):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), _scan_states(x, A, others[-1])
 
 
-@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=())
-def _scan_backward_op(grad_y: Tensor, states: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                      D: Tensor, delta_bias: Tensor, dt_weight: Tensor | None, backend: str) -> list[Tensor]:
+def _scan_states(x: Tensor, A: Tensor, backend: str) -> Tensor:
+    """Memory for the states at the starts of chunks or segments."""
+    (batch, H, W, d), n = x.shape, A.shape[-1]
+    steps = _triton_segment(batch, H * W, d) if backend == "triton" else CHUNK
+    chunks = (H * W + steps - 1) // steps
+    shapes = {"torch": (chunks, batch, K, n, d), "numba": (batch, K, chunks, n, round_up(d, BLOCK)),
+              "triton": (2, batch, 2, chunks, n, d), "mamba_ssm": (0,)}
+    return x.new_empty(shapes[backend], dtype=_compute_dtype(x))
+
+
+@torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=(),
+                         schema=f"(Tensor grad_y, Tensor states, {_INPUTS}) -> Tensor[]")
+def _scan_backward_op(grad_y, states, *inputs):
     """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), N rows of A, one of D
     and one of delta_bias, in float32 or float64; and of dt_weight, if there is one."""
-    _, _, backward = _SCANS[backend]
+    x, delta, *_, dt_weight, backend = inputs
+    _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
-        operands = _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight)
+        operands = _scan_operands(*inputs)
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
         g_weight = []
         if dt_weight is not None:
             g = g_delta.flatten(0, 2)
             g_weight = [torch.einsum("mkd,mkr->kdr", g, delta.to(g.dtype).flatten(0, 2)).to(dt_weight.dtype)]
             g_delta = torch.einsum("mkd,kdr->mkr", g, dt_weight.to(g.dtype)).view(delta.shape)
-        grads = gx.to(x.dtype), g_delta.to(delta.dtype), gBC.to(B.dtype), g_parameters, *g_weight
+        grads = gx.to(x.dtype), g_delta.to(delta.dtype), gBC, g_parameters, *g_weight
     return [g.contiguous() for g in grads]
 
 
 @_scan_backward_op.register_fake
-def _scan_backward_fake(grad_y, states, x, delta, A, B, C, D, delta_bias, dt_weight, backend):
-    parameters = A.new_empty(A.shape[2] + 2, *A.shape[:2], dtype=_compute_dtype(x))
+def _scan_backward_fake(grad_y, states, x, delta, A, BC, D, delta_bias, dt_weight, backend):
+    n = A.shape[2]
+    parameters = A.new_empty(n + 2, *A.shape[:2], dtype=_compute_dtype(x))
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, dt_weight) if t is not None]
-    return [*grads[:2], B.new_empty(2, *B.shape), parameters, *grads[2:]]
+    return [*grads[:2], BC.new_empty(2, *BC.shape[:4], n), parameters, *grads[2:]]
 
 
 def _scan_setup_context(ctx, inputs, output):
@@ -1012,11 +992,9 @@ def _scan_setup_context(ctx, inputs, output):
 
 def _scan_autograd(ctx, grad_y, grad_states):
     # The states leave the operator only to be saved here, so grad_states is None.
-    if grad_y is None:
-        return (None,) * 9
     gx, g_delta, gBC, g_parameters, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
     gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
-    return gx, g_delta, gA, *gBC.unbind(), gD, g_bias, *(g_weight or [None]), None
+    return gx, g_delta, gA, torch.cat([*gBC], dim=-1), gD, g_bias, *(g_weight or [None]), None
 
 
 def _scan_second_derivative(ctx, *grads):
@@ -1027,7 +1005,7 @@ _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 _scan_backward_op.register_autograd(_scan_second_derivative)
 
 
-def _scan_flops(x, delta, A, B, C, D, delta_bias, dt_weight, *_, **__) -> int:
+def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__) -> int:
     """Of the forward operator, from its shapes, for PyTorch's FlopCounterMode, which counts 2 per multiply-add: 9 N + 1
     of them per step and channel, as in the paper's counts, and R to expand delta."""
     return 2 * math.prod(x) * A[0] * (9 * A[-1] + 1 + (0 if dt_weight is None else dt_weight[-1]))
@@ -1038,15 +1016,15 @@ flop_registry[torch.ops.mtmamba.selective_scan_2d_backward] = shape_wrapper(
     lambda grad_y, states, *shapes, **_: 2 * _scan_flops(*shapes))
 
 
-def _scan_operands(backend, x, delta, A, B, C, D, delta_bias, dt_weight) -> tuple[Tensor, ...]:
+def _scan_operands(x, delta, A, BC, D, delta_bias, dt_weight, backend) -> tuple[Tensor, ...]:
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
     if backend != "triton":    # whose kernels read these in any type
-        x, delta, B, C = (t.to(dtype) for t in (x, delta, B, C))
+        x, delta = x.to(dtype), delta.to(dtype)
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
     A, D, delta_bias = (t.to(dtype) for t in (A, D, delta_bias))
-    return x, delta, A, B, C, D, delta_bias
+    return x, delta, A, BC, D, delta_bias
 
 
 def _parameter_gradients(gA: Tensor, gD: Tensor, g_bias: Tensor) -> Tensor:
@@ -1088,9 +1066,8 @@ def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: b
         lengths = [(length,) for length in usual] if on_triton else [usual]
         cases = [(kind, segments, False) for kind in {torch.float32, dtype} for segments in lengths]
         try:
-            for kind, segments, behind_compile in cases + [(dtype, usual, True)] * compiled:
-                SEGMENTS = segments
-                _scan_compare(ss2d, kind, ss2d.training and not trained.isdisjoint(segments), behind_compile)
+            for kind, SEGMENTS, behind_compile in cases + [(dtype, usual, True)] * compiled:
+                _scan_compare(ss2d, kind, ss2d.training and not trained.isdisjoint(SEGMENTS), behind_compile)
         finally:
             SEGMENTS = usual
 
@@ -1102,10 +1079,9 @@ def _scan_compare(ss2d: SS2D, kind: torch.dtype, gradients: bool, compiled: bool
         expected = _scan_reference(N)[name]
         difference = ((result - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:
-            machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
                                f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} ({kind}, "
-                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {machine}, torch {torch.__version__}); "
+                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {device}, torch {torch.__version__}); "
                                f"give {'--no-compile or ' * compiled}--backend "
                                f"{'loop' if backend == 'torch' else 'torch'}")
 
@@ -1124,9 +1100,9 @@ def _scan_results(backend: str, N: int, device: torch.device, dtype: torch.dtype
     inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
                   B=normal(B, H, W, K, N), C=normal(B, H, W, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
                   delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
-    half = dtype in (torch.bfloat16, torch.float16)
-    leaves = {name: t.to(device, torch.float32 if half and name not in ("x", "delta") else dtype, copy=True)
-              .requires_grad_(gradients) for name, t in inputs.items()}
+    half, parameters = dtype.itemsize == 2, _compute_dtype(torch.empty(0, dtype=dtype))
+    leaves = {name: t.to(device, dtype if name in ("x", "delta") else parameters, copy=True).requires_grad_(gradients)
+              for name, t in inputs.items()}
     scan = torch.compile(selective_scan_2d, fullgraph=True, dynamic=False) if compiled else selective_scan_2d
     with torch.autocast(device.type, dtype, enabled=half), torch.set_grad_enabled(gradients):
         results = {"y": scan(**leaves, backend=backend)}
@@ -1148,26 +1124,20 @@ def _scan_reference(N: int) -> dict[str, Tensor]:
 CHUNK = 32    # steps; also of the backend "numba"
 
 
-def _torch_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the states at the chunks' starts (ceil(L / CHUNK), B, K, N, D)."""
-    batch, H, W, d = x.shape
-    return x.new_empty((H * W + CHUNK - 1) // CHUNK, batch, K, n, d, dtype=_compute_dtype(x))
-
-
-def _torch_forward(x, delta, A, B, C, D, delta_bias):
-    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
-    step, y, states = F.softplus(z), D * u, _torch_states(x, A.shape[1])
+def _torch_forward(states, x, delta, A, BC, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, BC, delta_bias)
+    step, y = F.softplus(z), D * u
     h = torch.zeros_like(states[0])
     for i, now in enumerate(chunks):
         states[i] = h
         _, H = _torch_chunk(h, step[now], u[now], A, B[now])
         y[now] += (C[now].unsqueeze(3) @ H[1:]).squeeze(3)                                      # Eq. 4
         h = H[-1]
-    return _from_sequences(y, *x.shape[1:3]).sum(3), states                                     # Eq. 12
+    return _from_sequences(y, *x.shape[1:3]).sum(3)                                             # Eq. 12
 
 
-def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
-    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, B, C, delta_bias)
+def _torch_backward(grad_y, states, x, delta, A, BC, D, delta_bias):
+    u, z, A, B, C, chunks = _torch_inputs(x, delta, A, BC, delta_bias)
     step, gy = F.softplus(z), _to_sequences(grad_y.unsqueeze(3))
     step_u = step * u
     g_step, g_step_u, gB, gC = (torch.empty_like(t) for t in (u, u, B, C))
@@ -1192,9 +1162,9 @@ def _torch_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
             _parameter_gradients(gA, (gy * u).sum((0, 1)), g_delta.sum((0, 1, 2))))
 
 
-def _torch_inputs(x, delta, A, B, C, delta_bias):
+def _torch_inputs(x, delta, A, BC, delta_bias):
     """u, Delta before softplus, A (K, N, D), B, C as sequences (L, B, K, .), and the chunks of steps."""
-    delta, B, C, u = (_to_sequences(t) for t in (delta + delta_bias, B, C, x.unsqueeze(3)))
+    delta, B, C, u = (_to_sequences(t) for t in (delta + delta_bias, *BC.chunk(2, dim=-1), x.unsqueeze(3)))
     chunks = [slice(start, start + CHUNK) for start in range(0, len(u), CHUNK)]
     return u, delta, A.transpose(1, 2).contiguous(), B, C, chunks
 
@@ -1213,34 +1183,6 @@ def _torch_chunk(h, step, u, A, B):
 # a time, for one of the N states after the other, so that all it reads and writes inside fits into the L1 cache.
 # The units, and so all sums, are the same for any number of threads: equal inputs give equal bits.
 BLOCK = 64    # channels, whose loops become vector instructions
-
-
-@functools.cache
-def _import_fault(*modules: str) -> str | None:
-    """Why one of the modules cannot be imported; None where all can."""
-    try:
-        for name in modules:
-            importlib.import_module(name)
-    except Exception as error:    # besides ImportError, what a package built for another NumPy or LLVM raises
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-@functools.cache
-def _numba_fault() -> str | None:
-    """Why Numba cannot run here. A warning tells it, once, where Numba is installed. It is imported when the first scan
-    runs, as that takes a moment."""
-    fault = _import_fault("numba") or (
-        "NUMBA_DISABLE_JIT is set" if sys.modules["numba"].config.DISABLE_JIT else None)
-    if fault and importlib.util.find_spec("numba"):
-        warnings.warn(f"the backend torch, several times slower, scans on CPUs, as numba cannot be used: {fault}",
-                      stacklevel=2)
-    return fault
-
-
-@torch.compiler.assume_constant_result
-def has_numba() -> bool:
-    return _numba_fault() is None
 
 
 @functools.cache
@@ -1419,30 +1361,23 @@ def _numba_kernels(stored: bool):
                         g_z[i] = (g_step[j] * ln_2 + g_step_u[j] * u[i]) * derivative
                         gx_row[i] = g_step_u[j] * step[j]
 
-    for kernel in (forward, backward) if stored else ():
-        try:
-            kernel.enable_caching()
-        except RuntimeError:    # no folder to write to
-            pass
+    if stored:
+        with contextlib.suppress(RuntimeError):    # no folder to write to
+            forward.enable_caching()
+            backward.enable_caching()
     return {"forward": forward, "backward": backward}
 
 
-def _numba_states(x: Tensor, n: int) -> Tensor:
-    """Zeros, for the states at the chunks' starts (B, K, ceil(L / CHUNK), N, D), D rounded up to whole blocks."""
-    batch, H, W, d = x.shape
-    return x.new_zeros(batch, K, (H * W + CHUNK - 1) // CHUNK, n, round_up(d, BLOCK), dtype=torch.float32)
-
-
-def _numba_forward(x, delta, A, B, C, D, delta_bias):
-    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
-    batch, L, d = inputs[0].shape
-    states, y = _numba_states(x, A.shape[-1]), x.new_empty(K, batch, L, d)
+def _numba_forward(states, x, delta, A, BC, D, delta_bias):
+    inputs = _numba_inputs(x, delta, A, BC, delta_bias)
+    y = x.new_empty(K, *inputs[0].shape)
+    states[:, :, 0] = 0
     _numba_run("forward", x, *inputs, states, y)
-    return y.sum(0)[..., :x.shape[3]].reshape(x.shape) + x * D.sum(0), states                   # Eq. 12
+    return y.sum(0)[..., :x.shape[3]].reshape(x.shape) + x * D.sum(0)                           # Eq. 12
 
 
-def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
-    inputs = _numba_inputs(x, delta, A, B, C, delta_bias)
+def _numba_backward(grad_y, states, x, delta, A, BC, D, delta_bias):
+    inputs = _numba_inputs(x, delta, A, BC, delta_bias)
     batch, L, d = inputs[0].shape
     g_next, gA = x.new_zeros(2, batch, K, A.shape[-1], d)
     gx, g_delta = x.new_empty(K, batch, L, d), x.new_empty(batch, L, K, d)
@@ -1450,12 +1385,12 @@ def _numba_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
     _numba_run("backward", x, *inputs, states, _numba_blocks(grad_y.flatten(1, 2)), g_next, gx, g_delta, gA, *gBC)
     gx, gA, g_delta = (g[..., :x.shape[3]] for g in (gx.sum(0), gA.sum(0), g_delta))
     gD = (grad_y * x).sum((0, 1, 2)).expand(K, -1)
-    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape), gBC.sum(1).view(2, *B.shape),
-            _parameter_gradients(gA, gD, g_delta.sum((0, 1))))
+    return (gx.reshape(x.shape) + grad_y * D.sum(0), g_delta.reshape(delta.shape),
+            gBC.sum(1).unflatten(2, x.shape[1:3]), _parameter_gradients(gA, gD, g_delta.sum((0, 1))))
 
 
-def _numba_inputs(x, delta, A, B, C, delta_bias) -> list[Tensor]:
-    x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, B, C))
+def _numba_inputs(x, delta, A, BC, delta_bias) -> tuple[Tensor, ...]:
+    x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, *BC.chunk(2, dim=-1)))
     x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
     # A copy of the one parameter: FSDP resizes its memory, and numpy() would forbid that.
     return x, delta, A, B.contiguous(), C.contiguous(), delta_bias.clone()
@@ -1489,32 +1424,22 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "mtmamba")
 
 
-def _mamba_ssm_fault() -> str | None:
-    """Why mamba-ssm or its kernel, which new releases leave out unless told otherwise, cannot be imported."""
-    fault = _import_fault("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface")
-    return fault and (f"{fault} (run MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install "
-                      "--no-build-isolation mamba-ssm causal-conv1d, with the CUDA toolkit)")
-
-
-def has_mamba_ssm() -> bool:
-    return _mamba_ssm_fault() is None
-
-
-def _run_mamba_ssm(x, delta, A, B, C, D, delta_bias, grad: bool):
+def _run_mamba_ssm(x, delta, A, BC, D, delta_bias, grad: bool):
     """The kernel's inputs and y. The kernel has channels first, (B, K D, L); the directions are its groups."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, B, C = (_to_sequences(t).permute(1, 2, 3, 0) for t in (x.unsqueeze(3), delta, B, C))    # (B, K, ., L)
+    maps = x.unsqueeze(3), delta, *BC.chunk(2, dim=-1)
+    u, delta, B, C = (_to_sequences(t).permute(1, 2, 3, 0) for t in maps)                             # (B, K, ., L)
     read = [t.detach().contiguous().requires_grad_(grad) for t in (
         u.flatten(1, 2), delta.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), delta_bias.flatten())]
     with torch.set_grad_enabled(grad):
         return read, selective_scan_fn(*read[:6], delta_bias=read[6], delta_softplus=True)
 
 
-def _mamba_ssm_forward(x, *operands):
+def _mamba_ssm_forward(states, x, *operands):
     _, y = _run_mamba_ssm(x, *operands, grad=False)
     y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])                   # (B, H, W, K, D)
-    return y.sum(3), x.new_empty(0)
+    return y.sum(3)
 
 
 def _mamba_ssm_backward(grad_y, states, x, *operands):
@@ -1551,13 +1476,6 @@ TILE_N = 16                           # states at a time: with more, a thread's 
 BLOCK_D = 64                          # channels of a program, 2 per thread
 BLOCK_D_ADJOINT = 32                  # where four tiles are live
 LOG2_E = constexpr and constexpr(math.log2(math.e))
-HAS_TRITON = triton is not None
-
-
-def _triton_registers(n: int) -> dict[str, int]:
-    """A limit per thread, so that 12 programs fit on a multiprocessor. With more states than one tile holds, it
-    would make the compiler spill. AMD's compiler has no such option."""
-    return {} if n > TILE_N or torch.version.hip else {"maxnreg": 168}
 
 
 def _jit(kernel):
@@ -1578,12 +1496,12 @@ def _triton_program(segments, D, BLOCK: constexpr):
 
 
 @_jit
-def _triton_walk(segment, k, H, W, SEGMENT: constexpr):
-    """Direction k through a segment: its first pixel, how far on the next one is, and the number of its steps, fewer in
-    the last segment."""
+def _triton_walk(segment, k, H, W, SEGMENT: constexpr, done):
+    """Direction k through a segment: its pixel after `done` steps, how far on the next one is, and the number of its
+    steps, fewer in the last segment."""
     start = segment * SEGMENT
     steps = tl.minimum(SEGMENT, H * W - start)
-    place = start + tl.where(k < 2, 0, steps - 1)
+    place = start + tl.where(k < 2, done, steps - 1 - done)
     pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
     return pixel, tl.where(k < 2, 1, -1) * tl.where(k % 2 == 0, 1, W), steps
 
@@ -1621,44 +1539,45 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
     block_n, program = program % tl.cdiv(N, TILE_N) * TILE_N, program // tl.cdiv(N, TILE_N)
     k, sample = program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
     n = block_n + tl.arange(0, TILE_N)
-    tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    in_D, in_N = d < D, n < N
+    tile, in_tile = n[:, None] * D + d[None, :], in_N[:, None] & in_D[None, :]
     sequence = program.to(tl.int64) * segments + segment
-    A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
-    bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+    A_k = tl.load(A + k * N * D + tile, in_tile, 0) * LOG2_E    # for exp2
+    bias_k = tl.load(bias + k * D + d, in_D, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     h = tl.zeros((TILE_N, BLOCK), tl.float32)
-    pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+    pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
     x, delta = x + sample * D + d, delta + sample * delta_pixel + k.to(tl.int64) * delta_k + d
     BC += (sample * 4 + k) * 2 * N + n
-    u_next = tl.load(x + pixel * D, mask=d < D, other=0)
-    z_next = tl.load(delta + pixel * delta_pixel, mask=d < D, other=0)
+    u_next = tl.load(x + pixel * D, in_D, 0)
+    z_next = tl.load(delta + pixel * delta_pixel, in_D, 0)
     if ADJOINT:
         gy += sample * D + d
-        gy_next = tl.load(gy + pixel * D, mask=d < D, other=0)
-        h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
+        gy_next = tl.load(gy + pixel * D, in_D, 0)
+        h = tl.load(starts + sequence * N * D + tile, in_tile, 0)
         decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
         g = tl.zeros((TILE_N, BLOCK), tl.float32)
     for chunk in range(0, steps, STEPS if ADJOINT else SEGMENT):
         if ADJOINT:
-            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk // STEPS) * N * D + tile, h, mask=in_tile)
+            tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk // STEPS) * N * D + tile, h, in_tile)
         for t in range(chunk, tl.minimum(chunk + STEPS, steps) if ADJOINT else steps):
-            B_t = tl.load(BC + pixel * 8 * N, mask=n < N, other=0)
+            B_t = tl.load(BC + pixel * 8 * N, in_N, 0)
             if ADJOINT:
-                C_t = tl.load(BC + pixel * 8 * N + N, mask=n < N, other=0)
+                C_t = tl.load(BC + pixel * 8 * N + N, in_N, 0)
                 gy_t = gy_next.to(tl.float32)
             u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
             pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
-            u_next = tl.load(x + pixel * D, mask=d < D, other=0)    # a step ahead, as loads are slow
-            z_next = tl.load(delta + pixel * delta_pixel, mask=d < D, other=0)
+            u_next = tl.load(x + pixel * D, in_D, 0)    # a step ahead, as loads are slow
+            z_next = tl.load(delta + pixel * delta_pixel, in_D, 0)
             A_bar = tl.exp2(step[None, :] * A_k)                                               # Eq. 5
             h = A_bar * h + B_t[:, None] * (step * u)[None, :]                                 # Eq. 3
             total += step
             if ADJOINT:
-                gy_next = tl.load(gy + pixel * D, mask=d < D, other=0)
+                gy_next = tl.load(gy + pixel * D, in_D, 0)
                 decay *= A_bar
                 g += decay * (C_t[:, None] * gy_t[None, :])
-    tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, mask=in_tile)
-    tl.store(totals + sequence * D + d, total, mask=d < tl.where(block_n > 0, 0, D))
+    tl.store(ends + sequence * N * D + tile, g if ADJOINT else h, in_tile)
+    tl.store(totals + sequence * D + d, total, d < tl.where(block_n > 0, 0, D))
 
 
 @_jit
@@ -1668,21 +1587,21 @@ def _triton_combine(ends, totals, A, batch, segments, D, N: constexpr, BLOCK: co
     start state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than
     the arithmetic."""
     d, n, program = _triton_program(N, D, BLOCK)
-    k = program // (2 * batch) + program % 2 * 2
-    A_k = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
+    k, in_D = program // (2 * batch) + program % 2 * 2, d < D
+    A_k = tl.load(A + (k * N + n) * D + d, in_D, 0) * LOG2_E
     h = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, segments, AHEAD):
         places, masks, e, total = (), (), (), ()
         for i in tl.static_range(AHEAD):
             segment = tl.where((k < 2) != ADJOINT, first + i, segments - 1 - first - i)
             sequence = program.to(tl.int64) * segments + segment
-            mask = (d < D) & (first + i < segments)
+            mask = in_D & (first + i < segments)
             places += (ends + (sequence * N + n) * D + d,)
             masks += (mask,)
-            e += (tl.load(places[i], mask=mask, other=0),)
-            total += (tl.load(totals + sequence * D + d, mask=mask, other=0),)
+            e += (tl.load(places[i], mask, 0),)
+            total += (tl.load(totals + sequence * D + d, mask, 0),)
         for i in tl.static_range(AHEAD):
-            tl.store(places[i], h, mask=masks[i])
+            tl.store(places[i], h, masks[i])
             h = tl.exp2(total[i] * A_k) * h + e[i]
 
 
@@ -1694,33 +1613,35 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
     sample = (program % batch).to(tl.int64) * H * W
     x, y, delta = x + sample * D, y + program.to(tl.int64) * H * W * D, delta + sample * delta_pixel
     BC += sample * 8 * N
+    in_D = d < D
     for walk in range(2):
         k = program // batch + walk * 2
         delta_walk, BC_walk = delta + k.to(tl.int64) * delta_k, BC + k * 2 * N
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
-        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
+        bias_k = tl.load(bias + k * D + d, in_D, 0)
         for block_n in range(0, N, TILE_N):
             n = block_n + tl.arange(0, TILE_N)
-            tile, in_tile = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
-            A_k = tl.load(A + k * N * D + tile, mask=in_tile, other=0) * LOG2_E    # for exp2
+            in_N = n < N
+            tile, in_tile = n[:, None] * D + d[None, :], in_N[:, None] & in_D[None, :]
+            A_k = tl.load(A + k * N * D + tile, in_tile, 0) * LOG2_E    # for exp2
             # Added once, with the first states. (The mask has no `&`, for which Triton 3.3 lacks a type.)
-            skip_k = tl.load(skip + k * D + d, mask=d < tl.where(block_n > 0, 0, D), other=0)
-            h = tl.load(starts + sequence * N * D + tile, mask=in_tile, other=0)
-            pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
-            u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)
-            z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
+            skip_k = tl.load(skip + k * D + d, d < tl.where(block_n > 0, 0, D), 0)
+            h = tl.load(starts + sequence * N * D + tile, in_tile, 0)
+            pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
+            u_next = tl.load(x + pixel * D + d, in_D, 0)
+            z_next = tl.load(delta_walk + pixel * delta_pixel + d, in_D, 0)
             for t in range(steps):
-                B_t = tl.load(BC_walk + pixel * 8 * N + n, mask=n < N, other=0)
-                C_t = tl.load(BC_walk + pixel * 8 * N + N + n, mask=n < N, other=0)
+                B_t = tl.load(BC_walk + pixel * 8 * N + n, in_N, 0)
+                C_t = tl.load(BC_walk + pixel * 8 * N + N + n, in_N, 0)
                 y_place = y + pixel * D + d
-                y_other = tl.load(y_place, mask=d < tl.where(walk + block_n > 0, D, 0), other=0)
+                y_other = tl.load(y_place, d < tl.where(walk + block_n > 0, D, 0), 0)
                 u, step = u_next.to(tl.float32), _triton_softplus(z_next.to(tl.float32) + bias_k)
                 pixel = _triton_next(pixel, ahead, H * W, t + 1 < steps)
-                u_next = tl.load(x + pixel * D + d, mask=d < D, other=0)    # a step ahead, as loads are slow
-                z_next = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0)
+                u_next = tl.load(x + pixel * D + d, in_D, 0)    # a step ahead, as loads are slow
+                z_next = tl.load(delta_walk + pixel * delta_pixel + d, in_D, 0)
                 h = tl.exp2(step[None, :] * A_k) * h + B_t[:, None] * (step * u)[None, :]      # Eq. 5, 3
                 y_t = tl.sum(h * C_t[:, None], 0) + skip_k * u                                 # Eq. 4, 2
-                tl.store(y_place, y_other + y_t, mask=d < D)                                   # Eq. 12
+                tl.store(y_place, y_other + y_t, in_D)                                   # Eq. 12
             tl.debug_barrier()    # what comes next reads y back
 
 
@@ -1757,32 +1678,31 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
     first = sample.to(tl.int64) * H * W
     x, gy, g_delta, gx = x + first * D, gy + first * D, g_delta + first * 4 * D, gx + program.to(tl.int64) * H * W * D
     delta, BC = delta + first * delta_pixel, BC + first * 8 * N
-    zeros = tl.zeros((BLOCK // 32, 32), tl.float32)
+    in_D, zeros = d < D, tl.zeros((BLOCK // 32, 32), tl.float32)
     for walk in range(2):
         k = program // batch + walk * 2
         delta_walk = delta + k.to(tl.int64) * delta_k
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
         g_walk = g_parameters + ((k * batch + sample).to(tl.int64) * segments + segment) * D
         g_row = batch.to(tl.int64) * segments * 4 * D    # from one row to the next
-        bias_k = tl.load(bias + k * D + d, mask=d < D, other=0)
-        skip_k = tl.load(skip + k * D + d, mask=d < D, other=0)
+        bias_k = tl.load(bias + k * D + d, in_D, 0)
+        skip_k = tl.load(skip + k * D + d, in_D, 0)
         g_skip_k, g_bias_k = zeros, zeros
-        start, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT)
+        pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
         chunks = tl.cdiv(steps, STEPS)
         for i in range(chunks):
             chunk = chunks - 1 - i
             done = chunk * STEPS
-            place = segment * SEGMENT + tl.where(k < 2, done, steps - 1 - done)
-            pixel = tl.where(k % 2 == 0, place, place % H * W + place // H)
+            pixel = _triton_walk(segment, k, H, W, SEGMENT, done)[0]
             at, step, step_u, gy_t, g_u, g_step = (), (), (), (), (), ()
             summed_at = tl.zeros((32,), tl.int32)
             for t in tl.static_range(STEPS):
                 exists = done + t < steps
-                u = tl.load(x + pixel * D + d, mask=d < D, other=0).to(tl.float32)
-                z = tl.load(delta_walk + pixel * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
+                u = tl.load(x + pixel * D + d, in_D, 0).to(tl.float32)
+                z = tl.load(delta_walk + pixel * delta_pixel + d, in_D, 0).to(tl.float32) + bias_k
                 step_t = tl.where(exists, _triton_softplus(z), 0)    # where there is no step, the state stays as it is
                 at, step, step_u = at + (pixel,), step + (step_t,), step_u + (step_t * u,)
-                gy_t += (tl.where(exists, tl.load(gy + pixel * D + d, mask=d < D, other=0).to(tl.float32), 0),)
+                gy_t += (tl.where(exists, tl.load(gy + pixel * D + d, in_D, 0).to(tl.float32), 0),)
                 g_u, g_step = g_u + (zeros,), g_step + (zeros,)    # gradients of Delta u and Delta, summed over states
                 summed_at = tl.where(lane // 2 % STEPS == t, pixel, summed_at)
                 pixel = _triton_next(pixel, ahead, H * W, done + t + 1 < steps)
@@ -1792,14 +1712,14 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                 BC_n = ()
                 for t in tl.static_range(STEPS):
                     state = block_n + lane % 16
-                    BC_n += (tl.load(BC + ((at[t] * 4 + k) * 2 + lane // 16) * N + state, mask=state < N, other=0),)
+                    BC_n += (tl.load(BC + ((at[t] * 4 + k) * 2 + lane // 16) * N + state, state < N, 0),)
                 row, gA = (sequence * N + block_n) * D, g_walk + block_n * g_row
                 start_row = ((sequence * (SEGMENT // STEPS) + chunk) * N + block_n) * D
                 for n in range(block_n, tl.minimum(block_n + 16, N)):
-                    A_n = tl.load(A + (k * N + n) * D + d, mask=d < D, other=0) * LOG2_E
-                    h = tl.load(chunk_states + start_row + d, mask=d < D, other=0)
-                    g = tl.load(g_ends + row + d, mask=d < D, other=0)
-                    gA_n = tl.load(gA + d, mask=d < tl.where(i > 0, D, 0), other=0)
+                    A_n = tl.load(A + (k * N + n) * D + d, in_D, 0) * LOG2_E
+                    h = tl.load(chunk_states + start_row + d, in_D, 0)
+                    g = tl.load(g_ends + row + d, in_D, 0)
+                    gA_n = tl.load(gA + d, d < tl.where(i > 0, D, 0), 0)
                     B_lane = tl.zeros((32,), tl.int32) + n % 16
                     A_bar, before, B_n, gC_n, gBC_n = (), (), (), (), ()
                     for t in tl.static_range(STEPS):
@@ -1819,28 +1739,28 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
                         g_step_n = (g_step[t] + exponent * A_n,) + g_step_n
                         gA_n += exponent * step[t]
                     g_u, g_step = g_u_n, g_step_n
-                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), mask=writes)
-                    tl.store(g_ends + row + d, g, mask=d < D)
-                    tl.store(gA + d, gA_n, mask=d < D)
+                    tl.store(sums + n, _triton_scatter_sums(gBC_n, lane), writes)
+                    tl.store(g_ends + row + d, g, in_D)
+                    tl.store(gA + d, gA_n, in_D)
                     row += D
                     gA += g_row
                     start_row += D
             for t in tl.static_range(STEPS):
-                mask = (d < D) & (done + t < steps)
+                mask = in_D & (done + t < steps)
                 # Read and computed again, as registers are scarce.
                 pixel_t = tl.sum(tl.where(lane == 2 * t, summed_at, 0), 0)
-                u = tl.load(x + pixel_t * D + d, mask=d < D, other=0).to(tl.float32)
-                z = tl.load(delta_walk + pixel_t * delta_pixel + d, mask=d < D, other=0).to(tl.float32) + bias_k
+                u = tl.load(x + pixel_t * D + d, in_D, 0).to(tl.float32)
+                z = tl.load(delta_walk + pixel_t * delta_pixel + d, in_D, 0).to(tl.float32) + bias_k
                 # A_n was multiplied by log2(e), for exp2. The softplus has the derivative sigmoid(z) = exp(z - Delta).
                 g_z = (g_u[t] * u + g_step[t] / LOG2_E) * tl.exp2((z - step[t]) * LOG2_E)
-                tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask=mask)
-                gx_other = tl.load(gx + pixel_t * D + d, mask=d < tl.where(walk > 0, D, 0), other=0)
-                tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask=mask)
+                tl.store(g_delta + (pixel_t * 4 + k) * D + d, g_z, mask)
+                gx_other = tl.load(gx + pixel_t * D + d, d < tl.where(walk > 0, D, 0), 0)
+                tl.store(gx + pixel_t * D + d, gx_other + g_u[t] * step[t] + gy_t[t] * skip_k, mask)
                 g_skip_k += gy_t[t] * u
                 g_bias_k += tl.where(done + t < steps, g_z, 0)
             tl.debug_barrier()    # the next chunk reads g_ends and gA back, the next walk gx
-        tl.store(g_walk + N * g_row + d, g_skip_k, mask=d < D)
-        tl.store(g_walk + (N + 1) * g_row + d, g_bias_k, mask=d < D)
+        tl.store(g_walk + N * g_row + d, g_skip_k, in_D)
+        tl.store(g_walk + (N + 1) * g_row + d, g_bias_k, in_D)
 
 
 def _triton_segment(batch: int, L: int, D: int) -> int:
@@ -1855,150 +1775,157 @@ def _triton_lengths(model: MTMamba, batch: int, H: int, W: int) -> set[int]:
             for stride, stage in zip((16, 8, 4), model.stages) for ss2d in stage.modules() if isinstance(ss2d, SS2D)}
 
 
-def _triton_states(x: Tensor, n: int) -> Tensor:
-    """Empty, for the start states of the segments: (pair, B, 2, segments, N, D)."""
-    batch, H, W, d = x.shape
-    segment = _triton_segment(batch, H * W, d)
-    return x.new_empty(2, batch, 2, (H * W + segment - 1) // segment, n, d, dtype=torch.float32)
-
-
-def _triton_arguments(x, delta, A, B, C, delta_bias, segments):
-    """The first arguments of the three kernels that walk, and their compile-time arguments."""
-    batch, H, W, d = x.shape
-    n = A.shape[-1]
-    A = A.mT.contiguous()                                                                      # (K, N, D)
-    BC = _triton_side_by_side(B, C)
+def _triton_arguments(x, delta, A, BC, delta_bias, segments):
+    """The first arguments of the three kernels that walk, and their compile-time arguments: those of the two that work
+    on tiles of states, and the other's."""
+    (batch, H, W, d), n = x.shape, A.shape[-1]
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
         raise ValueError(f"the map {tuple(x.shape)} is too large for the scan backend triton; use the backend torch")
-    return ((x.contiguous(), delta, A, BC, delta_bias.contiguous(), H, W, d, segments, *delta.stride()[:2], batch),
-            dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1))
+    arguments = (x.contiguous(), delta, A.mT.contiguous(), BC.contiguous(), delta_bias.contiguous(), H, W, d, segments,
+                 *delta.stride()[:2], batch)
+    sizes = dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1)
+    tiled = dict(sizes, TILE_N=min(TILE_N, triton.next_power_of_2(n)))
+    if n <= TILE_N and not torch.version.hip:    # AMD's compiler has no such option
+        tiled["maxnreg"] = 168    # per thread: 12 programs fit on a multiprocessor. With more states it would spill.
+    return arguments, tiled, sizes
 
 
-def _triton_side_by_side(B: Tensor, C: Tensor) -> Tensor:
-    """B and C as one float32 tensor (B, H, W, K, 2N). In SS2D they are its halves, so nothing is copied. (Converting at
-    every step would cost 10 % more instructions.)"""
-    *shape, n = B.shape
-    strides = torch.empty(*shape, 2 * n, device="meta").stride()
-    if B.dtype == C.dtype == torch.float32 and B.stride() == C.stride() == strides and (
-            C.data_ptr() == B.data_ptr() + 4 * n):
-        return B.as_strided((*shape, 2 * n), strides)
-    return torch.cat([B, C], dim=-1).float()
+def _triton_enter(walk, tiled, ends, BLOCK, gy=None, starts=None, chunk_states=None):
+    """The first two passes: fills ends with what enters each segment, see _triton_combine."""
+    _, batch, _, segments, n, d = ends.shape
+    totals, adjoint = ends.new_empty(*ends.shape[:4], d), gy is not None
+    _triton_segments[triton.cdiv(d, BLOCK) * segments * triton.cdiv(n, tiled["TILE_N"]) * K * batch,](
+        *walk, ends, totals, gy, starts, chunk_states, **tiled, BLOCK=BLOCK, STEPS=STEPS, ADJOINT=adjoint)
+    _triton_combine[triton.cdiv(d, BLOCK_D) * n * K * batch,](
+        ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D, AHEAD=8, ADJOINT=adjoint, num_warps=1)
 
 
-def _triton_forward(x, delta, A, B, C, D, delta_bias):
-    states = _triton_states(x, A.shape[-1])
-    _, batch, _, segments, n, d = states.shape
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
+def _triton_forward(states, x, delta, A, BC, D, delta_bias):
+    _, batch, _, segments, _, d = states.shape
+    walk, tiled, _ = _triton_arguments(x, delta, A, BC, delta_bias, segments)
     y = x.new_empty(2, *x.shape, dtype=torch.float32)
-    totals = x.new_empty(*states.shape[:4], d, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _triton_segments[blocks * segments * triton.cdiv(n, tile) * K * batch,](
-            *walk, states, totals, None, None, None, **sizes, TILE_N=tile, BLOCK=BLOCK_D, STEPS=STEPS, ADJOINT=False,
-            **_triton_registers(n))
-        _triton_combine[blocks * n * K * batch,](states, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
-                                                 AHEAD=8, ADJOINT=False, num_warps=1)
-        _triton_outputs[blocks * segments * 2 * batch,](
-            *walk, D.contiguous(), states, y, **sizes, TILE_N=tile, BLOCK=BLOCK_D, **_triton_registers(n))
-    return torch.add(*y, out=x.new_empty(x.shape)), states
+        _triton_enter(walk, tiled, states, BLOCK_D)
+        _triton_outputs[triton.cdiv(d, BLOCK_D) * segments * 2 * batch,](
+            *walk, D.contiguous(), states, y, **tiled, BLOCK=BLOCK_D)
+    return torch.add(*y, out=x.new_empty(x.shape))
 
 
-def _triton_backward(grad_y, states, x, delta, A, B, C, D, delta_bias):
+def _triton_backward(grad_y, states, x, delta, A, BC, D, delta_bias):
     _, batch, _, segments, n, d = states.shape
-    walk, sizes = _triton_arguments(x, delta, A, B, C, delta_bias, segments)
-    blocks, tile = triton.cdiv(d, BLOCK_D), min(TILE_N, triton.next_power_of_2(n))
+    walk, tiled, sizes = _triton_arguments(x, delta, A, BC, delta_bias, segments)
     block = BLOCK_D if n <= TILE_N else BLOCK_D_ADJOINT    # with more states there are more pointers in registers
     grad_y = grad_y.contiguous()
 
-    def empty(*shape):
-        return x.new_empty(shape, dtype=torch.float32)
-    gx, gBC = empty(2, *x.shape), empty(triton.cdiv(d, block), 2, *B.shape)
-    g_delta = x.new_empty(delta.shape, dtype=delta.dtype)
-    g_parameters = empty(n + 2, K, batch, segments, d)
-    g_ends, totals = empty(*states.shape), empty(*states.shape[:4], d)
-    chunk_states = empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
+    empty = states.new_empty    # in float32
+    gx, gBC = empty(2, *x.shape), empty(triton.cdiv(d, block), 2, *x.shape[:3], K, n)
+    g_delta, g_parameters = delta.new_empty(delta.shape), empty(n + 2, K, batch, segments, d)
+    g_ends, chunk_states = empty(states.shape), empty(*states.shape[:4], sizes["SEGMENT"] // STEPS, n, d)
     with torch.cuda.device_of(x):
-        _triton_segments[triton.cdiv(d, BLOCK_D_ADJOINT) * segments * triton.cdiv(n, tile) * K * batch,](
-            *walk, g_ends, totals, grad_y, states, chunk_states, **sizes, TILE_N=tile, BLOCK=BLOCK_D_ADJOINT,
-            STEPS=STEPS, ADJOINT=True, **_triton_registers(n))
-        _triton_combine[blocks * n * K * batch,](g_ends, totals, walk[2], batch, segments, d, N=n, BLOCK=BLOCK_D,
-                                                 AHEAD=8, ADJOINT=True, num_warps=1)
+        _triton_enter(walk, tiled, g_ends, BLOCK_D_ADJOINT, grad_y, states, chunk_states)
         _triton_gradients[triton.cdiv(d, block) * segments * 2 * batch,](
             *walk, D.contiguous(), grad_y, chunk_states, g_ends, gx, g_delta, gBC, g_parameters, **sizes, BLOCK=block,
             STEPS=STEPS)
     return torch.add(*gx, out=x.new_empty(x.shape)), g_delta, gBC.sum(0), g_parameters.sum((2, 3))
 
 
+@torch.compiler.assume_constant_result
+def backend_fault(backend: str) -> str | None:
+    """Why this process cannot use a backend; None where it can."""
+    return _find_fault(backend)
+
+
+@functools.cache
+def _find_fault(backend: str) -> str | None:
+    """Imports what the backend needs; so Numba, which takes a moment, is imported when the first scan runs. A warning
+    tells, once, that Numba is installed and cannot be used."""
+    if backend == "triton" and not triton:
+        return "no Triton, which comes with PyTorch for CUDA"
+    modules = {"numba": ["numba"], "mamba_ssm": ["selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"]}
+    fault = None
+    try:
+        for name in modules.get(backend, ()):
+            importlib.import_module(name)
+        if backend == "numba" and sys.modules["numba"].config.DISABLE_JIT:
+            fault = "NUMBA_DISABLE_JIT is set"
+    except Exception as error:    # besides ImportError, what a package built for another NumPy or LLVM raises
+        fault = f"{type(error).__name__}: {error}"
+    if fault and backend == "mamba_ssm":    # new releases leave the kernel out unless told otherwise
+        fault += (" (run MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm "
+                  "causal-conv1d, with the CUDA toolkit)")
+    elif fault and importlib.util.find_spec("numba"):
+        warnings.warn(f"the backend torch, several times slower, scans on CPUs, as numba cannot be used: {fault}",
+                      stacklevel=2)
+    return fault
+
+
 def _expect_backend(backend: str, x: Tensor):
     """Raises RuntimeError where a backend cannot run on x."""
-    device, fault = x.device.type, None
-    if backend == "numba":
-        device, fault = "cpu", _numba_fault()
-    elif backend == "mamba_ssm":
-        device, fault = "cuda", _mamba_ssm_fault()
-    elif backend == "triton" and not HAS_TRITON:
-        device, fault = "cuda", "no Triton, which comes with PyTorch for CUDA"
-    elif backend == "triton" and isinstance(_triton_outputs, triton.JITFunction):    # the interpreter takes any tensors
-        device = "cuda"
+    fault, device = backend_fault(backend), {"torch": x.device.type, "numba": "cpu"}.get(backend, "cuda")
+    if backend == "triton" and not fault and not isinstance(_triton_outputs, triton.JITFunction):
+        device = x.device.type    # Triton's interpreter takes any tensors
     if fault or x.device.type != device or backend != "torch" and x.dtype == torch.float64:
         raise RuntimeError(f"the scan backend {backend} runs on {device.upper()} tensors in float32, bfloat16 or "
                            f"float16, found {fault or f'{x.dtype} on {x.device}'}; use the backend torch")
 
 
-# By backend: what allocates the states, forward and backward.
 _SCANS = {
-    "torch": (_torch_states, _torch_forward, _torch_backward),
-    "numba": (_numba_states, _numba_forward, _numba_backward),
-    "triton": (_triton_states, _triton_forward, _triton_backward),
-    "mamba_ssm": (lambda x, n: x.new_empty(0, dtype=_compute_dtype(x)), _mamba_ssm_forward, _mamba_ssm_backward),
+    "torch": (_torch_forward, _torch_backward),
+    "numba": (_numba_forward, _numba_backward),
+    "triton": (_triton_forward, _triton_backward),
+    "mamba_ssm": (_mamba_ssm_forward, _mamba_ssm_backward),
 }
+BACKENDS = ("loop", *_SCANS)
 
 
 # -------------------------------------------------------------------------------------- appendix: published checkpoints
 
 PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
 
-# (published name, name here), applied in this order to each key without its prefix "module."
-_PUBLISHED_NAMES = [(re.compile(pattern), name) for pattern, name in [
-    (r"^backbone\.norm(\d)\.", r"encoder.norms.\1."),
-    (r"^backbone\.", r"encoder.backbone."),
-    (r"patch_embed\.projection", r"patch_embed.proj"),
-    (r"stages\.(\d)\.downsample", lambda match: f"layers_{int(match[1]) + 1}.downsample"),    # timm's next stage has it
-    (r"backbone\.stages\.(\d)\.", r"backbone.layers_\1."),
-    (r"attn\.w_msa\.", r"attn."),
-    (r"ffn\.layers\.0\.0\.", r"mlp.fc1."),
-    (r"ffn\.layers\.1\.", r"mlp.fc2."),
-    (r"^expand_layers\.(\w+)_(\d)\.expand\.", r"stages.\2.expand.\1.linear."),
-    (r"^expand_layers\.(\w+)_(\d)\.norm\.", r"stages.\2.expand.\1.norm."),
-    (r"^concat_layers\.(\w+)_(\d)\.", r"stages.\2.fuse.\1."),
-    (r"^block_1\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.0."),
-    (r"^block_2\.(\w+)_(\d)\.", r"stages.\2.blocks.\1.1."),
-    (r"^block_stm\.(\w+)_(\d)\.(\d)\.", r"stages.\2.blocks.\1.\3."),    # of MTMamba++, like block_ctm
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.", r"\1.out."),
-    (r"^(stages\.\d\.blocks\.\w+\.\d)\.op\.", r"\1.mfe."),
-    (r"^block_(3|ctm)\.(\d)\.(0\.)?", r"stages.\2.ctm."),
-    (r"\.conv_share\.0\.", r".linear_shared."),
-    (r"\.conv_share\.1\.", r".conv_shared."),
-    (r"ctm\.op\.(\w+)\.in_proj_cross\.", r"ctm.cross.\1."),
-    (r"ctm\.op\.(\w+)\.out_proj\.", r"ctm.out.\1."),
-    (r"ctm\.in_proj\.", r"ctm.gate."),
-    (r"ctm\.out_proj\.", r"ctm.out."),
-    (r"ctm\.op", r"ctm.mfe"),
-    (r"_share\.", r"_shared."),
-    (r"\.in_proj\.", r".linear."),
-    (r"\.conv2d\.", r".conv."),
-    (r"\.out_norm\.", r".norm."),
-    (r"\.(x_proj_weight|A_log|D)s?$", r".ss2d.\1"),
-    (r"\.dt_projs_(weight|bias)$", r".ss2d.dt_\1"),
-    (r"^final_expand\.(\w+)\.expand\.", r"heads.\1.expand.linear."),
-    (r"^final_expand\.(\w+)\.norm\.", r"heads.\1.expand.norm."),
-    (r"^final_expand\.(\w+)\.0\.", r"heads.\1.conv."),
-    (r"^final_expand\.(\w+)\.1\.", r"heads.\1.norm."),
-    (r"^final_project\.(\w+)\.", r"heads.\1.project."),
-] + [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]]
+# Published name, name here; applied in this order to each key without its prefix "module.". timm's next stage has the
+# downsampling. block_stm and block_ctm are of MTMamba++.
+_PUBLISHED_NAMES = [row.split() for row in r"""
+    ^backbone\.norm(\d)\.                             encoder.norms.\1.
+    ^backbone\.                                       encoder.backbone.
+    patch_embed\.projection                           patch_embed.proj
+    stages\.0\.downsample                             layers_1.downsample
+    stages\.1\.downsample                             layers_2.downsample
+    stages\.2\.downsample                             layers_3.downsample
+    backbone\.stages\.(\d)\.                          backbone.layers_\1.
+    attn\.w_msa\.                                     attn.
+    ffn\.layers\.0\.0\.                               mlp.fc1.
+    ffn\.layers\.1\.                                  mlp.fc2.
+    ^expand_layers\.(\w+)_(\d)\.                      stages.\2.expand.\1.
+    ^concat_layers\.(\w+)_(\d)\.                      stages.\2.fuse.\1.
+    ^block_1\.(\w+)_(\d)\.                            stages.\2.blocks.\1.0.
+    ^block_2\.(\w+)_(\d)\.                            stages.\2.blocks.\1.1.
+    ^block_stm\.(\w+)_(\d)\.(\d)\.                    stages.\2.blocks.\1.\3.
+    ^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.    \1.out.
+    ^(stages\.\d\.blocks\.\w+\.\d)\.op\.              \1.mfe.
+    ^block_(3|ctm)\.(\d)\.(0\.)?                      stages.\2.ctm.
+    \.conv_share\.0\.                                 .linear_shared.
+    \.conv_share\.1\.                                 .conv_shared.
+    ctm\.op\.(\w+)\.in_proj_cross\.                   ctm.cross.\1.
+    ctm\.op\.(\w+)\.out_proj\.                        ctm.out.\1.
+    ctm\.in_proj\.                                    ctm.gate.
+    ctm\.out_proj\.                                   ctm.out.
+    ctm\.op                                           ctm.mfe
+    _share\.                                          _shared.
+    \.in_proj\.                                       .linear.
+    \.conv2d\.                                        .conv.
+    \.out_norm\.                                      .norm.
+    \.(x_proj_weight|A_log|D)s?$                      .ss2d.\1
+    \.dt_projs_(weight|bias)$                         .ss2d.dt_\1
+    ^final_expand\.(\w+)\.0\.                         heads.\1.conv.
+    ^final_expand\.(\w+)\.1\.                         heads.\1.norm.
+    ^final_expand\.(\w+)\.                            heads.\1.expand.
+    ^final_project\.(\w+)\.                           heads.\1.project.
+    \.expand\.weight$                                 .linear.weight
+""".strip().splitlines()]
+_PUBLISHED_NAMES += [(rf"\.{published}\.", f".{name}.") for published, name in PUBLISHED_TASKS.items()]
 
 
 def published_config(state: dict[str, Tensor]) -> dict:
@@ -2006,11 +1933,11 @@ def published_config(state: dict[str, Tensor]) -> dict:
     heads."""
     semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
     lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
-    kind = ("semantic" if semantic else "feature", "lite" if lite else "dense")
+    config = DecoderConfig(ctm="semantic" if semantic else "feature", head="lite" if lite else "dense")
     heads = {m[1]: len(value) for key, value in state.items()
              if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
     return {"tasks": {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()},
-            "variant": next(name for name, row in VARIANTS.items() if (row["ctm"], row["head"]) == kind)}
+            "variant": next(name for name, row in VARIANTS.items() if DecoderConfig(**row) == config)}
 
 
 def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
@@ -2022,27 +1949,24 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """
     if not isinstance(checkpoint, dict):
         checkpoint = read_tensors(checkpoint)
-    if isinstance(checkpoint, dict):
-        checkpoint = checkpoint.get("model", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    checkpoint = checkpoint.get("model", checkpoint)
+    if not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError("expected a published checkpoint: a state_dict or {'model': state_dict}")
-    own = model.state_dict()
-    description = own.pop("_extra_state")    # published files have none
-    state = {}
+    state, own = {}, model.state_dict()
     for key, value in checkpoint.items():
         if not key.endswith("relative_position_index"):    # a constant, which timm computes
             state |= _convert_published(key, value)
-    problems = [f"missing: {key}" for key in own if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    problems += [f"shape: {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
-                 for key, value in state.items() if key in own and own[key].shape != value.shape]
+    state["_extra_state"] = own["_extra_state"]    # published files have none
+    shapes, expected = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, own))
+    problems = [f"{key}: expected {expected.get(key, 'nothing')}, found {shapes.get(key, 'nothing')}"
+                for key in expected | shapes if expected.get(key) != shapes.get(key)]
     found = published_config(checkpoint)
     if list(found["tasks"]) != list(model.tasks):    # all shapes may fit
         problems += [f"tasks: {list(found['tasks'])}, concatenated in another order than {list(model.tasks)}"]
     if problems:
         raise ValueError(f"the checkpoint, of the variant {found['variant']}, does not fit the model; nothing was "
                          "loaded:\n  " + "\n  ".join(problems))
-    model.load_state_dict(state | {"_extra_state": description})
+    model.load_state_dict(state)
     return len(checkpoint)
 
 
@@ -2065,7 +1989,7 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
     """One published tensor -> the tensors here, by name."""
     name = key.removeprefix("module.")
     for pattern, replacement in _PUBLISHED_NAMES:
-        name = pattern.sub(replacement, name)
+        name = re.sub(pattern, replacement, name)
     if "downsample.norm" in name or "downsample.reduction" in name:
         # Patch merging. A cell of 2x2 pixels is (c, row, column) in the published weights, (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}

@@ -42,7 +42,6 @@ from evaluate import write_onnx
 from metrics import Labels, boundary_counts
 from mtmamba import (
     CTM,
-    HAS_TRITON,
     SCTM,
     SS2D,
     STM,
@@ -50,8 +49,7 @@ from mtmamba import (
     K,
     MTMamba,
     SwinTransformerBlock,
-    has_mamba_ssm,
-    has_numba,
+    backend_fault,
     selective_scan_2d,
     set_backend,
     triton,
@@ -169,6 +167,10 @@ def report(rows: list[dict], path: Path | None):
         path.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
 
 
+def usable(*backends: str) -> list[str]:
+    return [backend for backend in backends if not backend_fault(backend)]
+
+
 def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = None, sizes: list | None = None,
          backends: dict[str, int] | None = None, N: int = 16) -> list[dict]:
     """The scan from the expanded step size.
@@ -184,9 +186,9 @@ def scan(full: bool = False, dtype: str | None = None, json_file: Path | None = 
     sizes = sizes or ([(batch, *stage) for stage in STAGES for batch in (1, 8)] if DEVICE == "cuda" else
                       [(1, *stage) for stage in STAGES] if full else [(1, 56, 72, 192)])
     if DEVICE == "cpu":
-        backends = backends or dict.fromkeys(["numba"] * has_numba() + ["torch"], 11) | {"loop": 1}
+        backends = backends or dict.fromkeys(usable("numba") + ["torch"], 11) | {"loop": 1}
     else:
-        fast = ["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm()
+        fast = usable("triton", "mamba_ssm")
         backends = backends or dict.fromkeys(fast, 20) | {"torch": 3}
     rate, bandwidth = rates()
     speed = "not measured, no Triton" if rate is None else f"{rate / 1e6:.2f} per ns"
@@ -245,8 +247,7 @@ def model(batch: int | None = None, compile: bool = False, json_file: Path | Non
              {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1})
     size, batch = size or usual_size, batch or (8 if DEVICE == "cuda" else 1)
     if backends is None:
-        backends = (["triton"] * HAS_TRITON + ["mamba_ssm"] * has_mamba_ssm() if DEVICE == "cuda" else
-                    ["numba"] * has_numba()) + ["torch"]
+        backends = [*(usable("triton", "mamba_ssm") if DEVICE == "cuda" else usable("numba")), "torch"]
     print(f"{hardware()}, {encoder}, {size[0]}x{size[1]}, batch {batch}{', compiled' if compile else ''}")
     rows = []
     for backend in backends:

@@ -53,11 +53,12 @@ def record(dtype, batch=8, H=56, W=72, D=768, N=16, R=24) -> list:
     """(kernel, args, kwargs) of each launch of a forward and a backward pass."""
     shapes = [(batch, H, W, D), (batch, H, W, K, R), (K, D, N), *[(batch, H, W, K, N)] * 2, (K, D), (K, D), (K, D, R)]
     x, delta, A, B, C, *rest = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes)
-    inputs = mtmamba._scan_operands("triton", x.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), *rest)
+    inputs = mtmamba._scan_operands(x.to(dtype), delta.to(dtype), A, torch.cat([B, C], dim=-1), *rest, "triton")
+    states = mtmamba._scan_states(x, A, "triton")
     recorders = {name: Recorder(getattr(mtmamba, name)) for name in KERNELS}
     vars(mtmamba).update(recorders)
     try:
-        y, states = mtmamba._triton_forward(*inputs)
+        y = mtmamba._triton_forward(states, *inputs)
         mtmamba._triton_backward(y.to(dtype), states, *inputs)
     finally:
         vars(mtmamba).update({name: recorder.kernel for name, recorder in recorders.items()})

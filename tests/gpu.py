@@ -42,7 +42,7 @@ import benchmark
 from benchmark import DEVICE, STAGES
 
 import mtmamba
-from mtmamba import SS2D, K, has_mamba_ssm, selective_scan_2d
+from mtmamba import SS2D, K, selective_scan_2d
 
 # What runs at the same time, then the seconds on an H100 that we expect (a process takes 5 to start), and that it may
 # take, 540 in all. What a slot leaves of these is for those after it.
@@ -294,7 +294,8 @@ def modes(report: Report):
 def scan(report: Report):
     """Against its bounds, and the backends against each other."""
     report.case("rates", lambda: dict(zip(("exponentials per ms", "bytes per ms"), benchmark.rates())))
-    repeats = {"triton": 1 if DRY else 20} | ({"mamba_ssm": 20} if has_mamba_ssm() and not DRY else {}) | {"torch": 1}
+    others = [] if DRY else benchmark.usable("mamba_ssm")
+    repeats = {"triton": 1 if DRY else 20} | dict.fromkeys(others, 20) | {"torch": 1}
     for backend, each in repeats.items():
         for size in [(batch, *stage) for batch in BATCHES for stage in STAGES]:
             report.case(f"{backend}, {size}", lambda: benchmark.scan(sizes=[size], backends={backend: each}, N=N)[0])

@@ -25,9 +25,9 @@ import mtmamba
 TESTS = Path(__file__).parent
 sys.modules["matplotlib.figure"] = None    # as in conftest.py
 
-if mtmamba.has_numba():    # the scan is compiled once, and not by each process that is forked from this one
+if not mtmamba.backend_fault("numba"):    # the scan is compiled once, not by each process forked from this one
     pixel, each, matrix = (torch.zeros(shape) for shape in ((1, 1, 1, 1), (1, 1, 1, 4, 1), (4, 1, 1)))
-    inputs = pixel, each, matrix, each, each, matrix[:, 0], matrix[:, 0], None, "numba"
+    inputs = pixel, each, matrix, each.repeat(1, 1, 1, 1, 2), matrix[:, 0], matrix[:, 0], None, "numba"
     mtmamba._scan_backward_op(*mtmamba._scan_op(*inputs), *inputs)
 
 

@@ -114,7 +114,7 @@ def test_compare_notices(spoil, message, monkeypatch):
             gpu.compare((1, 2, 3, 2, 2), torch.float32)
 
 
-@pytest.mark.skipif(not mtmamba.HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(mtmamba.backend_fault("triton"), reason="needs Triton")
 def test_dry_run(script, tmp_path, monkeypatch, capsys):
     """Two of its parts; all of them take some minutes."""
     command = list(map(str, [gpu.__file__, "--out", tmp_path / "out", "--dry-run", "--only", "odd", "scan"]))

@@ -32,8 +32,8 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 64, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3),
 # The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 # Several images, segments and chunks, some cut short; rows, columns, a pixel; two blocks of channels or of 16 states.
 TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 10, 1, 1, 2), (1, 1, 2, 2, 18)]
-needs_triton = pytest.mark.skipif(not mtmamba.HAS_TRITON, reason="needs Triton")
-needs_numba = pytest.mark.skipif(not mtmamba.has_numba(), reason="needs Numba")
+needs_triton = pytest.mark.skipif(bool(mtmamba.backend_fault("triton")), reason="needs Triton")
+needs_numba = pytest.mark.skipif(bool(mtmamba.backend_fault("numba")), reason="needs Numba")
 NUMBA, TRITON = pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"    # conftest.py has the interpreter stand in for the GPU
 
@@ -189,7 +189,8 @@ def scan_and_gradients(inputs):
 def run_operators(inputs, queue):
     """Without autograd, which PyTorch does not support after a fork."""
     torch.set_num_threads(2)
-    inputs = [*(t.detach() for t in inputs), None, "numba"]
+    x, delta, A, B, C, *others = (t.detach() for t in inputs)
+    inputs = [x, delta, A, torch.cat([B, C], dim=-1), *others, None, "numba"]
     y, states = mtmamba._scan_op(*inputs)
     gx, g_delta, gBC, g_parameters = mtmamba._scan_backward_op(torch.ones_like(y), states, *inputs)
     queue.put([t.numpy() for t in (y, gx, g_delta, g_parameters[:-2].permute(1, 2, 0), *gBC, *g_parameters[-2:])])
@@ -262,8 +263,7 @@ def test_numba_refuses_what_it_cannot_run():
 def fresh_faults():
     """What cannot be imported is looked for once per process."""
     yield
-    mtmamba._import_fault.cache_clear()
-    mtmamba._numba_fault.cache_clear()
+    mtmamba._find_fault.cache_clear()
 
 
 BROKEN = {"needs NumPy 2.4 or less": "raise ImportError('Numba needs NumPy 2.4 or less')",
@@ -277,8 +277,7 @@ def test_numba_that_is_installed_and_cannot_run(reason, tmp_path, monkeypatch, f
     (tmp_path / "numba.py").write_text(BROKEN[reason])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "numba", raising=False)
-    mtmamba._import_fault.cache_clear()
-    mtmamba._numba_fault.cache_clear()
+    mtmamba._find_fault.cache_clear()
     module, x = SS2D(4, d_state=2), torch.randn(1, 2, 3, 4)
     with pytest.warns(UserWarning, match=reason) as warned:
         y = [module(x), torch.compile(module, fullgraph=True, backend="eager")(x), module(x)]
@@ -291,8 +290,8 @@ def test_numba_that_is_installed_and_cannot_run(reason, tmp_path, monkeypatch, f
 def test_default_backends(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     for has_numba, has_triton in ((True, True), (False, False)):
-        monkeypatch.setattr(mtmamba, "has_numba", lambda: has_numba)
-        monkeypatch.setattr(mtmamba, "HAS_TRITON", has_triton)
+        faults = {"numba": not has_numba, "triton": not has_triton}
+        monkeypatch.setattr(mtmamba, "backend_fault", faults.get)
         for dtype in (torch.float32, torch.bfloat16):
             assert mtmamba.default_backend(cpu, dtype) == ("numba" if has_numba else "torch")
             assert mtmamba.default_backend(cuda, dtype) == ("triton" if has_triton else "torch")
@@ -373,16 +372,17 @@ class RecordedKernel:
 
 
 @needs_triton
-def test_triton_refuses_what_it_cannot_run(monkeypatch):
+def test_triton_refuses_what_it_cannot_run(monkeypatch, fresh_faults):
     inputs = random_inputs(1, 4, 5, 3, 2, device=DEVICE)
     with pytest.raises(RuntimeError, match="found torch.float64"):
         selective_scan_2d(*inputs, backend="triton")
     huge = [t.detach()[:, :1, :1].float().to("meta").expand(-1, 2 ** 14, 2 ** 14, *t.shape[3:]) for t in inputs[:2]]
     monkeypatch.setattr(mtmamba.triton, "JITFunction", type(None))    # pass for the interpreter, which takes any device
     with pytest.raises(ValueError, match="too large"):
-        mtmamba._triton_arguments(*huge, inputs[2], huge[1], huge[1], inputs[6], 1)
+        mtmamba._triton_arguments(*huge, inputs[2], huge[1], inputs[6], 1)
     monkeypatch.undo()
-    monkeypatch.setattr(mtmamba, "HAS_TRITON", False)
+    monkeypatch.setattr(mtmamba, "triton", None)
+    mtmamba._find_fault.cache_clear()
     with pytest.raises(RuntimeError, match="found no Triton.*; use the backend torch"):
         selective_scan_2d(*inputs, backend="triton")
 
@@ -511,13 +511,15 @@ def test_opcheck(backend, dtype, rank, small_blocks):
     if rank:
         inputs[1] = inputs[1].detach()[..., :rank].requires_grad_()
         dt_weight = torch.randn(K, 3, rank, dtype=dtype, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.mtmamba.selective_scan_2d, (*inputs, dt_weight, backend))
+    x, delta, A, B, C, *others = inputs
+    BC = torch.cat([B, C], dim=-1).detach().to(mtmamba._compute_dtype(x)).requires_grad_()
+    torch.library.opcheck(torch.ops.mtmamba.selective_scan_2d, (x, delta, A, BC, *others, dt_weight, backend))
 
 
 def test_computes_in_float32_under_autocast():
     x, *parameters = (t.detach().float() for t in random_inputs(1, 6, 7, 4, 8))
     expected = selective_scan_2d(x.bfloat16().float(), *parameters, backend="torch")
-    for backend in ("torch", "loop", "numba")[:2 + mtmamba.has_numba()]:
+    for backend in ("torch", "loop", "numba")[:3 - bool(mtmamba.backend_fault("numba"))]:
         with torch.autocast("cpu", torch.bfloat16):
             y = selective_scan_2d(x.bfloat16(), *parameters, backend=backend)
         assert y.dtype == torch.bfloat16
@@ -597,15 +599,14 @@ def test_the_scan_proves_itself(backend, monkeypatch, compiled_quickly):
 
 def spoil(monkeypatch, backend, part):
     """A backend that is off by 1e-3 in one number: of y, or of a gradient."""
-    states, *functions = mtmamba._SCANS[backend]
+    functions = dict(zip(("forward", "backward"), mtmamba._SCANS[backend]))
 
     def spoilt(*operands):
-        first, *others = results = functions[part == "backward"](*operands)
-        wrong = others[2] if part == "backward" else first    # the gradients of the parameters, or y
+        results = functions[part](*operands)
+        wrong = results[3] if part == "backward" else results    # the gradients of the parameters, or y
         wrong[-1].flatten()[wrong[-1].abs().argmax()] *= 1.001
         return results
-    monkeypatch.setitem(mtmamba._SCANS, backend, (states, *(
-        spoilt if name == part else function for name, function in zip(("forward", "backward"), functions))))
+    monkeypatch.setitem(mtmamba._SCANS, backend, tuple((functions | {part: spoilt}).values()))
 
 
 @pytest.mark.parametrize("part, named", [("forward", "y"), ("backward", "the gradient of delta_bias")])
@@ -667,9 +668,6 @@ def test_rejects_what_does_not_fit():
     x, delta, A, B, C, skip, bias = random_inputs(1, 4, 5, 3, 2, torch.float32)
     with pytest.raises(ValueError, match=r"expected delta of shape \(1, 4, 5, 4, 3\)"):
         selective_scan_2d(x, delta[:, :3], A, B, C, skip, bias)
-    for backend in mtmamba.BACKENDS:
-        with pytest.raises(ValueError, match="nothing to scan"):
-            selective_scan_2d(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0], skip, bias, backend)
     with pytest.raises(ValueError, match="choose from loop, torch, numba, triton"):
         selective_scan_2d(x, delta, A, B, C, skip, bias, backend="cuda")
 
@@ -679,17 +677,17 @@ def test_mamba_ssm_is_never_replaced_silently(monkeypatch, fresh_faults):
     inputs = random_inputs(1, 4, 5, 3, 2, torch.float32)
 
     def refused(reason):
-        mtmamba._import_fault.cache_clear()
+        mtmamba._find_fault.cache_clear()
         with pytest.raises(RuntimeError, match=reason):
             selective_scan_2d(*inputs, backend="mamba_ssm")
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", types.ModuleType("interface"))
     for kernel in (None, "raise ImportError('undefined symbol: _ZN3c10')"):
         monkeypatch.setattr(importlib, "import_module", lambda name: exec(kernel or f"import {name}"))
         refused(f"found .*{'undefined symbol' if kernel else 'No module named'}(.|\n)*pip install")
-        assert not mtmamba.has_mamba_ssm()
+        assert mtmamba.backend_fault("mamba_ssm")
     monkeypatch.setattr(importlib, "import_module", lambda name: None)
     refused("CUDA tensors")
-    assert mtmamba.has_mamba_ssm()
+    assert mtmamba.backend_fault("mamba_ssm") is None
 
 
 def play_mamba_ssm(monkeypatch):
