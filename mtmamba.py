@@ -187,9 +187,6 @@ class MTMamba(nn.Module):
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
             raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, found "
                              f"{tuple(image.shape)} {image.dtype} (for other channels: MTMamba(..., in_chans=4))")
-        dtype = next(self.stages.parameters()).dtype
-        if image.dtype != dtype and (image.dtype == torch.float64 or not torch.is_autocast_enabled(image.device.type)):
-            raise ValueError(f"expected an image of the weights' type {dtype}, or autocast, found {image.dtype}")
         H, W = image.shape[2:]
         if H < stride or W < stride:
             raise ValueError(f"expected an image of at least {stride}x{stride} pixels, found {H}x{W}; enlarge it")
@@ -541,8 +538,9 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     batch, H, W, d = x.shape
     n = A.shape[-1]
     rank = d if dt_weight is None else dt_weight.shape[-1]
-    shapes = {"delta": (delta, (batch, H, W, K, rank)), "A": (A, (K, d, n)), "B": (B, (batch, H, W, K, n)),
-              "C": (C, (batch, H, W, K, n)), "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
+    pixels = batch, H, W, K
+    shapes = {"delta": (delta, (*pixels, rank)), "A": (A, (K, d, n)), "B": (B, (*pixels, n)), "C": (C, (*pixels, n)),
+              "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
             raise ValueError(f"x {tuple(x.shape)}: expected {name} of shape {expected}, found {tuple(tensor.shape)}")
@@ -829,8 +827,7 @@ class Encoder(nn.Module):
         except (AssertionError, RuntimeError) as error:
             if self.built_for in (None, (H, W)):
                 raise
-            size = "x".join(map(str, self.built_for))
-            raise ValueError(f"{self.name} was built for images of {size} pixels, found {H}x{W}: {error}") from error
+            raise ValueError(f"{self.name} was built for images {self.built_for}, found {H, W}: {error}") from error
         features = self.pyramid(features[-1]) if self.pyramid else [features[i] for i in self.indices]
         if not self.channels_last:
             features = [f.permute(0, 2, 3, 1) for f in features]
@@ -885,14 +882,12 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
     fetch or read files count in load_pretrained_backbone alone, so nothing is fetched on a checkpoint's word."""
     if not timm.is_model(name):
         raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or timm.list_models()")
-    sizes = [{}]
-    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
-        sizes = [{"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)}]
-    if name.startswith("swin_"):
-        # Any input size, and windows that keep their size also on maps smaller than themselves.
-        sizes[0].update(strict_img_size=False, always_partition=True)
+    fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    size = {"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)} if fixed else {}
+    if name.startswith("swin_"):    # any input size, and windows that keep theirs also on smaller maps
+        sizes = [size | {"strict_img_size": False, "always_partition": True}]
     else:    # windows for each image, or position embeddings resized to it
-        sizes = [sizes[0] | {"strict_img_size": False}, {"dynamic_img_size": True}, *sizes]
+        sizes = [size | {"strict_img_size": False}, {"dynamic_img_size": True}, size]
     plain = {key: value for key, value in kwargs.items()
              if not key.startswith(("pretrained", "checkpoint", "cache", "hf_hub"))}
     for added in [size | rate for size in sizes for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
@@ -944,7 +939,7 @@ def _scan_op(*inputs):
 
 @_scan_op.register_fake
 def _scan_fake(x, delta, A, *others):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), _scan_states(x, A, others[-1])
+    return x.new_empty(x.shape), _scan_states(x, A, others[-1])
 
 
 def _scan_states(x: Tensor, A: Tensor, backend: str) -> Tensor:
@@ -969,9 +964,9 @@ def _scan_backward_op(grad_y, states, *inputs):
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
         g_weight = []
         if dt_weight is not None:
-            g = g_delta.flatten(0, 2)
-            g_weight = [torch.einsum("mkd,mkr->kdr", g, delta.to(g.dtype).flatten(0, 2)).to(dt_weight.dtype)]
-            g_delta = torch.einsum("mkd,kdr->mkr", g, dt_weight.to(g.dtype)).view(delta.shape)
+            low_rank, weight = delta.to(g_delta.dtype), dt_weight.to(g_delta.dtype)
+            g_weight = [torch.einsum("bhwkd,bhwkr->kdr", g_delta, low_rank).to(dt_weight.dtype)]
+            g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, weight)
         grads = gx.to(x.dtype), g_delta.to(delta.dtype), gBC, g_parameters, *g_weight
     return [g.contiguous() for g in grads]
 
@@ -979,9 +974,9 @@ def _scan_backward_op(grad_y, states, *inputs):
 @_scan_backward_op.register_fake
 def _scan_backward_fake(grad_y, states, x, delta, A, BC, D, delta_bias, dt_weight, backend):
     n = A.shape[2]
-    parameters = A.new_empty(n + 2, *A.shape[:2], dtype=_compute_dtype(x))
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, dt_weight) if t is not None]
-    return [*grads[:2], BC.new_empty(2, *BC.shape[:4], n), parameters, *grads[2:]]
+    grads = [x.new_empty(x.shape), delta.new_empty(delta.shape), BC.new_empty(2, *BC.shape[:4], n),
+             BC.new_empty(n + 2, *A.shape[:2])]
+    return grads if dt_weight is None else [*grads, dt_weight.new_empty(dt_weight.shape)]
 
 
 def _scan_setup_context(ctx, inputs, output):
@@ -991,18 +986,15 @@ def _scan_setup_context(ctx, inputs, output):
 
 
 def _scan_autograd(ctx, grad_y, grad_states):
-    # The states leave the operator only to be saved here, so grad_states is None.
+    # The states leave the operator only to be saved here, so grad_states is None. gradcheck tries grad_y None, too.
+    if grad_y is None:
+        return (None,) * 8
     gx, g_delta, gBC, g_parameters, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
     gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
     return gx, g_delta, gA, torch.cat([*gBC], dim=-1), gD, g_bias, *(g_weight or [None]), None
 
 
-def _scan_second_derivative(ctx, *grads):
-    raise RuntimeError("this scan backend has no second derivatives; use the backend loop, which has them")
-
-
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
-_scan_backward_op.register_autograd(_scan_second_derivative)
 
 
 def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__) -> int:
@@ -1931,11 +1923,11 @@ _PUBLISHED_NAMES += [(rf"\.{published}\.", f".{name}.") for published, name in P
 def published_config(state: dict[str, Tensor]) -> dict:
     """MTMamba's arguments "tasks" and "variant" for a published state_dict: its keys show the cross-task block and the
     heads."""
-    semantic = any(re.match(r"(module\.)?block_ctm\.", key) for key in state)
-    lite = any(re.match(r"(module\.)?final_expand\.\w+\.0\.", key) for key in state)
-    config = DecoderConfig(ctm="semantic" if semantic else "feature", head="lite" if lite else "dense")
+    keys = " ".join(state)
+    config = DecoderConfig(ctm="semantic" if "block_ctm." in keys else "feature",
+                           head="lite" if re.search(r"final_expand\.\w+\.0\.", keys) else "dense")
     heads = {m[1]: len(value) for key, value in state.items()
-             if (m := re.fullmatch(r"(?:module\.)?final_project\.(\w+)\.weight", key))}
+             if (m := re.search(r"final_project\.(\w+)\.weight$", key))}
     return {"tasks": {PUBLISHED_TASKS.get(task, task): channels for task, channels in heads.items()},
             "variant": next(name for name, row in VARIANTS.items() if DecoderConfig(**row) == config)}
 

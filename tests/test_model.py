@@ -475,7 +475,6 @@ def test_partial_pretrained_weights_are_an_error(tmp_path):
     (torch.zeros(3, 64, 64), r"\(B, 3, H, W\)"),
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
     (torch.zeros(0, 3, 64, 64), "at least one image"),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "type torch.float32, or autocast, found torch.float64"),
 ])
 def test_rejects_bad_images(tiny_model, image, message):
     with pytest.raises(ValueError, match=message):
@@ -511,7 +510,7 @@ def test_an_encoder_for_one_image_size_says_so(encoder, kwargs):
     model = MTMamba({"depth": 1}, (60, 64), encoder, encoder_kwargs=kwargs, variant="stm1", d_state=1).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 60, 64))["depth"].shape == (1, 1, 60, 64)
-        with pytest.raises(ValueError, match="was built for images of 64x64 pixels, found 64x96: "):
+        with pytest.raises(ValueError, match=r"was built for images \(64, 64\), found \(64, 96\): "):
             model(torch.zeros(1, 3, 60, 90))
     model.encoder.backbone.register_forward_pre_hook(lambda *_: torch.zeros(2) + torch.zeros(3))
     with pytest.raises(RuntimeError, match="size of tensor"):    # not because of the image's size
