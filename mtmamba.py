@@ -109,11 +109,10 @@ VARIANTS = {    # arguments of DecoderConfig
     "stm3": dict(depth=3, ctm=None),
     "swin-multi-task": dict(block="swin", ctm=None),
     "swin-single-task": dict(block="swin", ctm=None, shared_encoder=False),
-    "mfe-wmsa": dict(mfe="wmsa"),       # Table 3
-    "gate-wmsa": dict(gate="wmsa"),     # Table 4
-    # Table 5
-    "fusion-specific": dict(fusion="specific"),
-    "fusion-shared": dict(fusion="shared"),
+    "mfe-wmsa": dict(mfe="wmsa"),                  # Table 3
+    "gate-wmsa": dict(gate="wmsa"),                # Table 4
+    "fusion-specific": dict(fusion="specific"),    # Table 5
+    "fusion-shared": dict(fusion="shared"),        # Table 5
 }
 
 
@@ -155,10 +154,10 @@ class MTMamba(nn.Module):
         encoder_kwargs = dict(encoder_kwargs or {})
         self.in_chans = encoder_kwargs.setdefault("in_chans", in_chans)
 
-        def build_encoder():
-            return Encoder(encoder if self.shared_encoder else copy.deepcopy(encoder), img_size, pretrained,
-                           encoder_kwargs)
-        self.encoder = build_encoder() if self.shared_encoder else per_task(tasks, build_encoder)
+        def build_encoder(encoder):
+            return Encoder(encoder, img_size, pretrained, encoder_kwargs)
+        self.encoder = (build_encoder(encoder) if self.shared_encoder
+                        else per_task(tasks, lambda: build_encoder(copy.deepcopy(encoder))))
         c = self.encoders()[0].channels
         self.stages = nn.ModuleList(DecoderStage(list(tasks), c[3 - i], c[2 - i], i, config) for i in range(3))
         build_head = DenseHead if config.head == "dense" else LiteHead
@@ -289,8 +288,8 @@ def set_backend(module: nn.Module, backend: str | None):
             scan.backend = backend
 
 
-def per_task(tasks: Iterable[str], build) -> nn.ModuleDict:
-    return nn.ModuleDict({t: build() for t in tasks})
+def per_task(tasks: Iterable[str], build, *arguments) -> nn.ModuleDict:
+    return nn.ModuleDict({t: build(*arguments) for t in tasks})
 
 
 class DecoderStage(nn.Module):
@@ -310,8 +309,8 @@ class DecoderStage(nn.Module):
             if config.block == "swin":
                 return decoder_swin_block(dim, (24, 12, 6)[index], shifted=i % 2 == 1, drop_path=drop_path(i))
             return STM(dim, drop_path(i), config)
-        self.expand = per_task(tasks, lambda: PatchExpand(dim_in, dim, factor=2))
-        self.fuse = per_task(tasks, lambda: nn.Linear(2 * dim, dim))
+        self.expand = per_task(tasks, PatchExpand, dim_in, dim, 2)
+        self.fuse = per_task(tasks, nn.Linear, 2 * dim, dim)
         self.blocks = per_task(tasks, lambda: nn.Sequential(*map(build_block, range(config.depth))))
         build_ctm = {"feature": CTM, "semantic": SCTM}.get(config.ctm)
         self.ctm = build_ctm and build_ctm(tasks, dim, drop_path(config.depth), config)
@@ -340,15 +339,15 @@ class CTM(nn.Module):
         super().__init__()
         self.fusion = fusion = config.fusion
         if fusion in ("adaptive", "specific"):
-            self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
-            self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
+            self.norm = per_task(tasks, nn.LayerNorm, dim)
+            self.mfe = per_task(tasks, MFE, dim, dim, config)
         if fusion in ("adaptive", "shared"):
             self.norm_shared = nn.LayerNorm(len(tasks) * dim)
             self.mfe_shared = MFE(len(tasks) * dim, dim, config)
         if fusion == "adaptive":
-            self.gate = per_task(tasks, lambda: build_gate(dim, config))
+            self.gate = per_task(tasks, build_gate, dim, config)
         self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
-        self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
+        self.drop_path = per_task(tasks, DropPath, drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -456,8 +455,8 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """x: (B, H, W, D). c: the map for Delta, B and C if it is not x. Returns (B, H, W, D)."""
         R, N = self.dt_rank, self.d_state
-        c = x if c is None else c
-        projected = F.linear(c, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, R + 2 * N))    # (B, H, W, K, R+2N)
+        projected = F.linear(x if c is None else c, self.x_proj_weight.flatten(0, 1))
+        projected = projected.unflatten(-1, (K, R + 2 * N))                   # (B, H, W, K, R + 2N)
         delta, B, C = projected.split([R, N, N], dim=-1)                      # Eq. 6, 7
         delta = delta.contiguous()    # a copy, so that autograd does not keep all of `projected`
         A = -torch.exp(self.A_log.float().mT.contiguous()).mT    # channels last in memory, as the fast scans read it
@@ -644,12 +643,12 @@ class SCTM(nn.Module):
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
-        self.norm = per_task(tasks, lambda: nn.LayerNorm(dim))
-        self.mfe = per_task(tasks, lambda: MFE(dim, dim, config))
+        self.norm = per_task(tasks, nn.LayerNorm, dim)
+        self.mfe = per_task(tasks, MFE, dim, dim, config)
         self.cross = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
         self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
-        self.drop_path = per_task(tasks, lambda: DropPath(drop_path))
+        self.drop_path = per_task(tasks, DropPath, drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -1054,28 +1053,28 @@ def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: b
     global SEGMENTS
     usual, trained = SEGMENTS, _triton_lengths(model, *images) if images else set(SEGMENTS)
     for ss2d in {m.d_state: m for m in model.modules() if isinstance(m, SS2D)}.values():
-        on_triton = (ss2d.backend or default_backend(ss2d.D.device)) == "triton"
-        lengths = [(length,) for length in usual] if on_triton else [usual]
+        backend = ss2d.backend or default_backend(ss2d.D.device)
+        lengths = [(length,) for length in usual] if backend == "triton" else [usual]
         cases = [(kind, segments, False) for kind in {torch.float32, dtype} for segments in lengths]
         try:
             for kind, SEGMENTS, behind_compile in cases + [(dtype, usual, True)] * compiled:
-                _scan_compare(ss2d, kind, ss2d.training and not trained.isdisjoint(SEGMENTS), behind_compile)
+                gradients = ss2d.training and not trained.isdisjoint(SEGMENTS)
+                _scan_compare(backend, ss2d.d_state, ss2d.D.device, kind, gradients, behind_compile)
         finally:
             SEGMENTS = usual
 
 
-def _scan_compare(ss2d: SS2D, kind: torch.dtype, gradients: bool, compiled: bool):
-    device, N, tolerance = ss2d.D.device, ss2d.d_state, 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
-    backend = ss2d.backend or default_backend(device)
+def _scan_compare(backend: str, N: int, device: torch.device, kind: torch.dtype, gradients: bool, compiled: bool):
+    tolerance = 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
     for name, result in _scan_results(backend, N, device, kind, gradients, compiled).items():
         expected = _scan_reference(N)[name]
         difference = ((result - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:
+            other = "loop" if backend == "torch" else "torch"
             raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
                                f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} ({kind}, "
                                f"{'compiled, ' * compiled}segments {SEGMENTS}, {device}, torch {torch.__version__}); "
-                               f"give {'--no-compile or ' * compiled}--backend "
-                               f"{'loop' if backend == 'torch' else 'torch'}")
+                               f"give {'--no-compile or ' * compiled}--backend {other}")
 
 
 CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
@@ -1092,9 +1091,9 @@ def _scan_results(backend: str, N: int, device: torch.device, dtype: torch.dtype
     inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
                   B=normal(B, H, W, K, N), C=normal(B, H, W, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
                   delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
-    half, parameters = dtype.itemsize == 2, _compute_dtype(torch.empty(0, dtype=dtype))
-    leaves = {name: t.to(device, dtype if name in ("x", "delta") else parameters, copy=True).requires_grad_(gradients)
-              for name, t in inputs.items()}
+    half = dtype.itemsize == 2
+    leaves = {name: t.to(device, torch.float32 if half and name not in ("x", "delta") else dtype, copy=True)
+              .requires_grad_(gradients) for name, t in inputs.items()}
     scan = torch.compile(selective_scan_2d, fullgraph=True, dynamic=False) if compiled else selective_scan_2d
     with torch.autocast(device.type, dtype, enabled=half), torch.set_grad_enabled(gradients):
         results = {"y": scan(**leaves, backend=backend)}
@@ -1390,14 +1389,15 @@ def _numba_inputs(x, delta, A, BC, delta_bias) -> tuple[Tensor, ...]:
 
 def _numba_blocks(t: Tensor) -> Tensor:
     """Its last dimension filled up to whole blocks of channels, with zeros."""
-    return F.pad(t, (0, -t.shape[-1] % BLOCK)).contiguous() if t.shape[-1] % BLOCK else t.contiguous()
+    missing = -t.shape[-1] % BLOCK
+    return (F.pad(t, (0, missing)) if missing else t).contiguous()
 
 
 def _numba_run(name: str, x: Tensor, *tensors: Tensor):
     """Runs one of _numba_kernels on all units, in several parts per thread, as some threads are slower."""
     kernels, arrays = _numba_kernels(stored=True), [t.detach().numpy() for t in tensors]
     threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
-    parts = min(units, 4 * threads) if threads > 1 else 1
+    parts = min(units, 4 * threads)
 
     def run(part):
         arguments = units * part // parts, units * (part + 1) // parts, *arrays, *x.shape[1:3]
@@ -1528,7 +1528,8 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
     sum_t (A_bar_1 .. A_bar_t) C_t gy_t; and the states before each STEPS steps (SEGMENT / STEPS, N, D).
     """
     d, segment, program = _triton_program(segments, D, BLOCK)
-    block_n, program = program % tl.cdiv(N, TILE_N) * TILE_N, program // tl.cdiv(N, TILE_N)
+    tiles = tl.cdiv(N, TILE_N)
+    block_n, program = program % tiles * TILE_N, program // tiles
     k, sample = program // (2 * batch) + program % 2 * 2, (program // 2 % batch).to(tl.int64) * H * W
     n = block_n + tl.arange(0, TILE_N)
     in_D, in_N = d < D, n < N
@@ -1536,8 +1537,7 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
     sequence = program.to(tl.int64) * segments + segment
     A_k = tl.load(A + k * N * D + tile, in_tile, 0) * LOG2_E    # for exp2
     bias_k = tl.load(bias + k * D + d, in_D, 0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    h = tl.zeros((TILE_N, BLOCK), tl.float32)
+    total, h = tl.zeros((BLOCK,), tl.float32), tl.zeros((TILE_N, BLOCK), tl.float32)
     pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
     x, delta = x + sample * D + d, delta + sample * delta_pixel + k.to(tl.int64) * delta_k + d
     BC += (sample * 4 + k) * 2 * N + n
@@ -1776,8 +1776,8 @@ def _triton_arguments(x, delta, A, BC, delta_bias, segments):
         delta = delta.contiguous()
     if H * W * max(K * d, K * 2 * n, delta.stride(0)) >= 2 ** 31:
         raise ValueError(f"the map {tuple(x.shape)} is too large for the scan backend triton; use the backend torch")
-    arguments = (x.contiguous(), delta, A.mT.contiguous(), BC.contiguous(), delta_bias.contiguous(), H, W, d, segments,
-                 *delta.stride()[:2], batch)
+    x, A, BC, delta_bias = (t.contiguous() for t in (x, A.mT, BC, delta_bias))
+    arguments = x, delta, A, BC, delta_bias, H, W, d, segments, *delta.stride()[:2], batch
     sizes = dict(N=n, SEGMENT=_triton_segment(batch, H * W, d), num_warps=1)
     tiled = dict(sizes, TILE_N=min(TILE_N, triton.next_power_of_2(n)))
     if n <= TILE_N and not torch.version.hip:    # AMD's compiler has no such option
@@ -1864,12 +1864,8 @@ def _expect_backend(backend: str, x: Tensor):
                            f"float16, found {fault or f'{x.dtype} on {x.device}'}; use the backend torch")
 
 
-_SCANS = {
-    "torch": (_torch_forward, _torch_backward),
-    "numba": (_numba_forward, _numba_backward),
-    "triton": (_triton_forward, _triton_backward),
-    "mamba_ssm": (_mamba_ssm_forward, _mamba_ssm_backward),
-}
+_SCANS = {"torch": (_torch_forward, _torch_backward), "numba": (_numba_forward, _numba_backward),
+          "triton": (_triton_forward, _triton_backward), "mamba_ssm": (_mamba_ssm_forward, _mamba_ssm_backward)}
 BACKENDS = ("loop", *_SCANS)
 
 
@@ -1982,7 +1978,7 @@ def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
     name = key.removeprefix("module.")
     for pattern, replacement in _PUBLISHED_NAMES:
         name = re.sub(pattern, replacement, name)
-    if "downsample.norm" in name or "downsample.reduction" in name:
+    if ".downsample." in name:
         # Patch merging. A cell of 2x2 pixels is (c, row, column) in the published weights, (column, row, c) in timm's.
         return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
     if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):

@@ -495,7 +495,7 @@ def test_a_derivative_that_a_backend_lacks_raises(kind):
 def test_second_derivatives_raise():
     x, *others = random_inputs(1, 2, 3, 2, 2)
     gradient, = torch.autograd.grad(selective_scan_2d(x, *others, backend="torch").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="through mtmamba::selective_scan_2d_backward"):
+    with pytest.raises(RuntimeError, match="through mtmamba.+selective_scan_2d_backward"):
         gradient.sum().backward()
 
 
@@ -632,7 +632,7 @@ def test_scoring_notices_only_what_it_computes(monkeypatch):
     mtmamba.check_scan(module)
     with pytest.raises(RuntimeError, match="the gradient of"):
         mtmamba.check_scan(module.train())
-    monkeypatch.setattr(mtmamba, "_scan_compare", lambda *case: plain(*case) if case[3] else None)
+    monkeypatch.setattr(mtmamba, "_scan_compare", lambda *case: plain(*case) if case[-1] else None)
     monkeypatch.setattr(torch, "compile", lambda scan, **_: lambda **inputs: scan(**inputs) * 1.001)
     with pytest.raises(RuntimeError, match="compiled.*give --no-compile or --backend loop"):
         mtmamba.check_scan(module.eval(), compiled=True)
@@ -643,7 +643,7 @@ def test_triton_proves_the_segments_of_the_model(monkeypatch):
     with torch.device("meta"):
         model = mtmamba.MTMamba({"depth": 1}, encoder="swin-large", variant="stm1", backend="triton")
     cases = []
-    monkeypatch.setattr(mtmamba, "_scan_compare", lambda ss2d, kind, gradients, compiled: cases.append(
+    monkeypatch.setattr(mtmamba, "_scan_compare", lambda backend, N, device, kind, gradients, compiled: cases.append(
         (kind, mtmamba.SEGMENTS, gradients, compiled)))
     usual = mtmamba.SEGMENTS
     mtmamba.check_scan(model, torch.bfloat16, True, (4, 448, 576))    # 47, 94, 189
