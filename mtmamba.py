@@ -119,20 +119,15 @@ VARIANTS = {    # arguments of DecoderConfig
 class MTMamba(nn.Module):
     """Figure 1: a shared encoder, three decoder stages, a head per task.
 
-    tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. Their order matters:
-        CTM concatenates the tasks' features in this order (Eq. 20). PyTorchModelHubMixin sorts the keys of a dict: let
-        your class take pairs and hand on dict(pairs).
+    tasks: output channels by task name, e.g. {"semseg": 40, "depth": 1}. CTM concatenates the tasks' features in this
+        order (Eq. 20). PyTorchModelHubMixin sorts a dict's keys: let your class take pairs and hand on dict(pairs).
     img_size: (height, width) for encoders whose weights depend on it. Swin's do not.
     encoder: a key of ENCODERS; any timm model with features at strides 4, 8, 16 and 32, or a plain ViT; or a module of
         your own, see Encoder. train.py knows encoders by name, so a module is for Python alone.
     pretrained: load timm's pretrained encoder weights. Raises where timm has none or they do not fit.
-    encoder_kwargs: more arguments of timm.create_model.
-    variant: a key of VARIANTS.
-    output_scale: size of the outputs divided by the image's, a whole number. It is 2 in the recipe of Cityscapes,
-        where images are halved and labels are not.
-    d_state: N.
-    backend: of the scan, see selective_scan_2d.
-    in_chans: channels of the images.
+    encoder_kwargs: more arguments of timm.create_model. variant: a key of VARIANTS. d_state: N.
+    output_scale: size of the outputs divided by the image's, a whole number; 2 for Cityscapes, with halved images.
+    backend: of the scan, see selective_scan_2d. in_chans: channels of the images.
     An entry of `heads` may be replaced by any module (B, h, w, C_1) -> (B, n h, n w, C_t) with a whole number n:
     predict checks its output and resizes it.
     """
@@ -154,10 +149,9 @@ class MTMamba(nn.Module):
         encoder_kwargs = dict(encoder_kwargs or {})
         self.in_chans = encoder_kwargs.setdefault("in_chans", in_chans)
 
-        def build_encoder(encoder):
-            return Encoder(encoder, img_size, pretrained, encoder_kwargs)
-        self.encoder = (build_encoder(encoder) if self.shared_encoder
-                        else per_task(tasks, lambda: build_encoder(copy.deepcopy(encoder))))
+        arguments = img_size, pretrained, encoder_kwargs
+        self.encoder = (Encoder(encoder, *arguments) if self.shared_encoder
+                        else per_task(tasks, lambda: Encoder(copy.deepcopy(encoder), *arguments)))
         c = self.encoders()[0].channels
         self.stages = nn.ModuleList(DecoderStage(list(tasks), c[3 - i], c[2 - i], i, config) for i in range(3))
         build_head = DenseHead if config.head == "dense" else LiteHead
@@ -166,10 +160,9 @@ class MTMamba(nn.Module):
         set_backend(self, backend)
 
     def forward(self, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals); s is
-        output_scale.
+        """(B, 3, H, W) -> {task: (B, C_t, s H, s W)}, raw outputs (logits, metres, unnormalised normals).
 
-        H and W are 32 or more. The image is padded inside (bottom and right, zeros) and the outputs are cropped back.
+        s is output_scale. H and W are 32 or more. The image is padded inside (zeros) and the outputs are cropped back.
         tasks: run the heads of these tasks only. The decoder always runs for all, because tasks exchange features.
         Under autocast, any float type but float64 is accepted.
         """
@@ -215,7 +208,7 @@ class MTMamba(nn.Module):
                 raise ValueError(f"expected the head of {t} to make (B, n h, n w, {self.tasks[t]}) of (B, h, w, C), "
                                  f"{tuple(z[t].shape)}, found {tuple(y.shape)}")
             y = y.permute(0, 3, 1, 2)
-            padded = [4 * self.output_scale * h, 4 * self.output_scale * w]
+            padded = [4 * self.output_scale * n for n in (h, w)]
             if list(y.shape[2:]) != padded:
                 # In float32: the gradients are sums over many pixels, and CUDA would add them in y's type.
                 y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
@@ -307,7 +300,7 @@ class DecoderStage(nn.Module):
 
         def build_block(i):
             if config.block == "swin":
-                return decoder_swin_block(dim, (24, 12, 6)[index], shifted=i % 2 == 1, drop_path=drop_path(i))
+                return decoder_swin_block(dim, heads=(24, 12, 6)[index], shift=i % 2 * 6, drop_path=drop_path(i))
             return STM(dim, drop_path(i), config)
         self.expand = per_task(tasks, PatchExpand, dim_in, dim, 2)
         self.fuse = per_task(tasks, nn.Linear, 2 * dim, dim)
@@ -346,7 +339,7 @@ class CTM(nn.Module):
             self.mfe_shared = MFE(len(tasks) * dim, dim, config)
         if fusion == "adaptive":
             self.gate = per_task(tasks, build_gate, dim, config)
-        self.out = per_task(tasks, lambda: nn.Linear(EXPANSION * dim, dim, bias=False))
+        self.out = per_task(tasks, nn.Linear, EXPANSION * dim, dim, False)    # no bias
         self.drop_path = per_task(tasks, DropPath, drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -534,21 +527,18 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
     """
-    batch, H, W, d = x.shape
-    n = A.shape[-1]
+    (*pixels, d), n = x.shape, A.shape[-1]
     rank = d if dt_weight is None else dt_weight.shape[-1]
-    pixels = batch, H, W, K
-    shapes = {"delta": (delta, (*pixels, rank)), "A": (A, (K, d, n)), "B": (B, (*pixels, n)), "C": (C, (*pixels, n)),
-              "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
+    shapes = {"delta": (delta, (*pixels, K, rank)), "A": (A, (K, d, n)), "B": (B, (*pixels, K, n)),
+              "C": (C, (*pixels, K, n)), "D": (D, (K, d)), "delta_bias": (delta_bias, (K, d))}
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
             raise ValueError(f"x {tuple(x.shape)}: expected {name} of shape {expected}, found {tuple(tensor.shape)}")
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    # What torch.compiler.is_exporting() returns; Dynamo of PyTorch 2.7 to 2.11 takes that call for True.
-    exporting = getattr(torch.compiler, "_is_exporting_flag", False) or torch.onnx.is_in_onnx_export()
-    if backend != "loop" and exporting:
+    # The flag is what torch.compiler.is_exporting() returns; Dynamo of PyTorch 2.7 to 2.11 takes that call for True.
+    if backend != "loop" and (getattr(torch.compiler, "_is_exporting_flag", False) or torch.onnx.is_in_onnx_export()):
         raise RuntimeError(f"the scan backend {backend} cannot be exported; use backend='loop' for exports")
     if backend == "loop":
         # Autocast would change the type of products. A .pt2 file cannot hold this context, so it is for autocast alone.
@@ -589,8 +579,7 @@ def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
 class PatchExpand(nn.Module):
     """Linear map, depth to space, LayerNorm: factor times the resolution (Eq. 26; with factor 4 in the head).
 
-    (B, H, W, C_in) -> (B, factor H, factor W, C_out). With Swin, C_out is C_in / 2 at factor 2, so the
-    linear map is C -> 2C. Other encoders' widths need not double from stage to stage.
+    (B, H, W, C_in) -> (B, factor H, factor W, C_out). With Swin, C_out is C_in / 2, so the linear map is C -> 2C.
     """
 
     def __init__(self, dim_in: int, dim_out: int, factor: int):
@@ -645,9 +634,9 @@ class SCTM(nn.Module):
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
         self.norm = per_task(tasks, nn.LayerNorm, dim)
         self.mfe = per_task(tasks, MFE, dim, dim, config)
-        self.cross = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
-        self.gate = per_task(tasks, lambda: nn.Linear(dim, d_inner, bias=False))
-        self.out = per_task(tasks, lambda: nn.Linear(d_inner, dim, bias=False))
+        self.cross = per_task(tasks, nn.Linear, dim, d_inner, False)    # no bias, nor in the next two
+        self.gate = per_task(tasks, nn.Linear, dim, d_inner, False)
+        self.out = per_task(tasks, nn.Linear, d_inner, dim, False)
         self.drop_path = per_task(tasks, DropPath, drop_path)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -755,9 +744,8 @@ def check_heads(dim: int, heads: int):
 def pad_before_shift(module: nn.Module) -> nn.Module:
     """Makes timm's Swin blocks in a module pad the map to whole windows before the cyclic shift. Returns the module.
 
-    Differs from timm, which first shifts and then pads: where the feature map is not a multiple of the window, this
-    puts the padding into the middle of the shifted map. Swin for dense prediction pads first, and so do all published
-    MTMamba weights.
+    Differs from timm, which first shifts: that puts the padding into the middle of the shifted map. Swin for dense
+    prediction pads first, and so do all published MTMamba weights.
     """
     for block in module.modules():
         if isinstance(block, SwinTransformerBlock):
@@ -769,24 +757,22 @@ def _padded_attention(block: SwinTransformerBlock, x: Tensor) -> Tensor:
     return type(block)._attn(block, pad_to_windows(x, block.window_size))[:, :x.shape[1], :x.shape[2]]
 
 
-def decoder_swin_block(dim: int, heads: int, shifted: bool, drop_path: float) -> nn.Module:
+def decoder_swin_block(dim: int, heads: int, shift: int, drop_path: float) -> nn.Module:
     """A block of Table 2's Swin baselines: window 12, MLP ratio 4."""
     check_heads(dim, heads)
-    # always_partition and dynamic_mask: the window stays 12 and the mask is made for each input's size, so the
-    # resolution given here plays no part.
+    # The window stays 12, the mask is made for each input's size, so the resolution given here plays no part.
     return pad_before_shift(SwinTransformerBlock(
-        dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=6 if shifted else 0,
-        drop_path=drop_path, always_partition=True, dynamic_mask=True))
+        dim, input_resolution=(12, 12), num_heads=heads, window_size=12, shift_size=shift, drop_path=drop_path,
+        always_partition=True, dynamic_mask=True))
 
 
 class Encoder(nn.Module):
     """Section 3.3, Eq. 9: a backbone's features at strides 4, 8, 16, 32, each through its own LayerNorm.
 
     (B, 3, H, W), H and W multiples of 32 -> four features (B, H/s, W/s, C_s). `channels` holds the four C_s.
-    encoder: a name, as in MTMamba, or a module that returns the four maps, in a list or tuple. Its attribute `channels`
-        tells their channels. They are NCHW, unless its attribute `output_fmt` is "NHWC".
-    Other arguments as in MTMamba. Some of timm's models take images of one size alone, which is img_size padded to
-    multiples of 32.
+    encoder: as in MTMamba. A module returns the four maps, in a list or tuple. Its attribute `channels` tells their
+        channels. They are NCHW, unless its attribute `output_fmt` is "NHWC".
+    Some of timm's models take images of one size alone, which is img_size padded to multiples of 32.
     """
 
     def __init__(self, encoder: str | nn.Module, img_size: tuple[int, int], pretrained: bool, kwargs: dict):
@@ -898,11 +884,8 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
-    """Loads timm's pretrained weights into a features_only model. Raises where one is missing.
-
-    timm loads such a model with strict=False and does not report missing tensors. It loads the whole classifier
-    strictly, so the tensors are copied from there.
-    """
+    """Loads timm's pretrained weights into a features_only model. Raises where one is missing. timm itself does not
+    report that, but for a whole classifier, so the tensors are copied from there."""
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
@@ -941,7 +924,7 @@ def _scan_fake(x, delta, A, *others):
     return x.new_empty(x.shape), _scan_states(x, A, others[-1])
 
 
-def _scan_states(x: Tensor, A: Tensor, backend: str) -> Tensor:
+def _scan_states(x, A, backend):
     """Memory for the states at the starts of chunks or segments."""
     (batch, H, W, d), n = x.shape, A.shape[-1]
     steps = _triton_segment(batch, H * W, d) if backend == "triton" else CHUNK
@@ -996,7 +979,7 @@ def _scan_autograd(ctx, grad_y, grad_states):
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 
 
-def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__) -> int:
+def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__):
     """Of the forward operator, from its shapes, for PyTorch's FlopCounterMode, which counts 2 per multiply-add: 9 N + 1
     of them per step and channel, as in the paper's counts, and R to expand delta."""
     return 2 * math.prod(x) * A[0] * (9 * A[-1] + 1 + (0 if dt_weight is None else dt_weight[-1]))
@@ -1007,7 +990,7 @@ flop_registry[torch.ops.mtmamba.selective_scan_2d_backward] = shape_wrapper(
     lambda grad_y, states, *shapes, **_: 2 * _scan_flops(*shapes))
 
 
-def _scan_operands(x, delta, A, BC, D, delta_bias, dt_weight, backend) -> tuple[Tensor, ...]:
+def _scan_operands(x, delta, A, BC, D, delta_bias, dt_weight, backend):
     """The operator's inputs in the type that we compute in, with delta expanded to (B, H, W, K, D)."""
     dtype = _compute_dtype(x)
     if backend != "triton":    # whose kernels read these in any type
@@ -1018,12 +1001,12 @@ def _scan_operands(x, delta, A, BC, D, delta_bias, dt_weight, backend) -> tuple[
     return x, delta, A, BC, D, delta_bias
 
 
-def _parameter_gradients(gA: Tensor, gD: Tensor, g_bias: Tensor) -> Tensor:
+def _parameter_gradients(gA, gD, g_bias):
     """(K, N, D), (K, D), (K, D) -> (N + 2, K, D)"""
     return torch.cat([gA.transpose(0, 1), gD[None], g_bias[None]])
 
 
-def _is_transformed(t: Tensor) -> bool:
+def _is_transformed(t):
     """Whether jvp or torch.func.grad differentiates t. A custom operator would drop jvp's tangents in silence."""
     if torch.compiler.is_dynamo_compiling():    # Dynamo knows it of the program, not of a tensor
         return forward_ad._current_level >= 0
@@ -1044,11 +1027,11 @@ def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
 def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False,
                images: tuple[int, int, int] | None = None):
     """Runs the scan of a model's SS2Ds on its device and compares y and, in training mode, all gradients with `loop` in
-    float64 on the CPU. Raises RuntimeError where they differ. The inputs are fixed, PyTorch's random numbers untouched.
+    float64 on the CPU. Raises RuntimeError where they differ. PyTorch's random numbers are untouched.
 
-    dtype: of autocast; float32 is compared in any case. compiled: compares the scan behind torch.compile, too.
-    images: (B, H, W) of the batches that an MTMamba is trained with. "triton" is compared with segments of each length,
-        and its gradients with those that the stages take for these batches (None: each).
+    dtype: of autocast, compared beside float32. compiled: compares the scan behind torch.compile, too.
+    images: (B, H, W) of the batches of a training. "triton" is compared with segments of each length, its gradients
+        with those that the stages take for these batches (None: each).
     """
     global SEGMENTS
     usual, trained = SEGMENTS, _triton_lengths(model, *images) if images else set(SEGMENTS)
@@ -1064,7 +1047,7 @@ def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: b
             SEGMENTS = usual
 
 
-def _scan_compare(backend: str, N: int, device: torch.device, kind: torch.dtype, gradients: bool, compiled: bool):
+def _scan_compare(backend, N, device, kind, gradients, compiled):
     tolerance = 1e-4 if kind == torch.float32 else 8 * torch.finfo(kind).eps
     for name, result in _scan_results(backend, N, device, kind, gradients, compiled).items():
         expected = _scan_reference(N)[name]
@@ -1080,16 +1063,15 @@ def _scan_compare(backend: str, N: int, device: torch.device, kind: torch.dtype,
 CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
 
 
-def _scan_results(backend: str, N: int, device: torch.device, dtype: torch.dtype, gradients: bool,
-                  compiled: bool) -> dict[str, Tensor]:
+def _scan_results(backend, N, device, dtype, gradients, compiled) -> dict[str, Tensor]:
     """What selective_scan_2d makes of fixed inputs: y and, if asked for, their gradients, in float64 on the CPU. dtype:
     of x and delta, and of autocast."""
-    generator, (B, H, W, D) = torch.Generator().manual_seed(0), CHECKED
+    generator, (B, H, W, D), matrix = torch.Generator().manual_seed(0), CHECKED, (*CHECKED[:3], K, N)
 
     def normal(*shape):    # numbers that are the same in each float type
         return torch.randn(shape, generator=generator).bfloat16().double()
     inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
-                  B=normal(B, H, W, K, N), C=normal(B, H, W, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
+                  B=normal(*matrix), C=normal(*matrix), D=normal(K, D), dt_weight=normal(K, D, 3),
                   delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
     half = dtype.itemsize == 2
     leaves = {name: t.to(device, torch.float32 if half and name not in ("x", "delta") else dtype, copy=True)
@@ -1104,14 +1086,13 @@ def _scan_results(backend: str, N: int, device: torch.device, dtype: torch.dtype
 
 
 @functools.cache
-def _scan_reference(N: int) -> dict[str, Tensor]:
+def _scan_reference(N):
     return _scan_results("loop", N, torch.device("cpu"), torch.float64, gradients=True, compiled=False)
 
 
 # The backend "torch". Sequences are cut into chunks. Inside a chunk, everything but the recurrence itself is done for
 # all steps at once, so that a step costs a single multiply-add. The forward pass keeps the state at each chunk's start.
-# The backward pass computes the states inside the chunk again. Shapes inside are (steps, B, K, N, D): then each step is
-# a contiguous block, and D is innermost, wide enough for vector instructions.
+# Shapes inside are (steps, B, K, N, D): each step is a contiguous block, wide enough for vector instructions.
 CHUNK = 32    # steps; also of the backend "numba"
 
 
@@ -1177,11 +1158,9 @@ BLOCK = 64    # channels, whose loops become vector instructions
 
 
 @functools.cache
-def _numba_kernels(stored: bool):
+def _numba_kernels(stored):
     """The functions forward and backward, by name. Each does the units first, .., last - 1. Each is compiled when it is
-    first called, which takes one to two seconds.
-
-    stored: Numba keeps the compiled code for later processes, in __pycache__ or the user's cache.
+    first called, in one to two seconds, and `stored` for later processes in __pycache__ or the user's cache.
 
     x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
     states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
@@ -1202,8 +1181,7 @@ def _numba_kernels(stored: bool):
 
     @intrinsic
     def stack(typing_context, kind):
-        """Memory for CHUNK x BLOCK numbers on the stack. The compiler knows that no array overlaps it, so it can use
-        vector instructions without checks."""
+        """Memory for CHUNK x BLOCK numbers. No array overlaps it, so vector instructions need no checks."""
         def generate(context, builder, signature, arguments):
             pointer = cgutils.alloca_once(builder, context.get_value_type(kind.dtype), CHUNK * BLOCK)
             pointer.align = 64
@@ -1380,20 +1358,20 @@ def _numba_backward(grad_y, states, x, delta, A, BC, D, delta_bias):
             gBC.sum(1).unflatten(2, x.shape[1:3]), _parameter_gradients(gA, gD, g_delta.sum((0, 1))))
 
 
-def _numba_inputs(x, delta, A, BC, delta_bias) -> tuple[Tensor, ...]:
+def _numba_inputs(x, delta, A, BC, delta_bias):
     x, delta, B, C = (t.flatten(1, 2) for t in (x, delta, *BC.chunk(2, dim=-1)))
     x, delta, A, delta_bias = map(_numba_blocks, (x, delta, A.transpose(1, 2) * math.log2(math.e), delta_bias))
     # A copy of the one parameter: FSDP resizes its memory, and numpy() would forbid that.
     return x, delta, A, B.contiguous(), C.contiguous(), delta_bias.clone()
 
 
-def _numba_blocks(t: Tensor) -> Tensor:
+def _numba_blocks(t):
     """Its last dimension filled up to whole blocks of channels, with zeros."""
     missing = -t.shape[-1] % BLOCK
     return (F.pad(t, (0, missing)) if missing else t).contiguous()
 
 
-def _numba_run(name: str, x: Tensor, *tensors: Tensor):
+def _numba_run(name, x, *tensors):
     """Runs one of _numba_kernels on all units, in several parts per thread, as some threads are slower."""
     kernels, arrays = _numba_kernels(stored=True), [t.detach().numpy() for t in tensors]
     threads, units = torch.get_num_threads(), len(x) * K * (tensors[0].shape[2] // BLOCK)
@@ -1411,12 +1389,12 @@ def _numba_run(name: str, x: Tensor, *tensors: Tensor):
 
 
 @functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+def _pool(threads, process):
     """One per process, because a fork does not copy threads. Its threads do not spin."""
     return ThreadPoolExecutor(threads, "mtmamba")
 
 
-def _run_mamba_ssm(x, delta, A, BC, D, delta_bias, grad: bool):
+def _run_mamba_ssm(x, delta, A, BC, D, delta_bias, grad):
     """The kernel's inputs and y. The kernel has channels first, (B, K D, L); the directions are its groups."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -1430,8 +1408,7 @@ def _run_mamba_ssm(x, delta, A, BC, D, delta_bias, grad: bool):
 
 def _mamba_ssm_forward(states, x, *operands):
     _, y = _run_mamba_ssm(x, *operands, grad=False)
-    y = _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3])                   # (B, H, W, K, D)
-    return y.sum(3)
+    return _from_sequences(y.unflatten(1, (K, -1)).permute(3, 0, 1, 2), *x.shape[1:3]).sum(3)         # Eq. 12
 
 
 def _mamba_ssm_backward(grad_y, states, x, *operands):
@@ -1451,16 +1428,14 @@ def _mamba_ssm_backward(grad_y, states, x, *operands):
 # (_triton_combine), the outputs (_triton_outputs). The backward pass does the same with the gradients of the states,
 # against the walk (_triton_gradients), and computes the states again from the start states, which were saved.
 #
-# What a reader needs to trust them:
-# - All arithmetic and all sums are in float32. No sum depends on the order in which programs run, none is atomic: equal
-#   inputs give equal bits.
+# - All arithmetic is in float32. No sum depends on the order in which programs run: equal inputs give equal bits.
 # - A program is a single warp. Its tiles are (state, channel), neighbouring channels in neighbouring lanes and up to
 #   TILE_N states of a channel in one thread, where the sum over states of Eq. 4 costs nothing. Lanes exchange data in
 #   _triton_gradients alone: B and C, which it keeps one state per lane, and the sums over channels in their gradients.
 # - A program reads back only what it has written itself (y, gx, g_ends, gA), after a barrier.
 # - Lanes beyond the last channel work on zeros and write nothing.
-# - tests/test_scan.py runs them in Triton's interpreter against float64; tests/compile_kernels.py compiles them, checks
-#   how channels lie in threads, and counts what they cost; tests/gpu.py checks and measures them on a GPU.
+# - tests/test_scan.py runs them in Triton's interpreter, tests/compile_kernels.py compiles them and counts what they
+#   cost, tests/gpu.py checks and measures them on a GPU.
 SEGMENTS = (16, 32, 64, 128)          # steps; at 128 and N = 16 the saved states are as large as x in bfloat16
 SEGMENT_CHANNELS = 2 ** 17            # of all programs: fills 128 multiprocessors with 32 warps each
 STEPS = 8                             # whose decays and states are held in registers; a power of 2, divides SEGMENTS
@@ -1474,7 +1449,7 @@ def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
     # Nor does another size of the map or batch need a kernel of its own.
-    sizes = ["D", "delta_pixel", "delta_k", "H", "W", "segments", "batch"]
+    sizes = "D delta_pixel delta_k H W segments batch".split()
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
@@ -1755,15 +1730,15 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
         tl.store(g_walk + (N + 1) * g_row + d, g_bias_k, in_D)
 
 
-def _triton_segment(batch: int, L: int, D: int) -> int:
+def _triton_segment(batch, L, D):
     """Steps per segment: long ones save memory, short ones give more programs to a small map."""
     return max([s for s in SEGMENTS if SEGMENT_CHANNELS * s <= batch * L * D], default=SEGMENTS[0])
 
 
-def _triton_lengths(model: MTMamba, batch: int, H: int, W: int) -> set[int]:
+def _triton_lengths(model, batch, H, W):
     """The steps per segment that the stages of a model take for such images."""
     H, W = (round_up(n, ENCODER_STRIDES[-1]) for n in (H, W))
-    return {_triton_segment(batch, (H // stride) * (W // stride), ss2d.D.shape[1])
+    return {_triton_segment(batch, H * W // stride ** 2, ss2d.D.shape[1])
             for stride, stage in zip((16, 8, 4), model.stages) for ss2d in stage.modules() if isinstance(ss2d, SS2D)}
 
 
@@ -1831,9 +1806,9 @@ def backend_fault(backend: str) -> str | None:
 
 
 @functools.cache
-def _find_fault(backend: str) -> str | None:
-    """Imports what the backend needs; so Numba, which takes a moment, is imported when the first scan runs. A warning
-    tells, once, that Numba is installed and cannot be used."""
+def _find_fault(backend):
+    """Imports what the backend needs: Numba, which takes a moment, with the first scan. A warning tells, once, that it
+    is installed and cannot be used."""
     if backend == "triton" and not triton:
         return "no Triton, which comes with PyTorch for CUDA"
     modules = {"numba": ["numba"], "mamba_ssm": ["selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"]}
@@ -1854,7 +1829,7 @@ def _find_fault(backend: str) -> str | None:
     return fault
 
 
-def _expect_backend(backend: str, x: Tensor):
+def _expect_backend(backend, x):
     """Raises RuntimeError where a backend cannot run on x."""
     fault, device = backend_fault(backend), {"torch": x.device.type, "numba": "cpu"}.get(backend, "cuda")
     if backend == "triton" and not fault and not isinstance(_triton_outputs, triton.JITFunction):
@@ -1917,8 +1892,7 @@ _PUBLISHED_NAMES += [(rf"\.{published}\.", f".{name}.") for published, name in P
 
 
 def published_config(state: dict[str, Tensor]) -> dict:
-    """MTMamba's arguments "tasks" and "variant" for a published state_dict: its keys show the cross-task block and the
-    heads."""
+    """MTMamba's arguments "tasks" and "variant" for a published state_dict."""
     keys = " ".join(state)
     config = DecoderConfig(ctm="semantic" if "block_ctm." in keys else "feature",
                            head="lite" if re.search(r"final_expand\.\w+\.0\.", keys) else "dense")
@@ -1932,8 +1906,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors; none is left
-    over (timm computes relative_position_index itself). Raises ValueError with all that does not fit, before anything
-    is loaded.
+    over. Raises ValueError with all that does not fit, before anything is loaded.
     """
     if not isinstance(checkpoint, dict):
         checkpoint = read_tensors(checkpoint)
@@ -1959,8 +1932,7 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
 
 
 def read_tensors(path: str | Path):
-    """Reads a file of torch.save that holds tensors and plain values. The tensors are read when they are used, so never
-    write into the file: replace it."""
+    """Tensors and plain values of a file of torch.save, read when they are used. So replace it, never write into it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:
