@@ -211,7 +211,7 @@ class MTMamba(nn.Module):
             padded = [4 * self.output_scale * n for n in (h, w)]
             if list(y.shape[2:]) != padded:
                 # In float32: the gradients are sums over many pixels, and CUDA would add them in y's type.
-                y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear", align_corners=False)
+                y = F.interpolate(y.to(_compute_dtype(y)), padded, mode="bilinear")
             outputs[t] = y[:, :, :H, :W]                             # without decode's padding
         return outputs
 
@@ -323,9 +323,8 @@ class CTM(nn.Module):
 
     config.fusion: "adaptive" is Eq. 24. In Table 5, "specific" hands on the task's own feature alone, and "shared" the
         shared one; they build only what they use.
-    Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a)
-    and the gate has no bias, the two are the same function with the gate's weight negated
-    (load_published_checkpoint does that).
+    Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a) and
+    the gate has no bias, load_published_checkpoint negates its weight.
     """
 
     def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
@@ -398,9 +397,9 @@ class MFE(nn.Module):
         d_inner = EXPANSION * dim
         self.linear = nn.Linear(dim_in, d_inner, bias=False)
         self.wmsa = WindowMSA(d_inner) if config.mfe == "wmsa" else None
-        if config.mfe == "ss2d":
+        if not self.wmsa:
             self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
-            self.ss2d = SS2D(d_inner, config.d_state, dt_rank=math.ceil(dim / 16))
+            self.ss2d = SS2D(d_inner, config.d_state)
             self.norm = nn.LayerNorm(d_inner)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -416,8 +415,8 @@ class SS2D(nn.Module):
     """2D selective scan, Eq. 6-8 and 10-12: projects the map to Delta, B and C per direction, then scans. In
     MTMamba++'s cross SS2D they are projected from a second map; all else is equal.
 
-    No outer projections and no LayerNorm. The projections act on each pixel alone, so the order of the scan
-    does not matter to them: one linear map of the feature map serves all directions.
+    No outer projections and no LayerNorm. The projections act on each pixel alone, so one linear map serves all
+    directions.
     dt_rank: R; None takes ceil(d_inner / (16 alpha)), which is ceil(C / 16).
     Differs: the paper gives A the shape L x C; that of Mamba and of the published weights is D x N, per direction.
     """
@@ -523,8 +522,7 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     backend: "loop": s6 along the four orders; for reading, tests, exports and any kind of derivative.
         "torch": plain PyTorch in chunks, with a backward pass of its own; runs everywhere.
         "numba": this file's loops for CPUs, compiled by the package numba; float32.
-        "triton": this file's GPU kernels.
-        "mamba_ssm": the CUDA kernel of the package mamba-ssm.
+        "triton": this file's GPU kernels. "mamba_ssm": the CUDA kernel of the package mamba-ssm.
         None: default_backend's choice.
     """
     (*pixels, d), n = x.shape, A.shape[-1]
@@ -856,7 +854,7 @@ class FeaturePyramid(nn.Module):
     def resize(self, image: Tensor) -> Tensor:
         """Resizes (B, 3, H, W) so that there are H/16 x W/16 patches: to 14/16 of the size for patches of 14 pixels."""
         size = [n * self.patch // 16 for n in image.shape[2:]]
-        return image if self.patch == 16 else F.interpolate(image, size, mode="bilinear", align_corners=False)
+        return image if self.patch == 16 else F.interpolate(image, size, mode="bilinear")
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         return [make(tokens) for make in self.maps]
@@ -884,8 +882,8 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
-    """Loads timm's pretrained weights into a features_only model. Raises where one is missing. timm itself does not
-    report that, but for a whole classifier, so the tensors are copied from there."""
+    """Loads timm's pretrained weights into a features_only model. Raises where one is missing: timm reports that of a
+    whole classifier alone, so the tensors are copied from there."""
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
@@ -980,8 +978,8 @@ _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
 
 
 def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__):
-    """Of the forward operator, from its shapes, for PyTorch's FlopCounterMode, which counts 2 per multiply-add: 9 N + 1
-    of them per step and channel, as in the paper's counts, and R to expand delta."""
+    """Of the forward operator, from its shapes, for PyTorch's FlopCounterMode: 2 per multiply-add, of which there are
+    9 N + 1 per step and channel, as in the paper's counts, and R to expand delta."""
     return 2 * math.prod(x) * A[0] * (9 * A[-1] + 1 + (0 if dt_weight is None else dt_weight[-1]))
 
 
@@ -997,8 +995,7 @@ def _scan_operands(x, delta, A, BC, D, delta_bias, dt_weight, backend):
         x, delta = x.to(dtype), delta.to(dtype)
     if dt_weight is not None:
         delta = torch.einsum("bhwkr,kdr->bhwkd", delta, dt_weight.to(delta.dtype))
-    A, D, delta_bias = (t.to(dtype) for t in (A, D, delta_bias))
-    return x, delta, A, BC, D, delta_bias
+    return x, delta, A.to(dtype), BC, D.to(dtype), delta_bias.to(dtype)
 
 
 def _parameter_gradients(gA, gD, g_bias):
@@ -1064,8 +1061,7 @@ CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a par
 
 
 def _scan_results(backend, N, device, dtype, gradients, compiled) -> dict[str, Tensor]:
-    """What selective_scan_2d makes of fixed inputs: y and, if asked for, their gradients, in float64 on the CPU. dtype:
-    of x and delta, and of autocast."""
+    """Of fixed inputs: y and, if asked for, gradients, as float64 on the CPU. dtype: of x, delta and autocast."""
     generator, (B, H, W, D), matrix = torch.Generator().manual_seed(0), CHECKED, (*CHECKED[:3], K, N)
 
     def normal(*shape):    # numbers that are the same in each float type
@@ -1171,7 +1167,7 @@ def _numba_kernels(stored):
     from numba.extending import intrinsic
 
     # Numba cannot reload stored code that uses closures. So what the kernels use is global.
-    global single, integer, log2_e, ln_2, shift, stack, wide_vectors, power_of_2, exp2, softplus, place, pixel
+    global single, integer, log2_e, ln_2, shift, stack, wide_vectors, power_of_2, exp2, softplus, pixel
     single, integer = numba.float32, numba.int64
     log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
     shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
@@ -1224,10 +1220,6 @@ def _numba_kernels(stored):
         return max(z, single(0)) + e * (single(0.999999806) + e * (single(-0.499974054) + e * p))
 
     @strict
-    def place(unit, blocks):
-        return unit // (K * blocks), unit // blocks % K, unit % blocks * BLOCK    # image, direction, first channel
-
-    @strict
     def pixel(t, k, H, W):
         t = t if k < 2 else H * W - 1 - t
         return t if k % 2 == 0 else t % H * W + t // H
@@ -1240,7 +1232,7 @@ def _numba_kernels(stored):
         pixels, A_n, h = stack(integer), stack(single), stack(single)
         step, step_u, y_chunk = stack(single), stack(single), stack(single)
         for unit in range(first, last):
-            b, k, d = place(unit, blocks)
+            b, k, d = unit // (K * blocks), unit // blocks % K, unit % blocks * BLOCK    # d: the first channel
             own = slice(d, d + BLOCK)    # d + i as an index would be slower: Numba checks whether it is negative
             for chunk in range(states.shape[2]):
                 steps = min(CHUNK, L - chunk * CHUNK)
@@ -1280,7 +1272,7 @@ def _numba_kernels(stored):
         step, step_u, gy_chunk, A_bar = stack(single), stack(single), stack(single), stack(single)
         before, g_step, g_step_u = stack(single), stack(single), stack(single)
         for unit in range(first, last):
-            b, k, d = place(unit, blocks)
+            b, k, d = unit // (K * blocks), unit // blocks % K, unit % blocks * BLOCK
             own = slice(d, d + BLOCK)
             for chunk in range(states.shape[2] - 1, -1, -1):
                 steps = min(CHUNK, H * W - chunk * CHUNK)
@@ -1448,7 +1440,6 @@ LOG2_E = constexpr and constexpr(math.log2(math.e))
 def _jit(kernel):
     # Where Triton knows that 16 divides D or a stride, it hands several neighbouring channels to a thread, and not the
     # same ones for every tensor. Kernels read back what they have stored, so each channel must stay with its thread.
-    # Nor does another size of the map or batch need a kernel of its own.
     sizes = "D delta_pixel delta_k H W segments batch".split()
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
@@ -1483,8 +1474,8 @@ def _triton_next(pixel, ahead, pixels, more):
 
 @_jit
 def _triton_softplus(z):
-    """Delta, Eq. 8: max(z, 0) + log(1 + e) with e = exp(-|z|), and log(1 + e) / e as a polynomial with a
-    relative error of at most 2e-7 on [0, 1]. So the small Delta at the start of training are accurate, too."""
+    """Delta, Eq. 8: max(z, 0) + log(1 + e) with e = exp(-|z|), and log(1 + e) / e as a polynomial with a relative error
+    of at most 2e-7. So the small Delta at the start of training are accurate, too."""
     e = tl.exp2(tl.abs(z) * -LOG2_E)
     series = -0.107681731 + e * (0.0440896391 + e * -0.0085392092)
     series = 0.999999806 + e * (-0.499974054 + e * (0.3327548 + e * (-0.244954639 + e * (0.177452434 + e * series))))
@@ -1551,8 +1542,7 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
 def _triton_combine(ends, totals, A, batch, segments, D, N: constexpr, BLOCK: constexpr, AHEAD: constexpr,
                     ADJOINT: constexpr):
     """Turns, in place, the ends (pair, B, 2, segments, N, D) of _triton_segments into what enters each segment: its
-    start state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes much longer than
-    the arithmetic."""
+    start state, or the gradient of its end state. AHEAD segments are read at a time, as reading takes longest."""
     d, n, program = _triton_program(N, D, BLOCK)
     k, in_D = program // (2 * batch) + program % 2 * 2, d < D
     A_k = tl.load(A + (k * N + n) * D + d, in_D, 0) * LOG2_E
@@ -1614,9 +1604,8 @@ def _triton_outputs(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delta
 
 @_jit
 def _triton_scatter_sums(values, lane):
-    """Sums 2^m values (32,) over the lanes: lane l gets the sum of value l % 2^m.
-    In each round a lane hands half of its values to a partner, for the other half of the partner's: far fewer exchanges
-    than a sum of every value on its own."""
+    """Sums 2^m values (32,) over the lanes: lane l gets the sum of value l % 2^m. In each round a lane hands half of
+    its values to a partner, for the other half of the partner's: fewer exchanges than a sum of every value."""
     for bit in tl.static_range(5):
         upper, partner, summed = (lane >> bit) % 2 == 1, lane ^ (1 << bit), ()
         for i in tl.static_range(0, len(values), 2):
@@ -1743,8 +1732,7 @@ def _triton_lengths(model, batch, H, W):
 
 
 def _triton_arguments(x, delta, A, BC, delta_bias, segments):
-    """The first arguments of the three kernels that walk, and their compile-time arguments: those of the two that work
-    on tiles of states, and the other's."""
+    """The first arguments of the three kernels that walk; the constants of those with tiles of states, and the last's."""
     (batch, H, W, d), n = x.shape, A.shape[-1]
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
