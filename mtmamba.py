@@ -1060,7 +1060,7 @@ def _scan_compare(backend, N, device, kind, gradients, compiled):
 CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a part of one, as of blocks of channels
 
 
-def _scan_results(backend, N, device, dtype, gradients, compiled) -> dict[str, Tensor]:
+def _scan_results(backend, N, device, dtype, gradients, compiled):
     """Of fixed inputs: y and, if asked for, gradients, as float64 on the CPU. dtype: of x, delta and autocast."""
     generator, (B, H, W, D), matrix = torch.Generator().manual_seed(0), CHECKED, (*CHECKED[:3], K, N)
 
@@ -1732,7 +1732,7 @@ def _triton_lengths(model, batch, H, W):
 
 
 def _triton_arguments(x, delta, A, BC, delta_bias, segments):
-    """The first arguments of the three kernels that walk; the constants of those with tiles of states, and the last's."""
+    """The first arguments of the kernels that walk; the constants of those with tiles of states, and of the last one."""
     (batch, H, W, d), n = x.shape, A.shape[-1]
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:
