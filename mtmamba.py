@@ -1732,7 +1732,7 @@ def _triton_lengths(model, batch, H, W):
 
 
 def _triton_arguments(x, delta, A, BC, delta_bias, segments):
-    """The first arguments of the kernels that walk; the constants of those with tiles of states, and of the last one."""
+    """The first arguments of the kernels that walk; the constants of those with tiles of states, and of the last."""
     (batch, H, W, d), n = x.shape, A.shape[-1]
     delta = delta.flatten(0, 2)    # a copy only where pixels are not evenly spaced
     if delta.stride(2) != 1 and d > 1:

@@ -176,6 +176,14 @@ def test_checkpointing_changes_no_gradient(tiny_model, variant, encoder, compile
     assert kept[1] < (0.9 if "resnet" in str(encoder) else 0.6) * kept[0] and kept[2] == kept[0]
 
 
+def test_a_batch_norm_of_ones_own_counts_a_batch_once(tiny_model):
+    model, norm = tiny_model({"depth": 1}, variant="stm1", d_state=1).train(), torch.nn.BatchNorm2d(8)
+    model.heads["depth"] = torch.nn.Sequential(norm, torch.nn.Linear(12, 1))    # of a map with 8 rows
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 32, 32))["depth"].sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
 class OwnBlock(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
