@@ -109,10 +109,13 @@ VARIANTS = {    # arguments of DecoderConfig
     "stm3": dict(depth=3, ctm=None),
     "swin-multi-task": dict(block="swin", ctm=None),
     "swin-single-task": dict(block="swin", ctm=None, shared_encoder=False),
-    "mfe-wmsa": dict(mfe="wmsa"),                  # Table 3
-    "gate-wmsa": dict(gate="wmsa"),                # Table 4
-    "fusion-specific": dict(fusion="specific"),    # Table 5
-    "fusion-shared": dict(fusion="shared"),        # Table 5
+    # Table 3
+    "mfe-wmsa": dict(mfe="wmsa"),
+    # Table 4
+    "gate-wmsa": dict(gate="wmsa"),
+    # Table 5
+    "fusion-specific": dict(fusion="specific"),
+    "fusion-shared": dict(fusion="shared"),
 }
 
 
