@@ -376,7 +376,7 @@ class Run:
         print("configuration:", json.dumps(self.flags))
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
-        references, images = {}, min(len(self.val_set), args.val_images or REFERENCE_IMAGES, REFERENCE_IMAGES)
+        references, images = {}, min(self.scored, REFERENCE_IMAGES)
         if self.train_set.REFERENCES and not args.no_references and self.iteration == 0:
             references["untrained"] = self.evaluate(odsf=True, limit=images)
 
@@ -433,11 +433,8 @@ class Run:
                 batches._shutdown_workers()
 
     def step(self, batches: Iterator[dict]) -> Tensor:
-        """One iteration: forward, backward, update.
-
-        Returns (2, T), on the device: by task the sum of the losses over the batch's images, of all processes, and the
-        number of images with a label. Only these count in a mean.
-        """
+        """One iteration: forward, backward, update. Returns (2, T), on the device: by task the sum of the losses over
+        the batch's images, of all processes, and the number of images with a label, which alone count in a mean."""
         args, sums = self.args, 0
         for group, initial in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = learning_rate(initial, self.iteration, args.iterations)
@@ -485,20 +482,15 @@ class Run:
         return bool(flag)
 
     def evaluate(self, odsf: bool = False, limit: int | None = None) -> dict | None:
-        """Scores the present weights on the validation images, in float32. None where it was interrupted.
-
-        odsf: odsF takes longer than all the rest, so it is computed at the start and at the end only. limit: number of
-        images.
-        """
+        """Scores the present weights on the validation images, in float32. None where it was interrupted. odsf: with
+        odsF, which takes longer than all the rest. limit: number of images."""
         self.evaluation = Evaluation(self.val_set, self.device, self.args.workers, None if odsf else (),
                                      limit or self.scored)
         return evaluate(self.model, self.evaluation, stop=lambda: self.any_process(self.interruption.noted))
 
     def read_losses(self) -> list[list[float]]:
-        """The sums of what step returned since the last line of the log. Waits for the device.
-
-        Raises FloatingPointError where a loss is not finite, so that later weights are never saved.
-        """
+        """The sums of what step returned since the last line of the log. Waits for the device. One that is not finite
+        raises FloatingPointError, so that later weights are never saved."""
         values = torch.stack(list(self.losses.values())).cpu().double()    # (iterations, 2, T)
         for iteration, losses in zip(self.losses, values[:, 0].tolist()):
             for task, loss in zip(self.kinds, losses):
@@ -663,35 +655,30 @@ def draw_curves(folder: Path, labels: Labels):
     for line in read_log(folder / "log.jsonl"):
         for name, value in numbers(line):
             curves[name].append((line["iteration"], value))
+    panels = []    # title and names of curves, column by column
+    for task, kind in labels.kinds.items():
+        metric = kind.metrics[-1]
+        panels += [(f"{kind.title}: losses", f"losses/{task}", f"validation_losses/{task}"),
+                   (f"{kind.title}: {metric}{kind.unit}", f"results/{task}/{metric}")]
+    panels += [("lr", "lr"), ("selection", "selection")]
 
-    def draw(axes, title: str, *names: str):
+    figure = Figure(figsize=(2 * len(panels), 6), layout="constrained")
+    for axes, (title, *names) in zip(figure.subplots(2, len(panels) // 2, sharex=True).T.flat, panels):
         for name in filter(curves.get, names):
             axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 30 else "", label=name.partition("/")[0])
         axes.set(title=title, xlabel="iteration")
-
-    figure = Figure(figsize=(4 * len(labels.kinds) + 4, 6), layout="constrained")
-    *tasks, last = figure.subplots(2, len(labels.kinds) + 1, sharex=True).T
-    for (task, kind), (above, below) in zip(labels.kinds.items(), tasks):
-        draw(above, f"{kind.title}: losses", f"losses/{task}", f"validation_losses/{task}")
-        above.set(ylim=(0, None))
-        if above.lines:
-            above.legend()
-        metric = kind.metrics[-1]
-        draw(below, f"{kind.title}: {metric}{kind.unit}", f"results/{task}/{metric}")
-    for axes, name in zip(last, ("lr", "selection")):
-        draw(axes, name, name)
+        if axes.lines and names[1:]:
+            axes.set(ylim=(0, None))
+            axes.legend()
     with replacing(folder / "curves.png") as file:
         figure.savefig(file, format="png")
     print("curves:    ", folder / "curves.png")
 
 
 def selection_score(results: dict, kinds: Mapping) -> float:
-    """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) where lower is better.
-
-    So relative improvements count, whatever a metric's unit; to first order it is delta_m against any baseline. A
-    task's last metric counts: boundaries are compared by pixelF, as evaluations during the training lack odsF. A metric
-    of 0, whose logarithm is infinite, counts as 1e-6.
-    """
+    """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) if lower is better; to first
+    order, delta_m against any baseline. A task's last metric counts: for boundaries pixelF, as evaluations during the
+    training lack odsF. A metric of 0 counts as 1e-6."""
     logs = [(-1) ** kinds[task].lower_is_better * math.log(max(scores[kinds[task].metrics[-1]], 1e-6))
             for task, scores in results.items()]
     return sum(logs) / len(logs)
@@ -699,15 +686,10 @@ def selection_score(results: dict, kinds: Mapping) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
-def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping = TASKS) -> Tensor:
-    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS.
-    rows: what has the tasks' weights: their kinds."""
-    return make_total(kind, rows)(losses)
-
-
-def make_total(kind: str, rows: Mapping) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """TOTALS[kind] for these tasks: a module that is made of its class, or the function."""
-    total = TOTALS[kind]
+def make_total(name: str, rows: Mapping) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """TOTALS[name], a function or a module, which makes one scalar of the tasks' losses (B,): the mean over the images
+    of an image's total. rows: the tasks' kinds, which have their weights."""
+    total = TOTALS[name]
     return total(rows) if isinstance(total, type) else functools.partial(total, rows)
 
 
@@ -728,11 +710,8 @@ TOTALS: dict[str, Callable | type[nn.Module]] = {"log": log_total, "weighted": w
 
 
 def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:
-    """The loss of each image, (B,), of a task of metrics.TASKS: see Kind.image_losses and the class of its kind.
-
-    output: raw output (B, C_t, H, W). target: labels (B, 1 or C_t, H, W); unknown is 255 in maps of classes, NaN in
-    maps of numbers. Raises ValueError for another task.
-    """
+    """The loss of each image, (B,), of a task of metrics.TASKS (ValueError for another). output: raw output
+    (B, C_t, H, W); target: labels (B, 1 or C_t, H, W), 255 or NaN where unknown."""
     return Labels({"task": (task, output.shape[1])}).kinds["task"].image_losses(output, target)
 
 
@@ -745,11 +724,9 @@ def learning_rate(initial: float, iteration: int, iterations: int) -> float:
 
 def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, rank: int,
                   world: int) -> Iterator[list]:
-    """The indices that this process loads, for each part of each batch from iteration `first` on.
-
-    All samples stand in one order, a pure function of the seed: epoch after epoch, each shuffled again. An iteration
-    takes the next `batch_size` of them, whatever the number of processes, parts and workers.
-    """
+    """The indices that this process loads, for each part of each batch from iteration `first` on. All samples stand in
+    one order, a pure function of the seed: epoch after epoch, each shuffled again. An iteration takes the next
+    `batch_size` of them, whatever the number of processes, parts and workers."""
     @functools.lru_cache(maxsize=2)
     def shuffled(epoch: int) -> np.ndarray:
         return np.random.default_rng([args.seed, epoch]).permutation(len(data_set))
@@ -788,9 +765,8 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     """--init-from with --init-partial: takes the tensors of the same name and shape, those of the encoder and of
     the decoders of tasks that both models have. Returns their names, and prints which ones were not taken.
 
-    A cross-task block concatenates the tasks' features, so it is taken only where the tasks and their order are the
-    same. encoder, encoder_kwargs: of a published checkpoint, which does not name its own. Raises FileNotFoundError, or
-    ValueError where nothing fits.
+    A cross-task block is taken only where the tasks and their order are the same. encoder, encoder_kwargs: of a
+    published checkpoint, which does not name its own. Raises FileNotFoundError, or ValueError where nothing fits.
     """
     published = "published" in read_checkpoint(path)
     source, _ = load_checkpoint(path, torch.device("cpu"), *((encoder, encoder_kwargs) if published else ()))
@@ -828,8 +804,7 @@ class DrawnDropPath(DropPath):
 
 class StochasticDepth:
     """What all DropPaths of a model draw in an iteration, for the images of the whole batch: a pure function of (seed,
-    iteration), made on the CPU. So nothing has to be stored to resume, and a run depends neither on the device, nor on
-    compilation, the number of processes or --accumulate."""
+    iteration), made on the CPU, whatever the device, compilation, number of processes or --accumulate."""
 
     def __init__(self, model: MTMamba, images: int, device: torch.device):
         """images: of a part, which is what the model computes at a time."""
@@ -862,11 +837,8 @@ def align_gradients(model: MTMamba):
 # ----------------------------------------------------------------------------------------------------- interruption
 
 class Interruption:
-    """Notes signals, so that the run can finish its step and save.
-
-    These are SIGTERM, of a cluster or torchrun; SIGUSR1, with which Slurm warns; SIGHUP, of a closed terminal; and
-    SIGINT, of Ctrl-C. Each may come several times, but a second Ctrl-C ends the run at once.
-    """
+    """Notes signals, so that the run can finish its step and save: SIGTERM, of a cluster or torchrun; SIGUSR1, with
+    which Slurm warns; SIGHUP, of a closed terminal; SIGINT, of Ctrl-C. Only a second Ctrl-C ends the run at once."""
 
     noted = False
 

@@ -304,3 +304,120 @@ def test_scores_that_are_not_finite_are_an_error():
 def test_delta_m_against_zero_is_an_error():
     with pytest.raises(ValueError, match="other than 0, found"):
         delta_m({"depth": 1.0}, {"depth": 0.0})
+
+
+def kind_of(task, channels, **labels):
+    name = "albedo" if task == "values" else task
+    return Labels({name: (task, channels)}, **labels).kinds[name]
+
+
+def test_what_differs_by_task():
+    """Weight of the loss, unit, digits, suffix, scaling, and the fewest and most channels."""
+    found = {task: (kind.weight, kind.unit, kind.digits, kind.suffix, kind.scaling, kind.limits)
+             for task, kind in ROWS.items()}
+    assert found == {
+        "semseg": (1, " %", 2, ".png", 0, (2, 255)), "parsing": (2, " %", 2, ".png", 0, (2, 255)),
+        "saliency": (5, " %", 2, ".png", 0, (2, 2)), "normal": (10, "°", 2, ".npy", 0, (3, 3)),
+        "boundary": (50, " %", 2, ".png", 0, (1, 1)), "depth": (1, " m", 4, ".npy", -1, (1, 1)),
+        "disparity": (1, " px", 4, ".npy", 1, (1, 1)), "values": (1, "", 4, ".npy", 0, (1, 255))}
+    assert [task for task, kind in ROWS.items() if kind.lower_is_better] == ["normal", "depth", "disparity", "values"]
+    assert [task for task, kind in ROWS.items() if kind.binary] == ["saliency", "boundary"]
+
+
+@pytest.mark.parametrize("task, channels, values, fits", [
+    ("semseg", 3, [0, 2, 255], True), ("semseg", 3, [3], False), ("semseg", 3, [254], False),
+    ("semseg", 3, [-1], False), ("semseg", 3, [0.0], False),
+    ("saliency", 2, [0, 1, 255], True), ("saliency", 2, [2], False),
+    ("boundary", 1, [0.0, 1.0, 255.0], True), ("boundary", 1, [0.5], False), ("boundary", 1, [np.nan], False),
+    ("boundary", 1, [2], False), ("depth", 1, [0.0, 1.5, np.nan], True), ("depth", 1, [-0.1], False),
+    ("depth", 1, [np.inf], False), ("depth", 1, [1], False)])
+def test_values_of_labels(task, channels, values, fits):
+    kind, label = kind_of(task, channels), np.array([values])
+    if fits:
+        for given in (label, label[None]):
+            checked = kind.check(given, label.shape)
+            expected = np.where(label == 0, np.nan, label) if task == "depth" else label
+            np.testing.assert_array_equal(checked[0], expected)
+            assert checked.dtype == kind.stored and checked.shape == (1, *label.shape)
+    else:
+        with pytest.raises(ValueError, match="expected"):
+            kind.check(label, label.shape)
+    with pytest.raises(ValueError, match=r"the shape \(2, 9\)"):
+        kind.check(label, (2, 9))
+    missing = kind.check(None, (2, 3))
+    assert missing.shape == (1, 2, 3) and missing.dtype == kind.stored and not kind.valid(torch.tensor(missing)).any()
+
+
+def test_normals_of_other_lengths():
+    """Between 0.75 and 1.25 a vector counts as a unit vector; with two fifths far from it, no label is an image of
+    normals. Shorter ones than 0.1 stand where there is no normal."""
+    lengths = np.array([0.76, 1.24, 1, 0.74, 1.26, 0.09, 0])
+    label = np.zeros((3, 1, 7))
+    label[0], label[2] = 0.6 * lengths, -0.8 * lengths
+    kept = {unit: ~np.isnan(kind_of("normal", 3, unit_normals=unit).check(label, (1, 7))).any(0)[0]
+            for unit in (True, False)}
+    assert kept[True].tolist() == [True] * 3 + [False] * 4 and kept[False].tolist() == [True] * 6 + [False]
+    label[:, 0, 2] *= 0.2    # 3 of 6 vectors
+    with pytest.raises(ValueError, match="vectors of length 1, found 43% of other lengths"):
+        kind_of("normal", 3).check(label, (1, 7))
+    label[:, 0, 3:5] = [[0], [0.6], [0.8]]
+    kind_of("normal", 3).check(label, (1, 7))
+    with pytest.raises(ValueError, match="grey"):
+        kind_of("normal", 3).check(np.full((3, 2, 2), 3 ** -0.5), (2, 2))
+
+
+def test_what_augmentation_does_to_values():
+    label = np.float32([[[1, 2, 5]]])
+    for task, factor in (("depth", 0.5), ("disparity", 2), ("values", 1)):
+        for flipped in (False, True):
+            np.testing.assert_array_equal(kind_of(task, 1).augment(label.copy(), 2.0, flipped), factor * label)
+    normal = np.arange(6, dtype=np.float32).reshape(3, 1, 2)
+    for flipped, signs in ((False, [1, 1, 1]), (True, [-1, 1, 1])):
+        moved = kind_of("normal", 3).augment(normal.copy(), 2.0, flipped)
+        np.testing.assert_array_equal(moved, normal * np.reshape(signs, (3, 1, 1)))
+    sided = kind_of("semseg", 4, classes={"semseg": ("bed", "left arm", "right arm", "leg")},
+                    flip_pairs={"semseg": [("left arm", "right arm")]})
+    classes = np.uint8([[[0, 1, 2, 3, 255]]])
+    assert sided.augment(classes, 2.0, True).tolist() == [[[0, 2, 1, 3, 255]]]
+    assert sided.augment(classes, 2.0, False).tolist() == classes.tolist()
+
+
+def test_what_an_owner_should_look_at():
+    normal, depth = kind_of("normal", 3), kind_of("depth", 1)
+    vectors = np.tile(np.float32([[0], [0], [1]]), 8)
+    vectors[2, :2] = -1
+    assert normal.remarks(vectors, True) == []    # a quarter looks away
+    vectors[2, 2] = -1
+    assert "38% of the normals look away" in normal.remarks(vectors, True)[0]
+    for metres, said in ((0.04, True), (0.05, False), (100, False), (101, True)):
+        remarks = depth.remarks(np.array([[metres, metres, 7e3, np.nan, 1e-4]]), True)
+        assert ("metres are expected" in "".join(remarks)) == said
+    assert kind_of("disparity", 1).remarks(np.array([[400.0]]), True) == []
+    assert depth.remarks(np.array([[np.nan]]), True) == ["no pixel has a label"]
+    assert kind_of("boundary", 1).remarks(np.uint8([[0, 255]]), True) == ["no positive pixel has a label"]
+    classes = kind_of("semseg", 8, classes={"semseg": (*"abcdefg", "leftmost")})
+    assert classes.remarks(np.uint8([[7]]), False) == ["7 classes never occur, first a, b, c, d, e, f"]
+    assert len(classes.remarks(np.uint8([[7]]), True)) == 2 and classes.remarks(np.uint8([range(8)]), False) == []
+    assert depth.examples(np.arange(1024.0).reshape(1, 32, 32)).tolist() == [list(range(0, 1024, 4))]
+
+
+def test_pictures():
+    """Colours by hand, and the legend's line for unknown pixels."""
+    colours, lines = kind_of("values", 1).picture(np.float32([[[0, 3, np.nan, 6]]]), np.float32([[0, 6]]))
+    assert colours.tolist() == [[[68, 1, 84], [35, 143, 138], [224, 224, 192], [253, 231, 37]]]
+    assert [text for text, _ in lines] == ["0.00 to 6.00", "unknown"]
+    colours, lines = kind_of("values", 2).picture(np.float32([[[3]], [[4]]]), np.float32([[0, 6], [0, 8]]))
+    assert colours.tolist() == [[[35, 143, 138]]] and [text for text, _ in lines] == ["0.00 to 10.00"]
+    colours, lines = kind_of("normal", 3).picture(np.float32([[[-1, 0]], [[0, 1]], [[0, 0]]]), np.ones((3, 1)))
+    assert colours.tolist() == [[[0, 127, 127], [127, 255, 127]]]
+    assert dict(lines) == {"left": [0, 127, 127], "right": [255, 127, 127], "up": [127, 255, 127],
+                           "down": [127, 0, 127], "to the viewer": [127, 127, 255]}
+    colours, lines = kind_of("boundary", 1).picture(np.float32([[[0, 0.5, 1, 255]]]), np.float32([[0]]))
+    assert colours.tolist() == [[[0] * 3, [127] * 3, [255] * 3, [224, 224, 192]]]
+    assert lines == [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)]), ("unknown", (224, 224, 192))]
+    colours, _ = kind_of("disparity", 1).picture(np.float32([[[-1, 2]]]), np.float32([[2, 4]]))
+    assert colours.tolist() == [[[224, 224, 192], [68, 1, 84]]]
+    colours, lines = kind_of("semseg", 9).picture(np.uint8([[[0, 1, 8]]]), np.uint8([[255]]))
+    assert colours.tolist() == [[[0, 0, 0], [128, 0, 0], [64, 0, 0]]]
+    assert [text for text, _ in lines] == ["class 0", "class 1", "class 8", "unknown"]
+    assert kind_of("boundary", 1).raw(np.float32([[[0.999, 0.2]]])).tolist() == [[254, 51]]
