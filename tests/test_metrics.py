@@ -357,7 +357,7 @@ def test_normals_of_other_lengths():
     kept = {unit: ~np.isnan(kind_of("normal", 3, unit_normals=unit).check(label, (1, 7))).any(0)[0]
             for unit in (True, False)}
     assert kept[True].tolist() == [True] * 3 + [False] * 4 and kept[False].tolist() == [True] * 6 + [False]
-    label[:, 0, 2] *= 0.2    # 3 of 6 vectors
+    label[:, 0, 2] *= 0.11    # 3 of 6 vectors
     with pytest.raises(ValueError, match="vectors of length 1, found 43% of other lengths"):
         kind_of("normal", 3).check(label, (1, 7))
     label[:, 0, 3:5] = [[0], [0.6], [0.8]]
@@ -406,6 +406,8 @@ def test_pictures():
     colours, lines = kind_of("values", 1).picture(np.float32([[[0, 3, np.nan, 6]]]), np.float32([[0, 6]]))
     assert colours.tolist() == [[[68, 1, 84], [35, 143, 138], [224, 224, 192], [253, 231, 37]]]
     assert [text for text, _ in lines] == ["0.00 to 6.00", "unknown"]
+    close = np.float32([[[0, 1.2e-6]]])
+    assert kind_of("values", 1).picture(close, close[0])[0].tolist() == [[[68, 1, 84], [253, 231, 37]]]
     colours, lines = kind_of("values", 2).picture(np.float32([[[3]], [[4]]]), np.float32([[0, 6], [0, 8]]))
     assert colours.tolist() == [[[35, 143, 138]]] and [text for text, _ in lines] == ["0.00 to 10.00"]
     colours, lines = kind_of("normal", 3).picture(np.float32([[[-1, 0]], [[0, 1]], [[0, 0]]]), np.ones((3, 1)))
