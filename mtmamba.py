@@ -469,32 +469,43 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
     """
     delta = F.softplus(delta + delta_bias)                                      # Eq. 8
 
-    def step(h, delta, delta_u, B, C, A):    # (..., N, D); delta, delta_u (..., 1, D); B (..., N, 1), C (..., 1, N)
+    def steps(h, delta, delta_u, B, C, A):    # T of them; h (1, ..., N, D), B (T, ..., N, 1), C (T, ..., 1, N), others D
         A_bar, B_bar_u = torch.exp(delta * A), B * delta_u                      # Eq. 5, with u
-        h = A_bar * h + B_bar_u                                                 # Eq. 3
-        return h, C @ h                                                         # Eq. 4
-    h = u.new_zeros(*u.shape[:-2], *A.mT.shape[-2:])
+        H = []
+        for A_bar_t, B_bar_u_t in zip(A_bar.split(1), B_bar_u.split(1)):
+            h = A_bar_t * h + B_bar_u_t                                         # Eq. 3
+            H.append(h)
+        return h, C @ torch.cat(H)                                              # Eq. 4
+    h = u.new_zeros(1, *u.shape[:-2], *A.mT.shape[-2:])
     sequences = delta[..., None, :], (delta * u)[..., None, :], B[..., None], C[..., None, :]
-    y = _run_steps(step, h, [t.movedim(-3, 0) for t in sequences], A.mT.contiguous())
+    y = _run_steps(steps, h, [t.movedim(-3, 0) for t in sequences], A.mT.contiguous())
     return y.squeeze(-2).movedim(0, -2) + D * u                                 # the skip of Eq. 2
 
 
-def _run_steps(step, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
-    """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
-    with PyTorch's scan operator. That is one node for any L, and exported files run without this project."""
+def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
+    """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported, with
+    PyTorch's scan operator. That is one node for any L, and exported files run without this project.
+
+    A turn of the loop takes T steps, as many as a CPU's cache has room for. At the end zeros fill it up: a Delta of 0
+    leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
+    L = sequences[0].shape[0]
+    T = min(16, max(1, 2 ** 15 // A.numel())) if isinstance(L, int) else 1
+    chunks = [F.pad(t, (0, 0) * (t.ndim - 1) + (0, -L % T)).unflatten(0, (-1, T)) for t in sequences]
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
         # PyTorch 2.11 hands no gradient from step to step unless the first state needs one. Here it is 0, of A.
         h = A.expand_as(h).masked_fill(torch.ones((), dtype=torch.bool, device=h.device), 0)
-        return scan(lambda h, now: step(h, *now, A), h, sequences)[1]
-    if torch.compiler.is_compiling():    # the same operator, without compiling each step function
+        y = scan(lambda h, now: steps(h, *now, A), h, chunks)[1]
+    elif torch.compiler.is_compiling():    # the same operator, without compiling each step function
         from torch._higher_order_ops.scan import scan_op
-        return scan_op(step, [h], sequences, (A,))[1]
-    y = []
-    for now in zip(*sequences):
-        h, y_t = step(h, *now, A)
-        y.append(y_t)
-    return torch.stack(y)
+        y = scan_op(steps, [h], chunks, (A,))[1]
+    else:
+        y = []
+        for now in zip(*chunks):
+            h, y_t = steps(h, *now, A)
+            y.append(y_t)
+        y = torch.stack(y)
+    return y.flatten(0, 1)[:L]
 
 
 def expand(t: Tensor, k: int) -> Tensor:
