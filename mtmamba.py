@@ -178,10 +178,13 @@ class MTMamba(nn.Module):
     def decode(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
         to multiples of 32."""
-        stride = ENCODER_STRIDES[-1]
-        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or not image.is_floating_point():
-            raise ValueError(f"expected a float image batch (B, {self.in_chans}, H, W) of at least one image, found "
-                             f"{tuple(image.shape)} {image.dtype} (for other channels: MTMamba(..., in_chans=4))")
+        stride, types = ENCODER_STRIDES[-1], [next(self.stages.parameters()).dtype]
+        if torch.is_autocast_enabled(image.device.type):
+            types += [torch.float32, torch.bfloat16, torch.float16]
+        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or image.dtype not in types:
+            raise ValueError(f"expected a batch (B, {self.in_chans}, H, W) of at least one image, of the weights' type "
+                             f"{types[0]}, or autocast, found {tuple(image.shape)} {image.dtype} (for other channels: "
+                             "MTMamba(..., in_chans=4))")
         H, W = image.shape[2:]
         if H < stride or W < stride:
             raise ValueError(f"expected an image of at least {stride}x{stride} pixels, found {H}x{W}; enlarge it")
@@ -231,14 +234,14 @@ class MTMamba(nn.Module):
             encoder.train(encoder.training)
 
     def set_grad_checkpointing(self, enable: bool = True):
-        """Training keeps only the inputs of each block (encoder, stages, heads) and computes it again in the backward
-        pass: less memory, more time, equal gradients. What has a batch norm is not computed again: its statistics would
-        count the batch twice."""
+        """Training keeps only the inputs of each block (of the encoder and the stages, cross-task blocks, heads with
+        the attribute `recomputed`) and computes it again in the backward pass: less memory, more time, equal gradients.
+        What has a batch norm is not computed again: its statistics would count the batch twice."""
         for encoder in self.encoders():
             encoder.set_grad_checkpointing(enable)
         blocks = [block for stage in self.stages for blocks in stage.blocks.values() for block in blocks]
         blocks += [stage.ctm for stage in self.stages if stage.ctm]
-        for block in (*blocks, *self.heads.values()):
+        for block in (*blocks, *(head for head in self.heads.values() if getattr(head, "recomputed", False))):
             block.__dict__.pop("forward", None)    # of an earlier call
             if enable and not has_batch_norm(block):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -328,21 +331,24 @@ class CTM(nn.Module):
         shared one; they build only what they use.
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a) and
     the gate has no bias, load_published_checkpoint negates its weight.
+    d_state, backend: N, if it is not config's, and the scans' backend.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER,
+                 d_state: int | None = None, backend: str | None = None):
         super().__init__()
         self.fusion = fusion = config.fusion
-        if fusion in ("adaptive", "specific"):
+        if fusion != "shared":
             self.norm = per_task(tasks, nn.LayerNorm, dim)
-            self.mfe = per_task(tasks, MFE, dim, dim, config)
-        if fusion in ("adaptive", "shared"):
+            self.mfe = per_task(tasks, MFE, dim, dim, config, d_state)
+        if fusion != "specific":
             self.norm_shared = nn.LayerNorm(len(tasks) * dim)
-            self.mfe_shared = MFE(len(tasks) * dim, dim, config)
+            self.mfe_shared = MFE(len(tasks) * dim, dim, config, d_state)
         if fusion == "adaptive":
             self.gate = per_task(tasks, build_gate, dim, config)
         self.out = per_task(tasks, nn.Linear, EXPANSION * dim, dim, False)    # no bias
         self.drop_path = per_task(tasks, DropPath, drop_path)
+        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -364,15 +370,17 @@ class CTM(nn.Module):
 
 
 class STM(nn.Module):
-    """Self-task Mamba block, Figure 2(a), Eq. 14-18."""
+    """Self-task Mamba block, Figure 2(a), Eq. 14-18. d_state, backend: as in CTM."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER, d_state: int | None = None,
+                 backend: str | None = None):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mfe = MFE(dim, dim, config)
+        self.mfe = MFE(dim, dim, config, d_state)
         self.gate = build_gate(dim, config)
         self.out = nn.Linear(EXPANSION * dim, dim, bias=False)
         self.drop_path = DropPath(drop_path)
+        set_backend(self, backend)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)"""
@@ -395,14 +403,14 @@ class MFE(nn.Module):
     In Table 3's row "wmsa", one window attention replaces all that follows the linear map.
     """
 
-    def __init__(self, dim_in: int, dim: int, config: DecoderConfig = PAPER):
+    def __init__(self, dim_in: int, dim: int, config: DecoderConfig = PAPER, d_state: int | None = None):
         super().__init__()
         d_inner = EXPANSION * dim
         self.linear = nn.Linear(dim_in, d_inner, bias=False)
         self.wmsa = WindowMSA(d_inner) if config.mfe == "wmsa" else None
         if not self.wmsa:
             self.conv = nn.Conv2d(d_inner, d_inner, kernel_size=3, padding=1, groups=d_inner)
-            self.ss2d = SS2D(d_inner, config.d_state)
+            self.ss2d = SS2D(d_inner, d_state or config.d_state)
             self.norm = nn.LayerNorm(d_inner)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -546,6 +554,8 @@ def selective_scan_2d(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
             raise ValueError(f"x {tuple(x.shape)}: expected {name} of shape {expected}, found {tuple(tensor.shape)}")
+    if 0 in (*x.shape, n):
+        raise ValueError(f"nothing to scan in x {tuple(x.shape)} with state size {n}; expected 1 or more of each")
     backend = backend or default_backend(x.device, x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -571,7 +581,7 @@ def default_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
     return fast if fast and dtype != torch.float64 and not backend_fault(fast) else "torch"
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -601,15 +611,15 @@ class PatchExpand(nn.Module):
         self.norm = nn.LayerNorm(dim_out)
 
     def forward(self, z: Tensor) -> Tensor:
-        B, H, W, _ = z.shape
-        p = self.factor
-        z = self.linear(z).view(B, H, W, p, p, -1)                           # channels are (row, column, c)
-        z = z.permute(0, 1, 3, 2, 4, 5).reshape(B, p * H, p * W, -1)         # (B, pH, pW, C_out)
+        z = self.linear(z).unflatten(-1, (self.factor, self.factor, -1))     # channels are (row, column, c)
+        z = z.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)          # (B, pH, pW, C_out)
         return self.norm(z)
 
 
 class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
+
+    recomputed = True    # with activation checkpointing
 
     def __init__(self, dim: int, channels: int):
         super().__init__()
@@ -635,21 +645,23 @@ class SCTM(nn.Module):
 
     In s, no activation or norm follows the linear map and the convolution. These two and the depthwise convolution have
     a bias; the W have none. CTM (F-CTM in MTMamba++'s paper) mixes features. Here the other tasks only influence the
-    step sizes and matrices of a task's own scan.
+    step sizes and matrices of a task's own scan. d_state, backend: as in CTM.
     """
 
-    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER):
+    def __init__(self, tasks: list[str], dim: int, drop_path: float = 0.0, config: DecoderConfig = PAPER,
+                 d_state: int | None = None, backend: str | None = None):
         super().__init__()
         d_inner = EXPANSION * dim
         self.norm_shared = nn.LayerNorm(len(tasks) * dim)
         self.linear_shared = nn.Linear(len(tasks) * dim, dim)
         self.conv_shared = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
         self.norm = per_task(tasks, nn.LayerNorm, dim)
-        self.mfe = per_task(tasks, MFE, dim, dim, config)
+        self.mfe = per_task(tasks, MFE, dim, dim, config, d_state)
         self.cross = per_task(tasks, nn.Linear, dim, d_inner, False)    # no bias, nor in the next two
         self.gate = per_task(tasks, nn.Linear, dim, d_inner, False)
         self.out = per_task(tasks, nn.Linear, d_inner, dim, False)
         self.drop_path = per_task(tasks, DropPath, drop_path)
+        set_backend(self, backend)
 
     def forward(self, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """{task: (B, H, W, C)} -> {task: (B, H, W, C)}"""
@@ -706,13 +718,11 @@ class LiteHead(nn.Module):
     The convolution has 96 channels with every encoder. In training, an image's outputs depend on its whole batch.
     """
 
-    WIDTH = 96
-
     def __init__(self, dim: int, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, self.WIDTH, kernel_size=3, padding=1)
-        self.norm = BatchNorm(self.WIDTH)
-        self.project = nn.Linear(self.WIDTH, channels)
+        self.conv = nn.Conv2d(dim, 96, kernel_size=3, padding=1)
+        self.norm = BatchNorm(96)
+        self.project = nn.Linear(96, channels)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)    # as published; all else keeps PyTorch's default
 
     def forward(self, z: Tensor) -> Tensor:
@@ -765,7 +775,7 @@ def pad_before_shift(module: nn.Module) -> nn.Module:
     return module
 
 
-def _padded_attention(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+def _padded_attention(block, x):
     return type(block)._attn(block, pad_to_windows(x, block.window_size))[:, :x.shape[1], :x.shape[2]]
 
 
@@ -859,7 +869,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.patch, self.channels = patch, [dim // 4, dim // 2, dim, dim]
 
-        def double(dim_in: int):
+        def double(dim_in):
             return nn.ConvTranspose2d(dim_in, dim_in // 2, kernel_size=2, stride=2)
         self.maps = nn.ModuleList([
             nn.Sequential(double(dim), LayerNorm2d(dim // 2), nn.GELU(), double(dim // 2)), double(dim), nn.Identity(),
@@ -881,10 +891,10 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
         raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or timm.list_models()")
     fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
     size = {"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)} if fixed else {}
-    if name.startswith("swin_"):    # any input size, and windows that keep theirs also on smaller maps
-        sizes = [size | {"strict_img_size": False, "always_partition": True}]
-    else:    # windows for each image, or position embeddings resized to it
-        sizes = [size | {"strict_img_size": False}, {"dynamic_img_size": True}, size]
+    # Of Swin, any input size, and windows that keep theirs also on smaller maps. Of others, windows for each image, or
+    # position embeddings resized to it.
+    windows = {"strict_img_size": False} | ({"always_partition": True} if name.startswith("swin_") else {})
+    sizes = size | windows, {"dynamic_img_size": True}, size
     plain = {key: value for key, value in kwargs.items()
              if not key.startswith(("pretrained", "checkpoint", "cache", "hf_hub"))}
     for added in [size | rate for size in sizes for rate in ({"drop_path_rate": ENCODER_DROP_PATH}, {})]:
@@ -949,28 +959,25 @@ def _scan_states(x, A, backend):
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=(),
                          schema=f"(Tensor grad_y, Tensor states, {_INPUTS}) -> Tensor[]")
 def _scan_backward_op(grad_y, states, *inputs):
-    """Gradients of x and delta; of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), N rows of A, one of D
-    and one of delta_bias, in float32 or float64; and of dt_weight, if there is one."""
+    """Gradients of B and C (2, B, H, W, K, N); of the parameters (N + 2, K, D), N rows of A, one of D and one of
+    delta_bias, in float32 or float64; of x and delta; and of dt_weight, if there is one."""
     x, delta, *_, dt_weight, backend = inputs
     _, backward = _SCANS[backend]
     with torch.autocast(x.device.type, enabled=False):
         operands = _scan_operands(*inputs)
         gx, g_delta, gBC, g_parameters = backward(grad_y.to(operands[0].dtype), states, *operands)
-        g_weight = []
+        grads = [gBC, g_parameters, gx.to(x.dtype), g_delta.to(delta.dtype)]
         if dt_weight is not None:
             low_rank, weight = delta.to(g_delta.dtype), dt_weight.to(g_delta.dtype)
-            g_weight = [torch.einsum("bhwkd,bhwkr->kdr", g_delta, low_rank).to(dt_weight.dtype)]
-            g_delta = torch.einsum("bhwkd,kdr->bhwkr", g_delta, weight)
-        grads = gx.to(x.dtype), g_delta.to(delta.dtype), gBC, g_parameters, *g_weight
+            grads[3] = torch.einsum("bhwkd,kdr->bhwkr", g_delta, weight).to(delta.dtype)
+            grads.append(torch.einsum("bhwkd,bhwkr->kdr", g_delta, low_rank).to(dt_weight.dtype))
     return [g.contiguous() for g in grads]
 
 
 @_scan_backward_op.register_fake
 def _scan_backward_fake(grad_y, states, x, delta, A, BC, D, delta_bias, dt_weight, backend):
-    n = A.shape[2]
-    grads = [x.new_empty(x.shape), delta.new_empty(delta.shape), BC.new_empty(2, *BC.shape[:4], n),
-             BC.new_empty(n + 2, *A.shape[:2])]
-    return grads if dt_weight is None else [*grads, dt_weight.new_empty(dt_weight.shape)]
+    n, like = A.shape[2], [t for t in (x, delta, dt_weight) if t is not None]
+    return [BC.new_empty(2, *BC.shape[:4], n), BC.new_empty(n + 2, *A.shape[:2]), *(t.new_empty(t.shape) for t in like)]
 
 
 def _scan_setup_context(ctx, inputs, output):
@@ -983,12 +990,17 @@ def _scan_autograd(ctx, grad_y, grad_states):
     # The states leave the operator only to be saved here, so grad_states is None. gradcheck tries grad_y None, too.
     if grad_y is None:
         return (None,) * 8
-    gx, g_delta, gBC, g_parameters, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
+    gBC, g_parameters, gx, g_delta, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
     gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
     return gx, g_delta, gA, torch.cat([*gBC], dim=-1), gD, g_bias, *(g_weight or [None]), None
 
 
+def _scan_second_derivative(ctx, *grads):
+    raise RuntimeError("this scan backend has no second derivatives; use the backend loop, which has them")
+
+
 _scan_op.register_autograd(_scan_autograd, setup_context=_scan_setup_context)
+_scan_backward_op.register_autograd(_scan_second_derivative)
 
 
 def _scan_flops(x, delta, A, BC, D, delta_bias, dt_weight, *_, **__):
@@ -1065,9 +1077,11 @@ def _scan_compare(backend, N, device, kind, gradients, compiled):
         difference = ((result - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:
             other = "loop" if backend == "torch" else "torch"
+            machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+            versions = {name: sys.modules[name].__version__ for name in ("torch", backend) if name in sys.modules}
             raise RuntimeError(f"the scan backend {backend} computes something else than in float64 on the CPU: {name} "
                                f"is off by {difference:.1e} of its largest value, more than {tolerance:.0e} ({kind}, "
-                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {device}, torch {torch.__version__}); "
+                               f"{'compiled, ' * compiled}segments {SEGMENTS}, {machine}, {versions}); "
                                f"give {'--no-compile or ' * compiled}--backend {other}")
 
 
@@ -1814,12 +1828,11 @@ def _find_fault(backend):
     if backend == "triton" and not triton:
         return "no Triton, which comes with PyTorch for CUDA"
     modules = {"numba": ["numba"], "mamba_ssm": ["selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"]}
-    fault = None
     try:
         for name in modules.get(backend, ()):
             importlib.import_module(name)
-        if backend == "numba" and sys.modules["numba"].config.DISABLE_JIT:
-            fault = "NUMBA_DISABLE_JIT is set"
+        disabled = backend == "numba" and sys.modules["numba"].config.DISABLE_JIT
+        fault = "NUMBA_DISABLE_JIT is set" if disabled else None
     except Exception as error:    # besides ImportError, what a package built for another NumPy or LLVM raises
         fault = f"{type(error).__name__}: {error}"
     if fault and backend == "mamba_ssm":    # new releases leave the kernel out unless told otherwise
@@ -1868,16 +1881,14 @@ _PUBLISHED_NAMES = [row.split() for row in r"""
     ^block_1\.(\w+)_(\d)\.                            stages.\2.blocks.\1.0.
     ^block_2\.(\w+)_(\d)\.                            stages.\2.blocks.\1.1.
     ^block_stm\.(\w+)_(\d)\.(\d)\.                    stages.\2.blocks.\1.\3.
-    ^(stages\.\d\.blocks\.\w+\.\d)\.op\.out_proj\.    \1.out.
-    ^(stages\.\d\.blocks\.\w+\.\d)\.op\.              \1.mfe.
     ^block_(3|ctm)\.(\d)\.(0\.)?                      stages.\2.ctm.
     \.conv_share\.0\.                                 .linear_shared.
     \.conv_share\.1\.                                 .conv_shared.
     ctm\.op\.(\w+)\.in_proj_cross\.                   ctm.cross.\1.
     ctm\.op\.(\w+)\.out_proj\.                        ctm.out.\1.
     ctm\.in_proj\.                                    ctm.gate.
-    ctm\.out_proj\.                                   ctm.out.
-    ctm\.op                                           ctm.mfe
+    (\.op)?\.out_proj\.                               .out.
+    \.op([._])                                        .mfe\1
     _share\.                                          _shared.
     \.in_proj\.                                       .linear.
     \.conv2d\.                                        .conv.
@@ -1912,8 +1923,10 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     """
     if not isinstance(checkpoint, dict):
         checkpoint = read_tensors(checkpoint)
-    checkpoint = checkpoint.get("model", checkpoint)
-    if not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if isinstance(checkpoint, dict):
+        checkpoint = checkpoint.get("model", checkpoint)
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()):
         raise ValueError("expected a published checkpoint: a state_dict or {'model': state_dict}")
     state, own = {}, model.state_dict()
     for key, value in checkpoint.items():
@@ -1947,25 +1960,25 @@ def read_tensors(path: str | Path):
         raise ValueError(f"{path} is not a readable checkpoint, found {fault}") from error
 
 
-def _convert_published(key: str, value: Tensor) -> dict[str, Tensor]:
+def _convert_published(key, value):
     """One published tensor -> the tensors here, by name."""
     name = key.removeprefix("module.")
     for pattern, replacement in _PUBLISHED_NAMES:
         name = re.sub(pattern, replacement, name)
-    if ".downsample." in name:
-        # Patch merging. A cell of 2x2 pixels is (c, row, column) in the published weights, (column, row, c) in timm's.
-        return {name: value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)}
     if re.search(r"block_(1|2|stm|ctm)\..*\.in_proj\.weight$", key):
         linear, gate = value.chunk(2)                                # STM and SCTM stack MFE's linear map and the gate
         return {name: linear, re.sub(r"mfe(\.\w+)?\.linear", r"gate\1", name): gate}
-    if ".ctm.gate." in name:                                         # there, CTM's g multiplies the other feature
-        return {name: -value}
-    if name.endswith(("A_log", "ss2d.D")):                           # (K * D, ...) -> (K, D, ...)
-        return {name: value.unflatten(0, (K, -1))}
-    if name.endswith("num_batches_tracked"):                         # a number, which some archives keep as a vector
-        return {name: value.reshape(()) if value.numel() == 1 else value}
-    if value.shape[2:] == (1, 1):                                    # 1x1 convolution -> linear map
-        return {name: value.flatten(1)}
+    if ".downsample." in name:
+        # Patch merging. A cell of 2x2 pixels is (c, row, column) in the published weights, (column, row, c) in timm's.
+        value = value.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
+    elif ".ctm.gate." in name:                                       # there, CTM's g multiplies the other feature
+        value = -value
+    elif name.endswith(("A_log", "ss2d.D")):                         # (K * D, ...) -> (K, D, ...)
+        value = value.unflatten(0, (K, -1))
+    elif name.endswith("num_batches_tracked"):                       # a number, which some archives keep as a vector
+        value = value.reshape(()) if value.numel() == 1 else value
+    elif value.shape[2:] == (1, 1):                                  # 1x1 convolution -> linear map
+        value = value.flatten(1)
     return {name: value}
 
 

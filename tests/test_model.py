@@ -24,7 +24,6 @@ from mtmamba import (
     MTMamba,
     PatchExpand,
     load_published_checkpoint,
-    set_backend,
 )
 
 PUBLISHED_NAMES = {ours: published for published, ours in PUBLISHED_TASKS.items()}
@@ -179,9 +178,21 @@ def test_checkpointing_changes_no_gradient(tiny_model, variant, encoder, compile
 def test_a_batch_norm_of_ones_own_counts_a_batch_once(tiny_model):
     model, norm = tiny_model({"depth": 1}, variant="stm1", d_state=1).train(), torch.nn.BatchNorm2d(8)
     model.heads["depth"] = torch.nn.Sequential(norm, torch.nn.Linear(12, 1))    # of a map with 8 rows
+    model.heads["depth"].recomputed = True
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 32, 32))["depth"].sum().backward()
     assert norm.num_batches_tracked == 1
+
+
+def test_heads_of_ones_own_are_computed_again_if_they_ask_for_it(tiny_model):
+    calls, model = [], tiny_model({"depth": 1}, variant="stm1", d_state=1).train()
+    model.heads["depth"] = head = torch.nn.Sequential(torch.nn.Linear(12, 1))
+    head[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for head.recomputed, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        model.set_grad_checkpointing()
+        model(torch.randn(1, 3, 32, 32))["depth"].sum().backward()
+        assert len(calls) == expected
 
 
 class OwnBlock(torch.nn.Module):
@@ -198,9 +209,9 @@ def test_blocks_alone():
     z = torch.randn(1, 5, 6, 32)
     assert MFE(32, 32)(z).shape == (1, 5, 6, 64)
     for build in (STM, functools.partial(CTM, ["a", "b"]), functools.partial(SCTM, ["a"])):
-        for own, N, backend in (({}, 16, None), (dict(config=DecoderConfig(d_state=3)), 3, "loop")):
+        for own, N, backend in (({}, 16, None), (dict(d_state=3, backend="loop"), 3, "loop"),
+                                (dict(config=DecoderConfig(d_state=5)), 5, None)):
             block = build(32, **own)
-            set_backend(block, backend)
             scans = [module for module in block.modules() if isinstance(module, SS2D)]
             assert {(scan.A_log.shape, scan.d_state, scan.backend) for scan in scans} == {((4, 64, N), N, backend)}
         output = block(z) if build is STM else block({task: z for task in block.out})
@@ -483,10 +494,12 @@ def test_partial_pretrained_weights_are_an_error(tmp_path):
     (torch.zeros(3, 64, 64), r"\(B, 3, H, W\)"),
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
     (torch.zeros(0, 3, 64, 64), "at least one image"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "type torch.float32, or autocast, found .* torch.float64"),
 ])
 def test_rejects_bad_images(tiny_model, image, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model({"depth": 1})(image)
+    for autocast in (False, True):
+        with pytest.raises(ValueError, match=message), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            tiny_model({"depth": 1})(image)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -538,6 +551,10 @@ def test_files_that_are_no_checkpoint(tiny_model, tmp_path):
     model, path = tiny_model({"depth": 1}), tmp_path / "file.pth"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_published_checkpoint(model, path)
+    for wrong in ([torch.zeros(1)], torch.zeros(1), {"model": 3}, {"epoch": 3}, {0: torch.zeros(1)}):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="expected a published checkpoint"):
+            load_published_checkpoint(model, path)
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_published_checkpoint(model, path)

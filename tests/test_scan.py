@@ -192,7 +192,7 @@ def run_operators(inputs, queue):
     x, delta, A, B, C, *others = (t.detach() for t in inputs)
     inputs = [x, delta, A, torch.cat([B, C], dim=-1), *others, None, "numba"]
     y, states = mtmamba._scan_op(*inputs)
-    gx, g_delta, gBC, g_parameters = mtmamba._scan_backward_op(torch.ones_like(y), states, *inputs)
+    gBC, g_parameters, gx, g_delta = mtmamba._scan_backward_op(torch.ones_like(y), states, *inputs)
     queue.put([t.numpy() for t in (y, gx, g_delta, g_parameters[:-2].permute(1, 2, 0), *gBC, *g_parameters[-2:])])
 
 
@@ -495,7 +495,7 @@ def test_a_derivative_that_a_backend_lacks_raises(kind):
 def test_second_derivatives_raise():
     x, *others = random_inputs(1, 2, 3, 2, 2)
     gradient, = torch.autograd.grad(selective_scan_2d(x, *others, backend="torch").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="through mtmamba.+selective_scan_2d_backward"):
+    with pytest.raises(RuntimeError, match="no second derivatives; use the backend loop"):
         gradient.sum().backward()
 
 
@@ -622,7 +622,19 @@ def test_a_scan_that_computes_something_else_ends_a_run_before_it_starts(part, n
             error = capsys.readouterr().err.splitlines()[-1]
             assert exit.value.code == 2 and not (tmp_path / "out").exists()
             assert re.search(rf"the scan backend torch computes .*: {named} is off by .*e-0[34] of its largest value, "
-                             rf"more than 1e-04 \(torch.float32, .*cpu, torch .*\); give --backend loop", error), error
+                             rf"more than 1e-04 \(torch.float32, .*cpu, .*torch.*\); give --backend loop", error), error
+
+
+@needs_numba
+def test_a_wrong_scan_names_its_gpu_and_versions(monkeypatch):
+    mtmamba.check_scan(module := SS2D(4, d_state=2, backend="numba").eval())
+    reference = mtmamba._scan_reference(2)
+    monkeypatch.setattr(mtmamba, "_scan_results", lambda *case: {"y": reference["y"] * 1.01})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    with pytest.raises(RuntimeError, match="y is off by 1.0e-02.*, cpu, .*'torch': '2.*'numba': '0.*--backend torch"):
+        mtmamba.check_scan(module)
+    with pytest.raises(RuntimeError, match="NVIDIA H100, "):
+        mtmamba._scan_compare("numba", 2, torch.device("cuda:0"), torch.float32, False, False)
 
 
 def test_scoring_notices_only_what_it_computes(monkeypatch):
@@ -668,6 +680,9 @@ def test_rejects_what_does_not_fit():
     x, delta, A, B, C, skip, bias = random_inputs(1, 4, 5, 3, 2, torch.float32)
     with pytest.raises(ValueError, match=r"expected delta of shape \(1, 4, 5, 4, 3\)"):
         selective_scan_2d(x, delta[:, :3], A, B, C, skip, bias)
+    for backend in mtmamba.BACKENDS:
+        with pytest.raises(ValueError, match="nothing to scan"):
+            selective_scan_2d(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0], skip, bias, backend)
     with pytest.raises(ValueError, match="choose from loop, torch, numba, triton"):
         selective_scan_2d(x, delta, A, B, C, skip, bias, backend="cuda")
 
