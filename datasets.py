@@ -42,7 +42,6 @@ import argparse
 import ast
 import atexit
 import inspect
-import itertools
 import json
 import os
 import pickle
@@ -53,22 +52,21 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, namedtuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil, cos, inf, pi, sin
-from multiprocessing import active_children, get_context, parent_process
-from pathlib import Path, PurePath
-from typing import BinaryIO, NamedTuple, NoReturn
+from multiprocessing import active_children, get_context, get_start_method, parent_process
+from pathlib import Path
 
 import numpy as np
 import scipy.io
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -78,7 +76,7 @@ from metrics import IGNORE, Labels, Unfit, boundary_ground_truth, boundary_pixel
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+PARTS = tuple("background, head, torso, upper arm, lower arm, upper leg, lower leg".split(", "))
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 
@@ -119,16 +117,15 @@ class DenseDataset(Dataset):
         self.labels = self.describe({task: self.TASKS[task] for task in tasks})
         self.tasks, self.kinds = self.labels.tasks, self.labels.kinds
         expect(len(size) == 2 and min(size) >= smallest, f"size (H, W) of at least {smallest} pixels", size)
+        expect(0 < self.SCALES[0] <= self.SCALES[-1] < inf, "SCALES above 0, the smaller one first", self.SCALES)
         expect(0 <= (self.BOUNDARY_TOLERANCE or 0) <= 1, "BOUNDARY_TOLERANCE as a fraction", self.BOUNDARY_TOLERANCE)
         self.size, self.seed = tuple(map(int, size)), seed
 
     @classmethod
     def describe(cls, tasks: Mapping) -> Labels:
         """What the attributes of the class say of these tasks. Numbers of any type become plain ones."""
-        chosen = {}
-        for name in ("classes", "colours", "titles", "units", "label_ids", "flip_pairs"):
-            table = getattr(cls, name.upper())
-            chosen[name] = {task: plain(table[task]) for task in tasks if task in table}
+        chosen = {name: {task: plain(value) for task, value in getattr(cls, name.upper()).items() if task in tasks}
+                  for name in ("classes", "colours", "titles", "units", "label_ids", "flip_pairs")}
         return Labels(dict(tasks), **chosen, depth_range=plain(cls.DEPTH_RANGE), unit_normals=bool(cls.UNIT_NORMALS))
 
     def __len__(self):
@@ -163,9 +160,9 @@ class Synthetic(DenseDataset):
     depth      unknown on the sky; valid values are below FAR.
     """
 
-    CLASSES = {"semseg": ("floor", "wall", "ceiling", "sky", "sphere", "box", "cylinder", "person"), "parsing": PARTS}
-    COLOURS = {"semseg": ((140, 100, 60), (170, 170, 170), (100, 110, 160), (130, 190, 240), (220, 40, 40),
-                          (240, 170, 30), (40, 160, 70), (150, 60, 170))}
+    CLASSES = {"semseg": "floor wall ceiling sky sphere box cylinder person".split(), "parsing": PARTS}
+    COLOURS = {"semseg": list(map(ImageColor.getrgb, (
+        "#8c643c #aaaaaa #646ea0 #82bef0 #dc2828 #f0aa1e #28a046 #963caa").split()))}
     TASKS = {"semseg": 8, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1, "depth": 1}
     BOUNDARY_TOLERANCE = 0.02    # 4 pixels at 128x160
     SIZE = (128, 160)
@@ -190,9 +187,8 @@ class Synthetic(DenseDataset):
 
     def __getitem__(self, index):
         name, maps = self.names[index], self.render(index)
-        sample = {"image": normalised(torch.from_numpy(maps["image"]))}
-        sample |= {task: torch.tensor(maps[task]) for task in self.tasks}
-        return sample | {"name": name, "size": self.size}
+        labels = {task: torch.tensor(maps[task]) for task in self.tasks}
+        return {"image": normalised(torch.from_numpy(maps["image"])), **labels, "name": name, "size": self.size}
 
     def boundary_truth(self, index, task="boundary"):
         """The boundaries that odsF scores against: bool (H, W), the label thinned."""
@@ -219,8 +215,7 @@ class Synthetic(DenseDataset):
             normal=np.where(sky, np.nan, rotate(camera.turn, normal)), depth=np.where(sky, np.nan, depth)[None])
 
 
-# The renderer of Synthetic. World axes: x right, y up, the camera above the origin looks along -z; the floor is y = 0.
-# All maps are float32.
+# The renderer, in float32. World axes: x right, y up, the camera above the origin looks along -z; the floor is y = 0.
 
 FLOOR, WALL, CEILING, SKY, SPHERE, BOX, CYLINDER, PERSON = range(8)    # Synthetic.CLASSES["semseg"]
 FAR = 16.0                                                              # metres; where the ground ends
@@ -233,22 +228,12 @@ PAINTS = {    # mean RGB and spread. The ranges overlap, so a colour alone does 
 }
 
 
-class Camera(NamedTuple):
-    rays: np.ndarray     # (3, H, W) camera axes, z = -1, so that depth times ray is the point seen
-    world: np.ndarray    # (3, H, W) the same in world axes
-    turn: np.ndarray     # (3, 3) world axes to camera axes
-    eye: np.ndarray      # (3,) world
-    pixel: float         # width of a pixel at depth 1
-
-
-class Solid(NamedTuple):
-    hit: Callable        # hit(origin, rays, *args) -> distance (H, W), normal (3, H, W)
-    args: list           # as columns gives them
-    ends: tuple          # the solid lies within `radius` of the segment between these points, (3,) each
-    radius: float
-    label: int           # class
-    paint: np.ndarray    # (15,), see draw_paint
-    part: int = 0        # body part
+# rays: (3, H, W) in camera axes, z = -1, so that depth times ray is the point seen; world: the same in world axes;
+# turn: (3, 3) from world axes to camera axes; eye: (3,) in world axes; pixel: its width at depth 1
+Camera = namedtuple("Camera", "rays world turn eye pixel")
+# hit(origin, rays, *args) -> distance (H, W), normal (3, H, W); args: as columns gives them. The solid lies within
+# `radius` of the segment between the two `ends`, (3,) each. label: class; paint: (15,), see draw_paint; part: of a body
+Solid = namedtuple("Solid", "hit args ends radius label paint part", defaults=[0])
 
 
 def draw_camera(rng, h, w):
@@ -265,22 +250,22 @@ def draw_scene(rng, camera):
     azimuth, rise = rng.uniform(-pi, pi), rng.uniform(0.7, 1.3)
     light = np.array([cos(azimuth) * cos(rise), sin(rise), sin(azimuth) * cos(rise)])
     axes = x, up, z = yaw(rng.uniform(-0.6, 0.6))
-    groups = [[plane(SKY, 25.0 * UP, -UP, draw_paint(rng, PAINTS["sky"], x, z, 12.0))]]    # not met
+    groups = [[plane(SKY, 25.0 * UP, -UP, draw_paint(rng, "sky", x, z, 12.0))]]    # not met
     if rng.random() < 0.6:                                       # a room, the camera near its back wall
         half = rng.uniform((1.8, 1.15, 2.2), (4.0, 1.6, 4.0))
         back = np.array([rng.uniform(-1, 1) * (half[0] - 0.6), 0, half[2] - rng.uniform(0.4, 1.2)])
         centre = half[1] * UP - back @ axes
-        groups += [[plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["floor"], x, z, 0.8))],
-                   [plane(CEILING, 2 * centre, -UP, draw_paint(rng, PAINTS["ceiling"], x, z, 0.8))]]
+        groups += [[plane(FLOOR, 0 * UP, UP, draw_paint(rng, "floor", x, z, 0.8))],
+                   [plane(CEILING, 2 * centre, -UP, draw_paint(rng, "ceiling", x, z, 0.8))]]
         for axis, width, across in ((x, half[0], z), (z, half[2], x)):
-            paint = draw_paint(rng, PAINTS["wall"], across, up, 0.6)
+            paint = draw_paint(rng, "wall", across, up, 0.6)
             groups += [[plane(WALL, centre + side * width * axis, -side * axis, paint)] for side in (-1, 1)]
     else:
         half, centre = np.full(3, 9.0), np.array([0.0, 0.0, -9.0])
-        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, PAINTS["ground"], x, z, 1.5))])
+        groups.append([plane(FLOOR, 0 * UP, UP, draw_paint(rng, "ground", x, z, 1.5))])
         if rng.random() < 0.5:                                   # a building, behind everything else
             place = np.array([rng.uniform(-6, 6), 0, -rng.uniform(11, 16)])
-            paint = draw_paint(rng, PAINTS["wall"], x + z, up, 1.0)
+            paint = draw_paint(rng, "wall", x + z, up, 1.0)
             groups.append([box(WALL, place, rng.uniform((2.0, 1.2, 1.0), (5.0, 2.5, 2.0)), axes, paint)])
 
     taken = []                                                   # (position, radius) of the footprints so far
@@ -310,7 +295,7 @@ def draw_object(rng, place, radius):
     """A sphere, box or cylinder on the floor at `place`, its footprint within `radius`."""
     axes, height = yaw(rng.uniform(0, pi)), rng.uniform(0.3, 1.2)
     label = rng.integers(SPHERE, CYLINDER + 1)
-    paint = draw_paint(rng, PAINTS[Synthetic.CLASSES["semseg"][label]], axes[0] + axes[2], UP, 0.3)
+    paint = draw_paint(rng, Synthetic.CLASSES["semseg"][label], axes[0] + axes[2], UP, 0.3)
     if label == BOX:
         return box(label, place, np.array([0.7 * radius, height / 2, radius * rng.uniform(0.4, 0.7)]), axes, paint)
     hit, low, high = (hit_capsule, radius, radius) if label == SPHERE else (hit_cylinder, 0, height)
@@ -321,10 +306,10 @@ def draw_person(rng, place):
     """The instances of one person: the body, and a seat if sitting."""
     right, _, forward = axes = yaw(rng.uniform(-pi, pi))
     sitting = rng.random() < 0.2
-    shirt, trousers, shoes = (draw_paint(rng, PAINTS["cloth"], UP, right, 0.12) for _ in range(3))
+    shirt, trousers, shoes = (draw_paint(rng, "cloth", UP, right, 0.12) for _ in range(3))
     tone = np.array([0.93, 0.76, 0.64]) - rng.random() * np.array([0.57, 0.53, 0.48])
     skin = draw_paint(rng, (*tone, 0.04), UP, right, 0.2)
-    hair = draw_paint(rng, PAINTS["hair"], UP, right, 0.1)
+    hair = draw_paint(rng, "hair", UP, right, 0.1)
     sleeve, shin = (shirt if rng.random() < 0.4 else skin), (trousers if rng.random() < 0.7 else skin)
 
     spine = -limb(axes, rng.uniform(-0.25, 0.1), rng.uniform(-0.1, 0.1))
@@ -357,7 +342,7 @@ def draw_person(rng, place):
     if not sitting:
         return [body]
     half = np.array([0.22, (pelvis[1] - 0.08 * scale) / 2, 0.22])
-    return [body, [box(BOX, place, half, axes, draw_paint(rng, PAINTS["box"], right, UP, 0.3))]]
+    return [body, [box(BOX, place, half, axes, draw_paint(rng, "box", right, UP, 0.3))]]
 
 
 def limb(axes, swing, spread):
@@ -368,13 +353,13 @@ def limb(axes, swing, spread):
 
 def draw_paint(rng, colour, across, along, scale):
     """A texture with features of about `scale` metres along two directions: two colours (3 + 3), mixed by the product
-    of two plane waves (wave vector 3, phase 1, each) times the hardness of their edges (1). colour: as in PAINTS."""
-    *mean, spread = colour
+    of two plane waves (wave vector 3, phase 1, each) times their hardness (1). colour: a key or a row of PAINTS."""
+    *mean, spread = PAINTS.get(colour, colour)
     first, other = np.clip(mean + rng.uniform(-spread, spread, (2, 3)), 0.03, 0.97)
     other = first + rng.uniform(0.1, 0.6) * (other - first)
     waves = pi / (scale * rng.uniform(0.6, 1.6, (2, 1))) * np.stack([across, along])
     phases, hardness = rng.uniform(0, 2 * pi, 2), 8.0            # as it stands, a checkerboard
-    kind = ("checker", "plain", "stripes", "blotches")[rng.integers(4)]
+    kind = "checker plain stripes blotches".split()[rng.integers(4)]
     if kind == "plain":
         other = first
     elif kind == "stripes":
@@ -385,7 +370,7 @@ def draw_paint(rng, colour, across, along, scale):
 
 
 def plane(label, point, normal, paint):
-    return Solid(hit_plane, columns(point, normal), (point, point), np.inf, label, paint)
+    return Solid(hit_plane, columns(point, normal), (point, point), inf, label, paint)
 
 
 def box(label, place, half, axes, paint):
@@ -452,7 +437,7 @@ def bounds(camera, solids, light=None):
     angle, width = np.arctan2(side, -z), np.arcsin(radius / np.hypot(side, z))
     edges = np.tan([(angle - width).min(1), (angle + width).max(1)])    # (2, 2, n): low and high, axis, solid
     near = (-z < radius + 0.05).any(0)                           # reaches behind the camera: may be anywhere
-    edges = size / 2 + np.where(near, outward * np.inf, edges) / camera.pixel + outward
+    edges = size / 2 + np.where(near, outward * inf, edges) / camera.pixel + outward
     return [(slice(top, bottom + 1), slice(left, right + 1))
             for (top, bottom), (left, right) in edges.clip(0, size).astype(int).T]
 
@@ -554,8 +539,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
         """The data set as the scripts use it. root: of its files, for a class whose __init__ takes it."""
         wanted = inspect.signature(cls).parameters.get("root")
         expect(wanted or root is None, f"no folder, as {cls.__name__} knows its files itself", root, "leave it out")
-        needed = wanted and wanted.default is wanted.empty
-        expect(root or not needed, f"the folder of {cls.__name__}'s files", root, "name it")
+        expect(root or not wanted or wanted.default is not wanted.empty, f"{cls.__name__}'s folder", root, "name it")
         return cls(split=split, size=size, tasks=tasks, seed=seed, **({"root": root} if root else {}))
 
     @abc.abstractmethod
@@ -579,10 +563,10 @@ class LabelledDataset(DenseDataset, abc.ABC):
             image = to_tensor(image)
         inner = tuple(image.shape[1:])
         outer = tuple(length if n <= length else -n // 32 * -32 for n, length in zip(inner, self.size))
-        sample = {"image": pad(normalised(image).numpy(), outer, inner, 0)}
-        sample |= {task: pad(labels[task], outer, inner, kind.unknown).to(kind.dtype)
-                   for task, kind in self.kinds.items()}
-        return sample | {"name": self.names[index], "size": inner}
+        image = pad(normalised(image).numpy(), outer, inner, 0)
+        labels = {task: pad(label, outer, inner, self.kinds[task].unknown).to(self.kinds[task].dtype)
+                  for task, label in labels.items()}
+        return {"image": image, **labels, "name": self.names[index], "size": inner}
 
     @kept
     def load(self, index: int) -> tuple[np.ndarray, dict]:
@@ -624,7 +608,7 @@ class LabelledDataset(DenseDataset, abc.ABC):
 
 def file_names(names: Iterable) -> list[str]:
     """The names as text. Each must be a possible name of a file below a folder, and occur once."""
-    paths = [PurePath(str(name)) for name in names]
+    paths = [Path(str(name)) for name in names]
     expect(paths, "names of images", "none")
     for path in paths:
         possible = path.parts and not path.anchor and ".." not in path.parts and not re.search(
@@ -658,8 +642,8 @@ class FileDataset(LabelledDataset):
     def list_names(self):
         """The image IDs in a list: UTF-8, one per line."""
         with reading(self.source):
-            lines = self.source.read_text("utf-8-sig").split("\n")
-        return [line.strip() for line in lines if line.strip()]
+            lines = map(str.strip, self.source.read_text("utf-8-sig").split("\n"))
+        return list(filter(None, lines))
 
     def path(self, what: str, name: str) -> Path:
         """The file of "image" or of a label."""
@@ -698,7 +682,7 @@ class FileDataset(LabelledDataset):
 
 def paper_rows(tasks: Iterable[str], table: str) -> dict:
     """The attribute PAPER. A line has variant, encoder, the figures in the order of the tasks, and their source."""
-    rows = [line.split() for line in table.strip().splitlines()]
+    rows = map(str.split, table.strip().splitlines())
     return {(variant, encoder): dict(zip(tasks, map(float, figures))) for variant, encoder, *figures in rows}
 
 
@@ -716,9 +700,8 @@ class PascalContext(FileDataset):
     """
 
     TASKS = {"semseg": 21, "parsing": len(PARTS), "saliency": 2, "normal": 3, "boundary": 1}
-    CLASSES = {"semseg": ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
-                               "horse motorbike person pottedplant sheep sofa train tvmonitor").split(),
-               "parsing": PARTS}
+    CLASSES = {"parsing": PARTS, "semseg": ("background aeroplane bicycle bird boat bottle bus car cat chair cow "
+               "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()}
     BOUNDARY_TOLERANCE = 0.0075
     PAPER = paper_rows(TASKS, "mtmamba swin-large 81.11 72.62 84.14 14.14 78.80 Table 1")
     FILES = {"image": ("JPEGImages/{}.jpg",), "semseg": ("semseg/pascal-context/{}.png", "classes"),
@@ -747,17 +730,14 @@ class PascalContext(FileDataset):
 
     def read_normal(self, name):
         normal = self.read_label("normal", name)    # before the map, which read_boundary finds kept
-        return np.where(INDOOR[self.label_map(name)], normal, np.nan)
+        return np.where(INDOOR[self.read_label("boundary", name).astype(np.int32)], normal, np.nan)
 
     def read_boundary(self, name):
-        return thin(ndimage.laplace(self.label_map(name), mode="mirror") != 0)
+        label_map = self.read_label("boundary", name).astype(np.int32)    # 459 classes from 1
+        return thin(ndimage.laplace(label_map, mode="mirror") != 0)
 
     def boundary_truth(self, index, task="boundary"):
-        return boundary_ground_truth(self.label_map(self.names[index]))
-
-    def label_map(self, name: str) -> np.ndarray:
-        """459 classes from 1, int32 (h, w)."""
-        return self.read_label("boundary", name).astype(np.int32)
+        return boundary_ground_truth(self.read_label("boundary", self.names[index]))
 
 
 class NYUDv2(FileDataset):
@@ -804,11 +784,7 @@ class NYUDv2(FileDataset):
     SIZE = VAL_SIZE = (448, 576)
 
     def read_semseg(self, name):
-        label = self.read_label("semseg", name)
-        return label.astype(np.uint8) - np.uint8(1)    # 0 becomes IGNORE by wrapping around
-
-    def read_depth(self, name):
-        return self.read_label("depth", name).astype(np.float32)
+        return self.read_label("semseg", name).astype(np.uint8) - np.uint8(1)    # 0 becomes IGNORE by wrapping around
 
     def boundary_truth(self, index, task="boundary"):
         return boundary_ground_truth(self.label(index, task)[0])
@@ -870,14 +846,20 @@ class Cityscapes(FileDataset):
         return CLASS_BY_ID[self.read_label("semseg", name)]
 
     def read_depth(self, name):
-        rail_track = self.read_label("semseg", name) == 10
+        rail_track = self.read_label("semseg", name) == 10    # first, as read_semseg leaves the file kept
         stored = self.read_label("depth", name)
         with about(self.path("depth", name)):
             expect(stored.dtype != np.uint8, "16 bits per pixel", 8)
         invalid = np.float32(np.nan if self.mask_invalid else -1)
         disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, invalid)
-        disparity[rail_track] = 0
-        return disparity
+        return np.where(rail_track, np.float32(0), disparity)
+
+    def check_split(self):
+        with suppress(OSError, ValueError):    # which are reported with the image
+            if not any(self.read_label("semseg", name).max() > 18 for name in self.names):
+                return [f"{self.root / 'gtFine' / self.split}: expected label IDs up to 33, found none above 18, as in "
+                        "files of train IDs; take the archive's files *_labelIds.png"]
+        return super().check_split()
 
 
 PERSON_INDEX = 15                   # class_ind of a person in human_parts
@@ -907,7 +889,7 @@ def find_dataset_class(name: str, said_by: object = None) -> type[DenseDataset]:
 # ---------------------------------------------------------------------------------------------------- reading files
 
 @contextmanager
-def about(what: object) -> Iterator[None]:
+def about(what: object):
     """Adds to an Unfit which file or label it is about."""
     try:
         yield
@@ -916,7 +898,7 @@ def about(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path):
     """Names the file where a library cannot read it, or where what it read has another structure."""
     try:
         yield
@@ -941,11 +923,13 @@ def read_image(path: Path, role: str = "picture", turn: bool = False) -> np.ndar
     with reading(path), Image.open(path) as image:
         layout = str(image.tile[0][3]) if image.tile else ""    # Pillow's name of it, such as "L;4" for grey of 4 bits
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        frames = getattr(image, "n_frames", 1)
         image.load()
     with about(path):
         expect(turn or not turned, "an upright image", "EXIF data that turn it", "save it turned, without them")
         if role == "picture":
             return to_rgb(image)
+        expect(frames == 1, "one frame", frames)
         lossless = image.format in ("PNG", "TIFF", "BMP") and image.info.get("compression") != "jpeg"
         expect(lossless, "a label without loss, of PNG, TIFF or BMP", image.format)
         white = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0    # of TIFF: 0 is white
@@ -1022,7 +1006,7 @@ def centred(outer: tuple[int, int], inner: tuple[int, int], scale: int = 1) -> t
     return tuple(slice(scale * ((a - b) // 2), scale * ((a - b) // 2 + b)) for a, b in zip(outer, inner))
 
 
-def pad(array: np.ndarray, outer: tuple[int, int], inner: tuple[int, int], value: float) -> Tensor:
+def pad(array, outer, inner, value):
     """Pads an image of the size `inner` (h, w) to the size `outer` (H, W), its label (C, s h, s w) to (C, s H, s W)."""
     scale = array.shape[1] // inner[0]
     padded = np.full((len(array), *(scale * n for n in outer)), value, array.dtype)
@@ -1036,13 +1020,13 @@ CROPS = 10                                                       # tries
 LARGEST_SHARE = 0.75                                             # of one class among a crop's labelled pixels
 JITTER = (                                                       # each with probability 0.5, in this order
     (lambda image, value: (image + value).clamp(0, 1), (-32 / 255, 32 / 255)),
-    (lambda image, value: (image * value).clamp(0, 1), (0.5, 1.5)),    # contrast, as in SSD's augmentation
+    (TF.adjust_brightness, (0.5, 1.5)),                          # a factor: contrast, as in SSD's augmentation
     (TF.adjust_saturation, (0.5, 1.5)),
     (TF.adjust_hue, (-0.1, 0.1)),                                # 0.1 of a turn is 36 degrees
 )
 
 
-def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledDataset, rng: np.random.Generator):
+def augment(image, labels, data, rng):
     """Scales, crops, flips and recolours: image (3, h', w') float32 in 0..1, and labels (C, h', w').
 
     image: uint8 (h, w, 3); labels: by task, as Kind.check returns them; data: tells its kinds, FLIP, SCALES and the
@@ -1063,14 +1047,13 @@ def augment(image: np.ndarray, labels: Mapping[str, np.ndarray], data: LabelledD
         if data.cropped_by not in labels or not dominated(labels[data.cropped_by][:, y][:, :, x]):
             break
 
-    (top, left), (bottom, right) = start, stop
     image = TF.resize(torch.from_numpy(image).permute(2, 0, 1), scaled.tolist(), antialias=False)
-    image = image[:, top:bottom, left:right]
+    image = TF.crop(image, *start, *stop - start)
     if flipped:
         image, x = image.flip(2), x[::-1]
     image = image.contiguous().float() / 255
-    for (adjust, _), value in itertools.compress(zip(JITTER, values), applied):
-        image = adjust(image, value)
+    for (adjust, _), value, chosen in zip(JITTER, values, applied):
+        image = adjust(image, value) if chosen else image
     return image, {task: data.kinds[task].augment(label[:, y][:, :, x], scale, flipped)
                    for task, label in labels.items()}
 
@@ -1104,7 +1087,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
     """Reads every file of both splits and prints what is missing or wrong; returns the number of problems."""
-    total, earlier = 0, set()
+    total, earlier = 0, {}
     for split in ("train", "val"):
         try:
             data = dataset.open(split, args.img_size, root=args.root)
@@ -1119,40 +1102,42 @@ def check(dataset: type[LabelledDataset], args: argparse.Namespace) -> int:
         for results in tqdm(found, f"checking {split}", unit="img"):
             for what, result in results.items():
                 (problems if isinstance(result, str) else values)[what].append(result)
-        both, published = [name for name in data.names if name in earlier], ""
-        if issubclass(dataset, FileDataset):
-            published = f"; published: {data.COUNTS[split]}"
-            problems["list"] = data.check_split() + [f"{name} occurs in the lists of both splits" for name in both]
-        print(f"{split}: {len(data)} images{published}")
+        own = not issubclass(dataset, FileDataset)
+        files = {name: (split, name) if own else data.path("image", name) for name in data.names}
+        both = [name for name in files if name in earlier]
+        same = [f"{name} occurs in the lists of both splits" for name in both if files[name] == earlier[name]]
+        problems["list"] = same if own else data.check_split() + same
+        print(f"{split}: {len(data)} images" + ("" if own else f"; published: {data.COUNTS[split]}"))
         for what, messages in problems.items():
             if messages:
                 more = [f"and {len(messages) - 3} more"] * (len(messages) > 3)
                 print(f"  {what}: {len(messages)} problems", *messages[:3], *more, sep="\n    ")
             total += len(messages)
-        if both and not published:
+        if both and not same:
             print(f"  look at the names: {len(both)} occur in train, too, first {both[0]}")
         for task, kind in data.kinds.items():
             for remark in kind.remarks(np.concatenate(values[task], 1), data.FLIP) if values[task] else ():
                 print(f"  look at {task}: {remark}")
-        earlier = set(data.names)
+        earlier = files
     print(f"{total or 'no'} problems")
     return total
 
 
 def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace):
-    """A sheet of the first samples of each split, plain and then augmented, with a legend for each task."""
+    """A sheet of the first samples of each split, plain and, beside that, augmented, with a legend for each task."""
     from evaluate import draw_maps, to_picture  # which imports this module
-    shown = []
+    blocks, maps = [], []
     for split in ("train", "val"):
-        data = dataset.open(split, args.img_size, root=args.root)
+        data, versions = dataset.open(split, args.img_size, root=args.root), []
         for augmented in sorted({False, data.augment}):
-            data.augment, title = augmented, "in training" if augmented else split
-            samples = fetch(data, range(len(data))[:3], args.workers)
-            shown += [(f"{title}: {sample['name']}", sample) for sample in samples]
-    blocks = [[[(title, to_picture(sample["image"]))]] for title, sample in shown]
-    maps = [{task: [sample[task].numpy()] for task in data.kinds} for _, sample in shown]
+            data.augment = augmented
+            versions.append(fetch(data, range(len(data))[:3], args.workers))
+        for samples in zip(*versions):
+            blocks.append([[(f"{title}: {sample['name']}", to_picture(sample["image"]))
+                            for title, sample in zip((split, "in training"), samples)]])
+            maps.append({task: [sample[task].numpy() for sample in samples] for task in data.kinds})
     with replacing(args.pictures) as file:
-        draw_maps(blocks, data.labels, maps, ("",)).save(file, "PNG")
+        draw_maps(blocks, data.labels, maps, ("", "")).save(file, "PNG")
     print("pictures:", args.pictures)
 
 
@@ -1166,7 +1151,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(text).expanduser())    # shells leave --out=~/x as it is
         self.register("type", dict, lambda text: dict(json.loads(text)))
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
     @staticmethod
@@ -1174,15 +1159,13 @@ class Parser(argparse.ArgumentParser):
         """Raises ValueError where a flag is given that is below the least value here, or not finite."""
         for name, value in least.items():
             found = getattr(args, name)
-            if found is not None and not value <= found < inf:
-                raise ValueError(f"expected --{name.replace('_', '-')} of at least {value}, found {found}")
+            expect(found is None or value <= found < inf, f"--{name.replace('_', '-')} of at least {value}", found)
 
     @contextmanager
-    def told(self, on_full_disk: str = "make room, then run it again") -> Iterator[None]:
+    def told(self, on_full_disk: str = "make room, then run it again"):
         """A script's work is done inside this block. It ends with one line and exit code 130 on Ctrl-C or SIGTERM; 1 if
         the machine is the cause, see TROUBLES, or a loss is not finite; 2 on bad input: an OSError, or an error that
-        our code, a library or the user's class raises on purpose. Anything else is a fault in the code, ours or the
-        user's. It keeps its traceback."""
+        our code, a library or the user's class raises on purpose. Anything else is a fault and keeps its traceback."""
         if in_main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, interrupt)
         try:
@@ -1206,8 +1189,7 @@ class Parser(argparse.ArgumentParser):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# What the machine is to blame for: a pattern of an error's type and text, and the line to print. With "ancdata" another
-# process learns of too many open files.
+# What the machine is to blame for, by a pattern of an error's type and text ("ancdata": open files of another process).
 TROUBLES = {
     r"OSError: (.*(?:No space left on device|Disk quota exceeded|File too large).*)": r"cannot write \1; MAKE ROOM",
     r"Too many open files|ancdata": "too many open files; raise the limit (ulimit -n 65536) or give fewer --workers",
@@ -1247,8 +1229,8 @@ def origin(error: BaseException) -> tuple[str, str]:
 
 def is_deliberate(error: Exception) -> bool:
     """Whether an error says what is wrong with the input: an OSError, or one from a `raise` that is not of FAULTS."""
-    raised = re.search(r"(^|: )raise\b", origin(error)[0])
-    return isinstance(error, OSError) or bool(raised) and not isinstance(error, FAULTS)
+    raised = bool(re.search(r"(^|: )raise\b", origin(error)[0]))
+    return isinstance(error, OSError) or raised and not isinstance(error, FAULTS)
 
 
 def usable_cpus() -> int:
@@ -1257,12 +1239,11 @@ def usable_cpus() -> int:
     with suppress(OSError, ValueError):    # a container's limit: microseconds per period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, ceil(int(quota) / int(period)))
-    return cpus
+    return min(cpus, 61) if sys.platform == "win32" else cpus    # Windows cannot wait for more processes
 
 
 def expect_main_guard():
-    """Refuses a script that calls this outside of `if __name__ == "__main__":`. The processes that we start import the
-    script, so each would begin the run again."""
+    """Refuses a script that calls this without a main guard: each process that we start would begin the run again."""
     for frame, line in traceback.walk_stack(None):
         path = Path(frame.f_code.co_filename)
         if frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__" and path.is_file():
@@ -1292,6 +1273,12 @@ def loader(dataset: Dataset, batches: Iterable, workers: int, images: int = 0, *
     if workers:
         expect_main_guard()
         allow_open_files(workers)
+        if get_start_method() != "fork":    # DataLoader would fail amid starting its processes
+            try:
+                pickle.dumps((dataset, options))
+            except Exception as error:
+                raise ValueError(f"the data set cannot be sent to a loading process ({error}); open files in `read`, "
+                                 "at its first call, and keep no lambda, or give --workers 0") from error
         workers = fit_workers(workers, dataset, images)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=follow_main, **options)
 
@@ -1356,14 +1343,12 @@ def follow_main(*_):
         signal.signal(number, signal.SIG_IGN)
     if main := parent_process():    # end with it, even if it is killed
         threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
-    if os.path.isdir("/proc/self/fd"):
-        open_again()
-
-
-def open_again():
-    """A forked process shares the position in each open file with the process that it was forked from: while one
-    reads, the other one's position moves. This gives it positions of its own in the files that are open for reading."""
+    if not os.path.isdir("/proc/self/fd"):
+        return
     import fcntl  # not on Windows
+
+    # A forked process shares the position in each open file with the process that it was forked from: while one reads,
+    # the other one's position moves. This gives it positions of its own in the files that are open for reading.
     for number in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):    # the folder itself was open, too
             path, mode = f"/proc/self/fd/{number}", fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
@@ -1386,9 +1371,9 @@ def interrupt(number: int, frame: object):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to. Once it is complete, it replaces path. If writing fails, it is removed, path stays as it was,
-    and the OSError, perhaps the cause of a library's error, names path."""
+def replacing(path: Path):
+    """A file to write bytes to. Once it is complete, it replaces path. If writing fails, it is removed, path stays as
+    it was, and the OSError, perhaps the cause of a library's error, names path."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,6 +1,7 @@
 """Cityscapes: the recorded data, losses and scores of the published implementation, files, training and evaluation."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -165,6 +166,28 @@ def test_exported_files(exported, capsys):
     assert datasets.main(command) == 1
     assert "an image of the size (1024, 2048), twice that of the network's input, found (64, 128); give half" in (
         capsys.readouterr().out)
+
+
+def test_train_ids_in_place_of_label_ids_are_named(exported, tmp_path, capsys):
+    """With 255 made 0, no single file shows it."""
+    root = shutil.copytree(exported, tmp_path / "copy")
+    command = ["check", "--dataset", "cityscapes", "--root", str(root), "--workers", "1", "--img-size", "32", "64"]
+    for path in sorted((root / "gtFine/val").rglob("*_labelIds.png")):
+        ids = datasets.CLASS_BY_ID[np.array(Image.open(path))]
+        Image.fromarray(np.where(ids == IGNORE, 0, ids).astype(np.uint8)).save(path)
+    assert datasets.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "gtFine/val: expected label IDs up to 33, found none above 18" in printed and "\n1 problems" in printed
+
+
+def test_equal_names_of_different_files_are_no_problem(exported, tmp_path, capsys):
+    root = shutil.copytree(exported, tmp_path / "copy")
+    for folder in ("leftImg8bit", "gtFine", "disparity"):
+        shutil.copytree(root / folder / "train", root / folder / "val", dirs_exist_ok=True)
+    command = ["check", "--dataset", "cityscapes", "--root", str(root), "--workers", "1", "--img-size", "32", "64"]
+    assert datasets.main(command) == 0
+    names = Cityscapes(root).names
+    assert f"look at the names: {len(names)} occur in train, too, first {names[0]}" in capsys.readouterr().out
 
 
 def run(exported, out, *arguments):

@@ -434,6 +434,8 @@ NO_MASKS = {
     "lossy.webp": (Image.fromarray(ONES * 255), "a label without loss"),
     "lossy.tif": (lambda path: Image.fromarray(ONES * 255).save(path, compression="jpeg"), "a label without loss"),
     "inverted.tif": (lambda path: Image.fromarray(ONES * 255).save(path, tiffinfo={262: 0}), "0 as black"),
+    **{f"frames.{ending}": (lambda path: Image.fromarray(ONES * 255).save(path, save_all=True, append_images=[
+        Image.fromarray(ONES * 0)]), "one frame, found 2") for ending in ("png", "tif")},
 }
 
 
@@ -1026,6 +1028,7 @@ def test_what_pictures_need_to_know():
     ("COLOURS", {"material": [(0, 0, 256)] * 5}, "COLOURS"), ("COLOURS", {"material": {0: (1, 2, 3)}}, "COLOURS"),
     ("LABEL_IDS", {"material": (1, 2, 3, 4, 256)}, r"of the shape \(5,\), in LABEL_IDS"),
     ("LABEL_IDS", {"material": (1,)}, "LABEL_IDS"),
+    ("SCALES", (2.0, 0.5), r"SCALES above 0, the smaller one first, found \(2.0, 0.5\)"), ("SCALES", (0, 1), "SCALES"),
     ("BOUNDARY_TOLERANCE", 2, "BOUNDARY_TOLERANCE as a fraction, found 2")])
 def test_what_a_data_set_says_is_checked_at_the_start(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Mixed, attribute, value)
@@ -1096,7 +1099,7 @@ def test_data_sets_are_opened_alike(pascal, nyud):
             self.root = root
             super().__init__(**arguments)
     assert Rooted.open("val", root=Path("data")).root == Path("data")
-    with pytest.raises(ValueError, match="expected the folder of Rooted's files"):
+    with pytest.raises(ValueError, match="expected Rooted's folder"):
         Rooted.open("val")
 
 
@@ -1387,13 +1390,13 @@ def test_samples_are_drawn_as_training_sees_them(tmp_path, monkeypatch, capsys):
     assert main(["check", "--dataset", "Sided", "--workers", "1", "--img-size", "16", "24", "--pictures",
                  str(tmp_path / "a.png")]) == 0
     (blocks, legends), = sheets
-    assert [[title for (title, _), in columns] for columns in blocks] == [
-        [f"{title}: {name}", "semseg", "limb"] for title in ("train", "in training", "val")
-        for name in ("one", "two", "three")]
+    assert [[[title for title, _ in column] for column in columns] for columns in blocks] == [
+        [[f"{title}: {name}" for title in titles], ["semseg"] * len(titles), ["limb"] * len(titles)]
+        for titles in (("train", "in training"), ("val",)) for name in ("one", "two", "three")]
     assert [text for text, _ in legends[0]][:3] == ["semseg", "left arm", "right arm"]
     palette = Sided("val").kinds["semseg"].palette
-    for columns, split in zip(blocks[::3], ("val", "train", "val")):
-        (_, image), (_, drawn) = columns[0][0], columns[1][0]
+    for block, row, split in (0, 0, "val"), (0, 1, "train"), (3, 0, "val"):
+        (_, image), (_, drawn) = blocks[block][0][row], blocks[block][1][row]
         assert (np.array(drawn) == palette[Sided(split, (16, 24))[0]["semseg"][0]]).all()
         assert np.array(image).shape == (16, 24, 3)
     assert Image.open(tmp_path / "a.png").width > 100 and capsys.readouterr().out.endswith("a.png\n")
@@ -1517,6 +1520,18 @@ def test_no_process_reads_from_what_another_has_opened(name, tmp_path, capsys):
         assert main(["check", "--dataset", f"{tmp_path}/handles.py:{name}", "--workers", "2"]) == 0, capsys.readouterr()
 
 
+def test_a_data_set_that_cannot_be_sent_to_processes_is_told_before_they_start(monkeypatch):
+    monkeypatch.setattr(datasets, "get_start_method", lambda: "spawn")
+    data = Own()
+    data.convert = lambda image: image
+    for given in (dict(dataset=data), dict(dataset=range(2), collate_fn=data.check)):
+        with pytest.raises(ValueError, match="cannot be sent to a loading process .*lambda.*; open files in `read`"):
+            datasets.loader(**given, batches=[[0]], workers=1)
+        datasets.loader(**given, batches=[[0]], workers=0)
+    del data.convert
+    datasets.loader(data, [[0]], 1)
+
+
 @pytest.mark.parametrize("free, fitting", [(10 ** 9, 3), (8 * 2 * 4 * 100, 3), (8 * 2 * 4 * 100 - 1, 2), (100, 0)])
 def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, capsys):
     """Two batches of each process wait, and two more are in use: 8 batches of 2 images for 3 processes."""
@@ -1556,6 +1571,11 @@ def test_helpers_that_fail(forked_pools, monkeypatch):
     for limit, expected in (("max 100000", 100), ("150000 100000", 2), ("200000 100000", 2)):    # of a container
         monkeypatch.setattr(Path, "read_text", lambda path: limit)
         assert datasets.usable_cpus() == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(100)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert datasets.usable_cpus() == 61
 
 
 def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
