@@ -17,26 +17,25 @@ results.json, with contact sheets, in the folder evaluation_NAME beside the chec
 import os
 
 # PyTorch's threads on a CPU (libgomp's) wait for each other by spinning. Where other processes are busy, that takes the
-# core from the very thread that they wait for: an iteration of the main job lasted more than a minute. So we limit it,
-# before torch is imported. An idle machine is as fast as without (tests/benchmark.py busy).
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# core from the very thread that they wait for: an iteration of the main job lasted more than a minute. So we limit it
+# before torch is imported, unless the user has decided. An idle machine stays as fast (tests/benchmark.py busy).
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
-import math
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -187,11 +185,11 @@ def check_arguments(args: argparse.Namespace, parser: Parser):
     useful = set(FLAGS[mode].split()) - ({"device", "backend", "batch_size"} if args.variant == "all" else set())
     if args.cost and args.checkpoint:    # which knows them
         useful -= {"variant", "dataset"}
+    if not args.save_predictions:
+        useful -= {"probabilities", "label_ids"}
     for name, value in vars(args).items():
         if name not in useful and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect here; see --help for what it belongs to")
-    if (args.probabilities or args.label_ids) and not args.save_predictions:
-        raise ValueError("--probabilities and --label-ids are of raw maps; give --save-predictions DIR, too")
     parser.expect_least(args, max_side=32, workers=0, save_images=0, batch_size=1)
     if args.export and args.export.suffix not in EXPORTS:
         raise ValueError(f"expected --export to a file that ends with {' or '.join(EXPORTS)}, found {args.export}")
@@ -213,11 +211,14 @@ def load_checkpoint(path: str | Path, device: torch.device, encoder: str | None 
         config |= dict(encoder=encoder or "swin-large", encoder_kwargs=encoder_kwargs)
     elif encoder or encoder_kwargs:
         raise ValueError(f"{path} knows its encoder; leave out --encoder and --encoder-kwargs")
-    model = MTMamba(**config | {"pretrained": False})    # the weights are in the file
+    try:
+        model = MTMamba(**config | {"pretrained": False})    # the weights are in the file
+    except TypeError as error:    # arguments that MTMamba or the encoder does not have
+        raise ValueError(f"cannot build a model of {config}: {error}") from error
     load_weights(model, checkpoint, path)
     model.labels = checkpoint["labels"]
-    # Without the tensors, which would keep the file open: a training that is running may replace it.
-    checkpoint = {key: checkpoint[key] for key in checkpoint.keys() - {"model", "optimizer", "scaler", "published"}}
+    for key in ("model", "optimizer", "scaler", "published"):    # which keep the file open; a training may replace it
+        checkpoint.pop(key, None)
     return model.to(device).eval(), checkpoint
 
 
@@ -279,7 +280,7 @@ def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | Non
 
 def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: torch.device) -> Results:
     """Prints the table and writes results.json and the contact sheets, all from the first process."""
-    name, dataset = open_dataset(args, model.labels, checkpoint)
+    name, dataset = open_dataset(args, model, checkpoint)
     scored = read_boundary_list(args.boundary_list, dataset) if args.boundary_list else None
     out = args.out or args.checkpoint.parent / f"evaluation_{args.checkpoint.stem}"
     baseline = read_baseline(args.baseline, name, dataset, out)
@@ -288,10 +289,10 @@ def score(args: argparse.Namespace, model: MTMamba, checkpoint: dict, device: to
     for folder in {out, args.save_predictions or out}:
         dataset.refuse_folder(folder)
     check_writable(out)
-    raw = RawMaps(args, dataset.labels, dataset.names, [])
+    save = RawMaps(args, dataset.labels, dataset.names, []).save_outputs if args.save_predictions else None
     workers = min(16, usable_cpus() // rank_and_world()[1]) if dataset.SHUFFLED else 0
     evaluation = Evaluation(dataset, device, workers if args.workers is None else args.workers, scored)
-    results = evaluate(model, evaluation, raw.save_outputs)
+    results = evaluate(model, evaluation, save)
     if not results:
         raise ValueError(f"nothing to score: no pixel of {name}'s images has a label of {', '.join(model.tasks)}")
     if rank_and_world()[0] > 0:
@@ -325,27 +326,32 @@ def print_scores(columns: dict[str, Results], dataset: DenseDataset, config: dic
     published = ""
     if not baseline and paper.keys() == figures.keys():
         published = f" (paper: {delta_m(paper, single, dataset.kinds):+.2f} %)"
-    reference = "--baseline" if baseline else "the single-task row of Table 2"
-    print(f"delta_m against {reference}: {improvement:+.2f} %{published}")
+    print(f"delta_m against {'--baseline' if baseline else 'the single-task row of Table 2'}: {improvement:+.2f} %"
+          f"{published}")
     return improvement
 
 
-def open_dataset(args: argparse.Namespace, labels: Labels, checkpoint: dict) -> tuple[str, DenseDataset]:
-    """The data set's name and its images. Raises ValueError where its tasks or classes are not those of labels."""
-    config, name = checkpoint["config"], args.dataset or checkpoint.get("training", checkpoint).get("dataset")
+def open_dataset(args: argparse.Namespace, model: MTMamba, checkpoint: dict) -> tuple[str, DenseDataset]:
+    """The data set's name and its images. Raises ValueError where its tasks or classes are not those of the model."""
+    name, labels = args.dataset or checkpoint.get("training", checkpoint).get("dataset"), model.labels
     if not name:
         raise ValueError(f"the model's tasks {labels.tasks} are not those of one data set; give it with --dataset")
     data_set = find_dataset_class(name, said_by=None if args.dataset else args.checkpoint)
-    size = args.img_size or data_set.VAL_SIZE or config.get("img_size")
+    size = args.img_size or data_set.VAL_SIZE or checkpoint["config"].get("img_size")
     dataset = data_set.open("val", size, list(labels.tasks), args.data_root)
-    forms = [{task: (type(kind).__name__, kind.channels) for task, kind in side.kinds.items()}
-             for side in (labels, dataset.labels)]
+    sides = labels, dataset.labels
+    forms = [{task: (type(kind).__name__, kind.channels) for task, kind in side.kinds.items()} for side in sides]
     if forms[0] != forms[1]:
         raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
+    if model.output_scale != dataset.LABEL_SCALE:
+        raise ValueError(f"expected a model with the output_scale {dataset.LABEL_SCALE} of {name}'s labels")
     for task in labels.kinds:
-        for i, (a, b) in enumerate(zip(*(side.classes.get(task, ()) for side in (labels, dataset.labels)))):
+        trained, scored = (side.classes.get(task, ()) for side in sides)
+        for i, (a, b) in enumerate(zip(trained, scored)):
             if a != b:
                 raise ValueError(f"class {i} of {task} is {a!r} in {args.checkpoint} and {b!r} in {name}")
+        if len(trained) != len(scored):
+            print(f"{task}: only the {'model' if trained else 'data set'} names its classes; taken to be the same")
     return name, dataset
 
 
@@ -384,11 +390,10 @@ def write_results(path: Path, entries: dict, model: MTMamba, evaluation: "Evalua
     trained_in = training.get("amp")
     parameters, flops = count_cost(model, dataset.size)
     content = entries | dict(
-        images=evaluation.images, boundary_images=evaluation.boundary_images, split="val",
+        images=evaluation.images, boundary_images=len(evaluation.scored), split="val",
         variant=config["variant"], encoder=config["encoder"], encoder_kwargs=config["encoder_kwargs"],
-        tasks=list(model.tasks), seed=training.get("seed"),
-        training=training or None, iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops,
-        image_size=dataset.size,
+        tasks=list(model.tasks), seed=training.get("seed"), training=training or None,
+        iteration=checkpoint.get("iteration"), parameters=parameters, flops=flops, image_size=dataset.size,
         precision=dict(training="float32" if trained_in == "off" else trained_in, scoring="float32"),
         versions=dict(training=checkpoint.get("versions"), scoring=versions()), **evaluation.record())
     with replacing(path) as file:
@@ -397,7 +402,7 @@ def write_results(path: Path, entries: dict, model: MTMamba, evaluation: "Evalua
 
 def versions() -> dict[str, str | None]:
     """The versions that results depend on. commit: None where this folder is no git checkout."""
-    found = dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__, commit=None)
+    found = dict(python=sys.version.split()[0], torch=str(torch.__version__), timm=timm.__version__, commit=None)
     with contextlib.suppress(OSError):
         found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                          text=True).stdout.strip() or None
@@ -433,17 +438,16 @@ class Evaluation:
 
     def __init__(self, dataset: DenseDataset, device: torch.device, workers: int = 0,
                  scored: Collection[str] | None = None, limit: int | None = None):
-        self.dataset, self.device, self.workers, self.scored = dataset, device, workers, scored
+        self.dataset, self.device, self.workers = dataset, device, workers
         self.images = min(len(dataset), limit or len(dataset))
-        self.boundary_images = self.images if scored is None else len(scored)
+        self.scored = dataset.names[:self.images] if scored is None else scored
         self.meters = {task: Meter(kind) for task, kind in dataset.kinds.items()}
-        self.ods = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Iterator[list[dict]]]:
         """Loads this process's images, in lists of batches of one size: as many lists as in other processes, of which
         the last may be empty. Matches boundaries."""
-        dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored != () else None
+        dataset, tolerance = self.dataset, self.dataset.BOUNDARY_TOLERANCE if self.scored else None
         digest_names(dataset)
         rank, world = rank_and_world()
         boundaries = [task for task, kind in dataset.kinds.items() if "odsF" in kind.metrics and tolerance is not None]
@@ -451,13 +455,12 @@ class Evaluation:
         first, = fetch(samples, [0], self.workers)
         size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // first["image"][0].numel()))
         batches = [range(i, min(i + size, self.images)) for i in range(0, self.images, size)]
-        share = batches[rank::world]
-        loaded = loader(samples, share, self.workers, size, collate_fn=collate_by_size)
-        idle = [[]] * (-(-len(batches) // world) - len(share))
+        batches += [range(0)] * (-len(batches) % world)
+        loaded = loader(samples, batches[rank::world], self.workers, size, collate_fn=collate_by_size)
         begun, workers = time.perf_counter(), loaded.num_workers
         with Helpers(workers) if workers and boundaries else contextlib.nullcontext() as helpers:
             self.ods = {task: OdsMeter(tolerance, helpers, 4 * workers) for task in boundaries}
-            yield tqdm(itertools.chain(loaded, idle), "evaluating", len(share + idle), leave=False, disable=rank > 0)
+            yield tqdm(loaded, "evaluating", leave=False, disable=rank > 0)
             for meter in self.ods.values():
                 meter.collect()
         self.seconds = time.perf_counter() - begun
@@ -479,8 +482,7 @@ class Evaluation:
     def results(self) -> Results:
         """The scores of the tasks that have any, over all processes, the primary metric first."""
         for meter in self.meters.values():
-            for name in ("sums", "losses"):
-                setattr(meter, name, add_up(getattr(meter, name)))
+            meter.sums, meter.losses = add_up(meter.sums), add_up(meter.losses)
         for meter in self.ods.values():
             meter.counts = add_up(torch.from_numpy(meter.counts)).cpu().numpy()
         empty = [task for task, meter in self.meters.items() if meter.empty()]
@@ -497,16 +499,16 @@ class Evaluation:
 
 
 @dataclass
-class WithTruths(Dataset):
+class WithTruths:
     """A data set's samples with the boundaries that odsF is scored against, {task: bool (h, w)}."""
 
     dataset: DenseDataset
     boundaries: list[str]
-    scored: Collection[str] | None
+    scored: Collection[str]
 
     def __getitem__(self, index):
         sample = self.dataset[index]
-        wanted = self.boundaries if self.scored is None or sample["name"] in self.scored else ()
+        wanted = self.boundaries if sample["name"] in self.scored else ()
         return sample | {"truths": {task: self.dataset.boundary_truth(index, task) for task in wanted}}
 
 
@@ -528,27 +530,25 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
 
 
 class RawMaps:
-    """The files of --save-predictions, --probabilities and --label-ids, if they are asked for."""
+    """The files of --save-predictions, with --probabilities and --label-ids."""
 
     def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path]):
         """names: of the images. read: see claim. Raises ValueError as claim, and if the data set has no label IDs."""
         self.args, self.labels = args, labels
         if args.label_ids and not labels.label_ids:
             raise ValueError("--label-ids has no effect here: the data set states no LABEL_IDS of its classes")
-        if args.save_predictions:
-            files = [f"{task}/{name}{suffix}" for name in names for task, kind in labels.kinds.items()
-                     for suffix in (kind.suffix, ".npz")[:1 + args.probabilities]]
-            claim(args.save_predictions, files, read, args.overwrite)
+        files = [f"{task}/{name}{suffix}" for name in names for task, kind in labels.kinds.items()
+                 for suffix in (kind.suffix, ".npz")[:1 + args.probabilities]]
+        claim(args.save_predictions, files, read, args.overwrite)
 
     def save_outputs(self, name: str, outputs: dict[str, Tensor], area: tuple):
         """See evaluate."""
-        if self.args.save_predictions:
-            self.save(name, *({task: values[0][area].cpu() for task, values in of(self.labels, outputs).items()}
-                              for of in (predict_maps, probabilities)))
+        self.save(name, *({task: values[0][area].cpu() for task, values in of(self.labels, outputs).items()}
+                          for of in (predict_maps, probabilities)))
 
     def save(self, name: str, maps: dict[str, Tensor], shares: dict[str, Tensor] | None = None):
         """maps, shares: as of predict_picture, (C, h, w)."""
-        for task, values in maps.items() if self.args.save_predictions else ():
+        for task, values in maps.items():
             kind = self.labels.kinds[task]
             values = kind.raw(values.numpy(), self.args.label_ids)
             path = self.args.save_predictions / task / f"{name}{kind.suffix}"
@@ -585,6 +585,7 @@ PICTURE_FILES = ("apng avif bmp cr2 dng gif heic heif j2k jfif jp2 jpe jpeg jpg 
 MAX_SIDE = 1024     # pixels
 SHEET = 1600                      # pixels of a sheet's width: its letters stay readable on a screen
 LETTERS, LINE, GAP = 16, 24, 8    # heights of letters and lines, and what lies between pictures
+FONTS = "/usr/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts"
 
 
 def predict_maps(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -621,8 +622,8 @@ def draw_maps(blocks: list[list], labels: Labels, maps: list[dict[str, list]], t
     [first:]. blocks: as of draw_sheet. maps: of each image {task: [map (1 or C, h, w), ...]}, with their titles."""
     legends = []
     for task, kind in labels.kinds.items():
-        flat = [[map.reshape(len(map), 1, -1) for map in own[task]] for own in maps]
-        drawn, shown = (np.concatenate([map for own in flat for map in own[start:]], axis=2) for start in (0, first))
+        drawn, shown = (np.concatenate([map.reshape(len(map), 1, -1) for own in maps for map in own[task][start:]], 2)
+                        for start in (0, first))
         legends.append([(kind.title, ()), *kind.picture(drawn, shown)[1]])
         for columns, own in zip(blocks, maps):
             columns.append([(kind.title + title, Image.fromarray(kind.picture(map, shown)[0]))
@@ -632,8 +633,8 @@ def draw_maps(blocks: list[list], labels: Labels, maps: list[dict[str, list]], t
 
 def to_picture(image: Tensor) -> Image.Image:
     """A normalised image (3, h, w)."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return Image.fromarray((255 * (image * std + mean).clamp(0, 1)).byte().permute(1, 2, 0).numpy())
+    pixels = image.permute(1, 2, 0) * torch.tensor(IMAGE_STD) + torch.tensor(IMAGE_MEAN)
+    return Image.fromarray((255 * pixels.clamp(0, 1)).byte().numpy())
 
 
 def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device) -> int:
@@ -646,18 +647,21 @@ def draw_pictures(args: argparse.Namespace, model: MTMamba, device: torch.device
     stems = distinct_stems(paths, drawn)
     inputs = {path if path.is_dir() else path.parent for path in args.image}
     claim(out, [f"{stem}_{name}.png" for stem in stems for name in drawn], inputs, args.overwrite)
-    raw = RawMaps(args, model.labels, stems, inputs)
+    raw = RawMaps(args, model.labels, stems, inputs) if args.save_predictions else None
     for path, stem in list(zip(paths, stems))[rank::world]:
         try:
             image = read_picture(path)
             maps, heat, *shares = predict_picture(model, image, device, args.max_side, args.probabilities)
         except Exception as error:
-            if not is_deliberate(error):    # a fault in the code
+            # PyTorch has no type of its own for too little memory of a CPU. Other errors are faults in the code.
+            if not (re.search("MemoryError|allocate memory", repr(error)) or is_deliberate(error)):
                 raise
-            print("skipped", printable(error if str(path) in str(error) else f"{path}: {error}"), file=sys.stderr)
+            reason = str(error) or repr(error)
+            print("skipped", printable(reason if str(path) in reason else f"{path}: {reason}"), file=sys.stderr)
             skipped += 1
             continue
-        raw.save(stem, maps, *shares)
+        if raw:
+            raw.save(stem, maps, *shares)
         files = draw_prediction(printable(path.name), image, maps, heat if args.features else {}, model.labels)
         for name, picture in files.items():
             with replacing(out / f"{stem}_{name}.png") as file:
@@ -680,7 +684,7 @@ def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], hea
             norm = heat[task].numpy()
             low, high = float(norm.min()), float(norm.max())
             files[f"{task}_feature"] = Image.blend(image, Image.fromarray(colour_map(norm, low, high)), 0.6)
-            columns[-1].append((f"feature's norm: {low:.3g} (blue) to {high:.3g}", files[f"{task}_feature"]))
+            columns[-1].append((f"feature's norm: {low:.3g} (dark) to {high:.3g}", files[f"{task}_feature"]))
     return files | {"sheet": draw_sheet([columns], legends)}
 
 
@@ -704,8 +708,10 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     """The files, and those in the folders that have a picture's ending. Raises ValueError where there is none."""
     found = []
     for path in paths:
-        found += [path] if not path.is_dir() else sorted(
-            f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
+        if path.is_dir():
+            found += sorted(f for f in path.iterdir() if f.suffix.lower()[1:] in PICTURE_FILES and f.is_file())
+        else:    # a quoted pattern, too
+            found += [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
     if not found:
         raise ValueError(f"no pictures in {', '.join(map(str, paths))}, with names in {' '.join(PICTURE_FILES)}")
     return found
@@ -714,12 +720,12 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 def distinct_stems(paths: list[Path], endings: list[str]) -> list[str]:
     """The files' names without their endings, cut to 200 bytes, as more is added to them. They are numbered where two
     would get a file NAME_ENDING in common, also on a file system that takes capitals for small letters."""
-    stems, taken, counts = [], set(), Counter()
+    stems, taken = [], set()
     for path in paths:
         own = stem = os.fsdecode(os.fsencode(path.stem)[:200])
+        numbers = itertools.count(2)
         while (files := {f"{stem}_{ending}".casefold() for ending in endings}) & taken:
-            counts[own] += 1
-            stem = f"{own}_{counts[own] + 1}"
+            stem = f"{own}_{next(numbers)}"
         stems.append(stem)
         taken |= files
     return stems
@@ -732,6 +738,8 @@ def printable(text: object) -> str:
 
 def read_picture(path: str | Path) -> Image.Image:
     """RGB, upright: see datasets.read_image. Raises FileNotFoundError, or ValueError where it cannot be read."""
+    if Path(path).is_fifo():    # whose reading may never end
+        raise ValueError(f"{path} is a pipe, not a picture's file")
     return Image.fromarray(read_image(path, turn=True))
 
 
@@ -742,7 +750,7 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
     {task: as of Kind.probability} if asked for. model: of load_checkpoint. max_side: the model sees a larger image
     reduced to that, and the maps are enlarged again. With an output_scale it sees the picture reduced by that."""
     size, scale, labels = (image.height, image.width), model.output_scale, model.labels
-    shrink = min(1, scale * max_side / max(size))
+    shrink = scale * max_side / max(size)
     if shrink < 1:    # the model takes no side below 32
         image = image.resize([max(32 * scale, round(n * shrink)) for n in image.size], Image.Resampling.BICUBIC)
     small = image.resize(tuple(-(-n // scale) for n in image.size), Image.Resampling.BILINEAR)
@@ -757,10 +765,8 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
             return values
         return resize(values, size) if resize else interpolate(values[None], size)[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
-    heat = {}
-    for task, z in features.items():
-        norm = z.float().norm(dim=-1)[:, None]                                               # (1, 1, H / 4, W / 4)
-        heat[task] = enlarged(interpolate(norm, scale_factor=4 * scale))[0]
+    norms = {task: z.float().norm(dim=-1)[:, None] for task, z in features.items()}    # (1, 1, H / 4, W / 4)
+    heat = {task: enlarged(interpolate(norm, scale_factor=4 * scale))[0] for task, norm in norms.items()}
     if not with_probabilities:
         return maps, heat
     return maps, heat, {task: enlarged(values) for task, values in probabilities(labels, outputs).items()}
@@ -769,16 +775,20 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
 def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
     """A sheet of pictures that can be read at a screen's width. Columns that do not fit go on below. blocks: columns of
     each image, [(title, picture), ...]. legends: a title and the lines of Kind.picture."""
-    number = max(map(len, blocks))
+    number = len(blocks[0])
     widest = max(picture.width for columns in blocks for column in columns for _, picture in column)
     abreast = min(number, SHEET // min(max(150, 2 * widest), 300))    # 150: of titles; small pictures are doubled
     step, rows = min(SHEET // abreast, 512), []
+    cell = step - GAP
     for columns in blocks:
         drawn = []
         for column in columns:
             parts = []
-            for title, picture in column:
-                parts += [draw_lines([(title, ())], step), fit(picture, step - GAP)]
+            for title, picture in column:    # at most `cell` wide and twice as high; enlarged by a whole number
+                factor = min(cell // picture.width, 2 * cell // picture.height)
+                shown = (ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if factor else
+                         ImageOps.contain(picture, (cell, 2 * cell)))
+                parts += [draw_lines([(title, ())], step), ImageOps.expand(shown, (0, 0, 0, GAP), "white")]
             drawn.append(join(parts, axis=1))
         rows += [join(drawn[i:i + abreast], axis=0) for i in range(0, len(drawn), abreast)]
     return join(rows + [draw_lines(lines, SHEET) for lines in legends], axis=1)
@@ -786,30 +796,22 @@ def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
 
 def join(pictures: list[Image.Image], axis: int) -> Image.Image:
     """Side by side (axis 0) or one above the other (axis 1), on white."""
-    sizes = np.array([picture.size for picture in pictures])    # (n, 2)
-    corners = np.zeros_like(sizes)
-    corners[1:, axis] = sizes[:-1, axis].cumsum()
-    joined = Image.new("RGB", tuple((corners + sizes).max(0).tolist()), "white")
-    for picture, corner in zip(pictures, corners.tolist()):
+    size, corner = [max(sides) for sides in zip(*(picture.size for picture in pictures))], [0, 0]
+    size[axis] = sum(picture.size[axis] for picture in pictures)
+    joined = Image.new("RGB", tuple(size), "white")
+    for picture in pictures:
         joined.paste(picture, tuple(corner))
+        corner[axis] += picture.size[axis]
     return joined
-
-
-def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """At most `cell` wide and twice as high: reduced, or enlarged by a whole number. Below it lies a gap."""
-    factor = min(cell // picture.width, 2 * cell // picture.height)
-    fitting = (ImageOps.scale(picture, factor, Image.Resampling.NEAREST) if factor else
-               ImageOps.contain(picture, (cell, 2 * cell)))
-    return ImageOps.expand(fitting, (0, 0, 0, GAP), "white")
 
 
 def draw_lines(lines: list[tuple], width: int) -> Image.Image:
     """Texts one after the other, in as many lines as they need, each behind its colour: (), a square of (r, g, b), or
-    a bar that runs through (n, 3). Letters that Pillow's font does not have become boxes."""
+    a bar that runs through (n, 3)."""
     picture, x, y = Image.new("RGB", (width, LINE * len(lines)), "white"), 0, 0
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
+    pen = ImageDraw.Draw(picture)
     for text, colour in lines:
-        colours = np.uint8(colour).reshape(-1, 3)
+        colours, font = np.uint8(colour).reshape(-1, 3), font_of(text)
         bar = LETTERS * min(len(colours), 8)
         step = bar + GAP // 2 + round(font.getlength(text)) + 2 * GAP
         if x and x + step > width:
@@ -821,6 +823,19 @@ def draw_lines(lines: list[tuple], width: int) -> Image.Image:
         pen.text((x + bar + GAP // 2, y), text, fill="black", font=font)
         x += step
     return picture.crop((0, 0, width, y + LINE))
+
+
+@functools.cache
+def font_of(text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, or the first of this machine that has all letters of the text."""
+    own = ImageFont.load_default(LETTERS)
+    found = (path for folder in FONTS for path in Path(folder).expanduser().rglob("*.[ot]t[cf]"))
+    for path in itertools.chain([None], found):
+        with contextlib.suppress(OSError):    # of a file that is no font
+            font = ImageFont.truetype(str(path), LETTERS) if path else own
+            if bytes(font.getmask("\uffff")) not in {bytes(font.getmask(c)) for c in set(text) - {" "}}:
+                return font
+    return own
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -885,8 +900,8 @@ def write_pt2(network: nn.Module, image: Tensor, path: Path, metadata: dict[str,
     return torch.export.load(path).module()(image)
 
 
-def write_onnx(network: nn.Module, image: Tensor, path: Path, metadata: dict[str, dict]) -> dict[str, Tensor]:
-    """The same; the weights of a large model lie in a second file."""
+def write_onnx(network, image, path, metadata):
+    """The same. PyTorch puts weights of more than 1.5 GB into a second file."""
     import onnxruntime
     program = torch.onnx.export(network, (image,), input_names=["image"], output_names=list(metadata["tasks"]),
                                 dynamo=True, verbose=False)
@@ -931,16 +946,16 @@ def print_cost(args: argparse.Namespace, device: torch.device):
         return
     cuda, threads = device.type == "cuda", torch.get_num_threads()
     backend, batch = choose_backend(model, args.backend), args.batch_size or (8 if cuda else 1)
-    parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    print(", ".join(f"{name} {millions:.4f}" for name, millions in parts.items())
-          + f" ({config['encoder']}; {', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
+    encoder, heads = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.heads))
+    print(f"encoder {encoder:.4f} ({config['encoder']}), decoder {parameters / 1e6 - encoder - heads:.4f}, heads "
+          f"{heads:.4f} ({', '.join(model.tasks)}); images of {size[0]}x{size[1]}")
     name = torch.cuda.get_device_name(device) if cuda else f"{threads} threads of a CPU"
     images = torch.randn(batch, model.in_chans, *size, device=device)
     one, several = (Timer("model(images)", globals=dict(model=model, images=images[:n]), num_threads=threads)
                     .blocked_autorange(min_run_time=5) for n in (1, batch))
     print(f"on {name}, float32, scan backend {backend}: one image takes {1e3 * one.median:.1f} ms (median of "
-          f"{len(one.times)}), {batch} at a time, {batch / several.median:.3g} images per second; peak memory "
-          + peak_memory(device))
+          f"{len(one.times)}; 90 % within {1e3 * np.quantile(one.times, 0.9):.1f} ms); {batch} at a time, "
+          f"{batch / several.median:.3g} images per second; peak memory {peak_memory(device)}")
 
 
 def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -952,29 +967,27 @@ def count_cost(model: MTMamba, img_size: tuple[int, int]) -> tuple[int, int]:
     The paper's counter reads the operations of SS2D's two projections (2 per multiply-add) from a report that gives
     four significant digits. Without that rounding, Table 2's 435.47 would be 435.48, so we round, too.
     """
-    rounding = 0
+    rounding = []
 
     def count_rounding(ss2d, inputs):
-        nonlocal rounding
         for columns in (ss2d.dt_rank + 2 * ss2d.d_state, ss2d.dt_rank):
             operations = 2 * inputs[0].numel() * len(ss2d.D) * columns
-            rounding += int(float(f"{operations:.3e}")) - operations
-
-    def layer_norm(x, *_, **__):
-        return 2 * 5 * math.prod(x)
+            rounding.append(int(float(f"{operations:.3e}")) - operations)
 
     # FlopCounterMode counts a multiply-add as 2, so everything is counted double and halved at the end.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: layer_norm})
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten.native_layer_norm: lambda shape, *_, **__: 2 * 5 * shape.numel()})
     meta = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, meta).eval()    # with these weights, which hold no numbers
     set_backend(copied, "torch")    # the operator that is counted, and that runs on the meta device
-    for ss2d in (module for module in copied.modules() if hasattr(module, "dt_rank")):
-        ss2d.register_forward_pre_hook(count_rounding)
+    for module in copied.modules():
+        if hasattr(module, "dt_rank"):    # SS2D
+            module.register_forward_pre_hook(count_rounding)
     with counter, torch.no_grad():
         outputs = copied(torch.empty(1, model.in_chans, *img_size, device="meta",
                                      dtype=next(model.parameters()).dtype))
     resize = 4 * sum(output.numel() for output in outputs.values())
-    return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + rounding) // 2 + resize
+    return sum(p.numel() for p in model.parameters()), (counter.get_total_flops() + sum(rounding)) // 2 + resize
 
 
 def peak_memory(device: torch.device) -> str:
@@ -994,6 +1007,8 @@ def start(name: str) -> Iterator[torch.device]:
     """The device, and under torchrun the process group, of which only the first process prints. Raises ValueError for a
     device that does not exist, and for several processes that cannot find each other."""
     distributed = "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+    if distributed and "RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE is set, but not RANK; start with torchrun, or unset WORLD_SIZE for one process")
     if distributed and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1031,8 +1046,7 @@ def digest_names(dataset: DenseDataset) -> list:
     digest = int(hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:12], 16)
     if int(add_up(torch.tensor(digest))) != rank_and_world()[1] * digest:
         raise ValueError(f"the processes list different images of {type(dataset).__name__}, or another order: "
-                         f"{len(dataset)} here, first {dataset.names[0]!r}. list_names must give the same list in each "
-                         "process, so sort it")
+                         f"{len(dataset)} here, first {dataset.names[0]!r}. Sort what list_names gives")
     return [len(dataset), digest]
 
 

@@ -30,7 +30,8 @@ Under torchrun the exit code after SIGTERM is 1, and torchrun kills 30 s after i
 import os
 
 # Limits the spinning of PyTorch's threads on a CPU, see evaluate.py. It must be set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import argparse
 import contextlib

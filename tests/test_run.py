@@ -620,7 +620,7 @@ def test_scoring_that_is_interrupted_is_no_interrupted_training(signals, tmp_pat
 
 
 @pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": "4"}, "RANK expected, but not set"),
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE is set, but not RANK; start with torchrun"),
     ({"RANK": "0"}, "WORLD_SIZE expected, but not set"),
     ({"WORLD_SIZE": "1"}, None)])
 def test_variables_of_a_launcher_without_one(variables, message, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_a_script_shows_no_traceback(tmp_path):
     (lambda path: torch.save(torch.zeros(3), path), "expected the entries model, config and labels"),
     (lambda path: torch.save({"state_dict": {}}, path), "found ['state_dict']"),
     (lambda path: edit(path, lambda c: c["config"].update(variant="stm3")), "another architecture"),
+    (lambda path: edit(path, lambda c: c["config"].update(colour="blue")), "unexpected keyword argument 'colour'"),
     (lambda path: edit(path, lambda c: c["model"].update(extra=torch.zeros(1))), "another architecture"),
 ])
 def test_checkpoints_of_something_else(damage, message, tmp_path, capsys):
@@ -213,6 +215,18 @@ def test_checkpoints_of_something_else(damage, message, tmp_path, capsys):
         evaluate.main(["--checkpoint", str(path)])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "train.py"])
+@pytest.mark.parametrize("name", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"])
+def test_threads_spin_little_unless_the_user_decides(script, name, monkeypatch):
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"):
+        monkeypatch.setenv(variable, "1")    # so that it is as before at the end
+        if variable != name:
+            monkeypatch.delenv(variable)
+    source = (ROOT / script).read_text()
+    exec(source[:source.index("import argparse")], {})
+    assert os.environ.get("GOMP_SPINCOUNT") == {None: "2000", "GOMP_SPINCOUNT": "1"}.get(name)
 
 
 def edit(path, change):
