@@ -179,7 +179,7 @@ class MTMamba(nn.Module):
         """(B, 3, H, W) -> the final decoder features (Figure 3), {task: (B, H'/4, W'/4, C_1)}: H', W' are H, W padded
         to multiples of 32."""
         stride, types = ENCODER_STRIDES[-1], [next(self.stages.parameters()).dtype]
-        if torch.is_autocast_enabled(image.device.type):
+        if image.dtype != types[0] and torch.is_autocast_enabled(image.device.type):
             types += [torch.float32, torch.bfloat16, torch.float16]
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape or image.dtype not in types:
             raise ValueError(f"expected a batch (B, {self.in_chans}, H, W) of at least one image, of the weights' type "
