@@ -340,7 +340,7 @@ def open_dataset(args: argparse.Namespace, model: MTMamba, checkpoint: dict) -> 
     size = args.img_size or data_set.VAL_SIZE or checkpoint["config"].get("img_size")
     dataset = data_set.open("val", size, list(labels.tasks), args.data_root)
     sides = labels, dataset.labels
-    forms = [{task: (type(kind).__name__, kind.channels) for task, kind in side.kinds.items()} for side in sides]
+    forms = [{task: (kind.metrics, kind.channels) for task, kind in side.kinds.items()} for side in sides]
     if forms[0] != forms[1]:
         raise ValueError(f"the model's tasks are {forms[0]}, those of {name} {forms[1]}; another --dataset?")
     if model.output_scale != dataset.LABEL_SCALE:

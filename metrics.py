@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -207,7 +207,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return torch.round(x * 2**bits) / 2**bits
 
 
-def totals(terms: Iterable[Tensor], valid: Tensor, bits: int) -> Tensor:
+def totals(terms: tuple, valid: Tensor, bits: int) -> Tensor:
     """The sum of each term, rounded, over the valid pixels: float64 (terms,)."""
     return torch.stack([torch.where(valid, rounded(term, bits), 0).sum(dtype=torch.float64) for term in terms])
 
@@ -629,7 +629,7 @@ class Labels:
 
 def plain(value: object) -> object:
     """Numbers, texts, lists and dictionaries alone. A class becomes path/to/file.py:Class, from the current folder."""
-    def simpler(value: object) -> object:
+    def simpler(value):
         if isinstance(value, type):
             return f"{os.path.relpath(inspect.getfile(value))}:{value.__qualname__}"
         if isinstance(value, range):
@@ -645,11 +645,11 @@ def find_class(name: str, base: type, said_by: object = None) -> type:
     or below the current folder, or loaded already."""
     file, _, class_name = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    expect(path.is_file() and path.suffix == ".py" and "." not in path.stem,
-           "path/to/file.py:Class, a file (no other dot in the file's name)", repr(name))
     expect(not said_by or path.is_relative_to(Path.cwd()) or is_file_of(sys.modules.get(path.stem), path),
            "a Python file in or below the current folder", f"{path}, named by {said_by}",
            "to run it, name the data set yourself with --dataset")
+    expect(path.is_file() and path.suffix == ".py" and "." not in path.stem,
+           "path/to/file.py:Class, a file (no other dot in the file's name)", repr(name))
     if str(path.parent) not in sys.path:    # which new processes get, too
         sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)
@@ -765,7 +765,7 @@ class OdsMeter:
 def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P = matched predicted / predicted, R = matched true / true and F = 2 P R / (P + R) of counts (thresholds, 4).
     0 where nothing is matched, which covers images without true pixels and thresholds without predicted ones."""
-    matched_true, true, matched_predicted, predicted = counts.T
+    matched_true, true, matched_predicted, predicted = np.transpose(counts)
     precision, recall = matched_predicted / np.maximum(predicted, 1), matched_true / np.maximum(true, 1)
     total = precision + recall
     return precision, recall, 2 * precision * recall / np.where(total > 0, total, 1)
@@ -774,7 +774,7 @@ def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 def ods_f(counts: np.ndarray) -> float:
     """The largest F-measure over the thresholds, as a fraction, without interpolation. counts: (thresholds, 4), of
     boundary_counts, summed over the images."""
-    expect(counts.shape[1:] == (4,), "counts of the shape (thresholds, 4)", counts.shape, "sum them over the images")
+    expect(np.shape(counts)[1:] == (4,), "counts of the shape (thresholds, 4)", np.shape(counts), "sum over the images")
     return float(precision_recall(counts)[2].max())
 
 

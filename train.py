@@ -25,7 +25,7 @@ Under torchrun the exit code after SIGTERM is 1, and torchrun kills 30 s after i
 """
 
 # Order: recipes; main and its flags; Run, with its set-up, loop, step and files; losses; schedule and batches; weights
-# to start from; what makes a run independent of the number of processes; interruption.
+# to start from; what makes a run independent of the number of processes.
 
 import os
 
@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +131,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 def take_flags(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
     """For --resume: the flags that the run in args.out was last started with, unless they are given again. Raises
     ValueError where they would make a file run that is neither given by hand nor in or below the current folder."""
-    flags = [line["config"] for line in read_log(args.out / "log.jsonl") if "config" in line]
-    if not flags:
-        return args
-    parser.set_defaults(**{key: flags[-1][key] for key in flags[-1].keys() - {"resume", "out", "device"}})
+    flags = {}
+    for line in read_log(args.out / "log.jsonl"):
+        flags = line.get("config", flags)
+    parser.set_defaults(**{key: flags[key] for key in flags.keys() - {"resume", "out", "device"}})
     taken = parser.parse_args(argv)
     if taken.dataset != args.dataset:
         find_dataset_class(taken.dataset, said_by=f"the run in {args.out}")
@@ -162,70 +162,66 @@ def add_arguments(parser: argparse.ArgumentParser):
         "list the others: for other tasks or classes. Cross-task blocks fit where the tasks are the same")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, help="processes that load data, for each training process")
-    group = parser.add_argument_group("model: rows of Tables 2-6")
-    group.add_argument("--variant", choices=VARIANTS, default="mtmamba")
-    group.add_argument("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model or plain ViT")
-    group.add_argument("--encoder-kwargs", type=dict, metavar="JSON", help="further arguments of the encoder")
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
-    group.add_argument("--d-state", type=int, metavar="N", help="states of the scan per channel")
-    group.add_argument("--freeze-encoder", action="store_true", help="train all but the encoder's backbone")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the training crops")
-    group.add_argument("--iterations", type=int)
-    group.add_argument("--batch-size", type=int, help="images per iteration, over all processes")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts: less "
-                       "memory, the same result (except batch norm, as in mtmamba++, which sees one part)")
-    group.add_argument("--lr", type=float, help="initial learning rate; it falls to 0 as (1 - it / iterations)^0.9")
-    group.add_argument("--weight-decay", type=float)
-    weights = ", ".join(f"{row.weight:g} {task}" for task, row in TASKS.items())
-    group.add_argument("--loss", choices=TOTALS, help="the total loss of an image. log: the sum of the "
-                       f"logarithms of its tasks' losses. weighted: the sum of the losses with the weights {weights}")
-    group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("speed and memory")
-    group.add_argument("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
-    group.add_argument("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability "
-                       "8.0; elsewhere off); the scan, norms, softmax and losses stay in float32")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    group.add_argument("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
-    group = parser.add_argument_group("output")
-    group.add_argument("--save-every", type=int, help="iterations from one last.pt to the next")
-    group.add_argument("--eval-every", type=int, help="iterations from one evaluation to the next; 0: only at the end")
-    group.add_argument("--log-every", type=int, help="iterations from one line of the log to the next")
-    group.add_argument("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against "
-                       "at the end, one or one per task (NYUDv2: the paper's)")
-    group.add_argument("--val-images", type=int, metavar="N", help="score the first N validation images alone, for "
-                       "quick trials (default: all)")
-    group.add_argument("--no-references", action="store_true", help="without the scores of the untrained model, of the "
-                       f"first {REFERENCE_IMAGES} validation images")
-    group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+    add = parser.add_argument_group("model: rows of Tables 2-6").add_argument
+    add("--variant", choices=VARIANTS, default="mtmamba")
+    add("--encoder", help=f"{', '.join(ENCODERS)} or any hierarchical timm model or plain ViT")
+    add("--encoder-kwargs", type=dict, metavar="JSON", help="further arguments of the encoder")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's encoder weights")
+    add("--d-state", type=int, metavar="N", help="states of the scan per channel")
+    add("--freeze-encoder", action="store_true", help="train all but the encoder's backbone")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--img-size", nargs=2, type=int, metavar=("H", "W"), help="size of the training crops")
+    add("--iterations", type=int)
+    add("--batch-size", type=int, help="images per iteration, over all processes")
+    add("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts: less memory, the same "
+        "result (except batch norm, as in mtmamba++, which sees one part)")
+    add("--lr", type=float, help="initial learning rate; it falls to 0 as (1 - it / iterations)^0.9")
+    add("--weight-decay", type=float)
+    weights = ", ".join(f"{kind.weight:g} {task}" for task, kind in TASKS.items())
+    add("--loss", choices=TOTALS, help="the total loss of an image. log: the sum of the logarithms of its tasks' "
+        f"losses. weighted: the sum of the losses with the weights {weights}")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--backend", choices=BACKENDS, help="implementation of the scan (default: by the device)")
+    add("--amp", choices=AMP, help="precision (default on CUDA: bf16, or fp16 before compute capability 8.0; elsewhere "
+        "off); the scan, norms, softmax and losses stay in float32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
+    add = parser.add_argument_group("output").add_argument
+    add("--save-every", type=int, help="iterations from one last.pt to the next")
+    add("--eval-every", type=int, help="iterations from one evaluation to the next; 0: only at the end")
+    add("--log-every", type=int, help="iterations from one line of the log to the next")
+    add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against at the end, one "
+        "or one per task (NYUDv2: the paper's)")
+    add("--val-images", type=int, metavar="N", help="score the first N validation images alone, for quick trials "
+        "(default: all)")
+    add("--no-references", action="store_true", help="without the scores of the untrained model, of the first "
+        f"{REFERENCE_IMAGES} validation images")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 
 
 def complete_flags(args: argparse.Namespace, data_set: type[DenseDataset], device: torch.device, world: int):
     """Fills flags that were not given from the data set's recipe, and checks all."""
-    preset = dict(RECIPE, img_size=data_set.SIZE)
-    if unknown := data_set.RECIPE.keys() - preset.keys() - {"recipe"}:
-        raise ValueError(f"expected flags of {', '.join(preset)} in {data_set.__name__}.RECIPE, found {unknown}")
-    own = dict(data_set.RECIPE)
+    preset, own, cuda = dict(RECIPE, img_size=data_set.SIZE), dict(data_set.RECIPE), device.type == "cuda"
     preset |= SMALL if own.pop("recipe", None) else {}
+    if unknown := own.keys() - preset.keys():
+        raise ValueError(f"expected flags of {', '.join(preset)} in {data_set.__name__}.RECIPE, found {unknown}")
     preset |= own | PAPER.get(args.dataset, {}) | PAPER.get((args.dataset, args.variant), {})
     preset |= SMALL if args.recipe else {}
-    preset["workers"] = min(preset["workers"], max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # GPUs before 8.0 only emulate bf16.
+    amp = "off" if not cuda else "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
+    cpus = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    preset |= dict(workers=min(preset["workers"], cpus), compile=cuda, amp=amp,
+                   out=Path("runs") / args.dataset.rpartition(":")[2])
     if args.init_from and not args.init_partial:
         if args.pretrained:
             print(f"--pretrained has no effect: {args.init_from} has the encoder's weights, too")
         args.pretrained = False
     if args.encoder not in (None, preset["encoder"]):
         preset["encoder_kwargs"] = None    # they belong to the recipe's encoder
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({name: value for name, value in preset.items() if getattr(args, name) is None})
     args.img_size = tuple(args.img_size)
     args.baseline = [Path(path) for path in args.baseline or ()]    # text if a resumed run's log has them
-    args.out = args.out or Path("runs") / args.dataset.rpartition(":")[2]
-    if args.amp is None and device.type == "cuda":    # GPUs before 8.0 only emulate bf16
-        args.amp = "fp16" if torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
-    args.amp = args.amp or "off"
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
     check_flags(args, world)
 
 
@@ -239,8 +235,7 @@ def check_flags(args: argparse.Namespace, world: int):
         raise ValueError("--freeze-encoder needs trained weights; give --pretrained or --init-from FILE")
     if args.init_partial and args.init_from is None:
         raise ValueError("--init-partial needs a checkpoint to take weights from; name it with --init-from FILE")
-    parts = world * args.accumulate
-    if args.batch_size % parts:
+    if args.batch_size % (parts := world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} cannot be split over {world} processes x --accumulate "
                          f"{args.accumulate}; give a multiple of {parts}")
 
@@ -254,9 +249,9 @@ class Run:
         """held: keeps the lock of the folder until the run ends."""
         self.args, self.device = args, device
         self.rank, self.world = rank_and_world()
-        self.interruption = Interruption()
-        self.iteration, self.evaluated = 0, 0    # iterations done, and at the last evaluation
-        self.best = -math.inf                    # selection_score of best.pt
+        self.noted = False                       # a signal
+        # Iterations done, and at the last evaluation; selection_score of best.pt
+        self.iteration, self.evaluated, self.best = 0, 0, -math.inf
         data_set = find_dataset_class(args.dataset)
         complete_flags(args, data_set, device, self.world)
         if self.rank == 0:
@@ -272,8 +267,6 @@ class Run:
         if checkpoint:
             self.restore(checkpoint)
         check_writable(args.out)
-        if self.rank == 0 and (log := args.out / "log.jsonl").is_file():
-            cut_log(log, self.iteration if checkpoint else -1)
         self.tensorboard = None
         if args.tensorboard and self.rank == 0:
             try:
@@ -302,25 +295,28 @@ class Run:
         processes. new: without a checkpoint that gives the weights."""
         args, device = self.args, self.device
         torch.manual_seed(args.seed)
-        config = dict(tasks={task: kind.channels for task, kind in self.kinds.items()}, img_size=args.img_size,
-                      encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
-                      output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
-        self.description["config"] = config
+        config = self.description["config"] = dict(
+            tasks={task: kind.channels for task, kind in self.kinds.items()}, img_size=args.img_size,
+            encoder=args.encoder, encoder_kwargs=args.encoder_kwargs, variant=args.variant,
+            output_scale=self.train_set.LABEL_SCALE, d_state=args.d_state)
         self.model = MTMamba(**config, pretrained=args.pretrained and new)
         self.model.labels = self.train_set.labels
         if args.init_from and new:
             init_weights(self.model, args)
         self.model.to(device)
         self.part = args.batch_size // args.accumulate // self.world    # images that are computed at a time
-        images = self.part, *args.img_size
-        self.backend = choose_backend(self.model, args.backend, AMP[args.amp], args.compile, images)
+        self.backend = choose_backend(self.model, args.backend, AMP[args.amp], args.compile,
+                                      (self.part, *args.img_size))
         self.depth, self.dropout = StochasticDepth(self.model, self.part, device), False
+        # Of the generator that the model draws from
+        self.random_state = (torch if device.type == "cpu" else torch.get_device_module(device)).get_rng_state
         if args.checkpoint_activations:
             self.model.set_grad_checkpointing()
         if args.freeze_encoder:
             self.model.freeze_encoder()
-        self.total = make_total(args.loss, self.kinds)
-        self.learned = nn.ModuleList([self.total] if isinstance(self.total, nn.Module) else []).to(device)
+        total = TOTALS[args.loss]
+        self.learned = nn.ModuleList([total(self.kinds)] if isinstance(total, type) else []).to(device)
+        self.total = self.learned[0] if self.learned else functools.partial(total, self.kinds)
 
         self.network = self.model
         if args.compile:
@@ -337,7 +333,7 @@ class Run:
         """The place for another optimiser, or for groups of parameters with rates of their own. learning_rate is the
         place for another schedule: it scales the rate of each group."""
         trained = [p for part in (self.model, self.learned) for p in part.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay, betas=(0.9, 0.999),
+        return torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay,
                                  fused=self.device.type in ("cuda", "cpu"))
 
     def restore(self, checkpoint: dict):
@@ -345,21 +341,19 @@ class Run:
         path, stored = self.args.out / "last.pt", checkpoint["training"]
         different = [f"--{name.replace('_', '-')} {stored[name]} (now {value})"
                      for name, value in self.description["training"].items() if stored[name] != value]
+        for split, now in self.description["names"].items():    # their number and digest
+            then = checkpoint["names"][split]
+            if now != then:
+                different.append(f"other {split} images, or in another order ({then[0]} then, {now[0]} now)")
         if different:
-            raise ValueError(f"{path} is of a run with {', '.join(different)}; these flags decide what each iteration "
-                             "computes (--iterations, the learning rate), so resume with the same ones, or start "
-                             "another run with --init-from and another --out")
-        for split, names in checkpoint["names"].items():
-            if names != self.description["names"][split]:
-                raise ValueError(f"the names of the split {split!r}, or their order, have changed since {path}: "
-                                 f"{names[0]} then, {self.description['names'][split][0]} now; restore them, or start "
-                                 "another run with --init-from and another --out")
+            raise ValueError(f"{path} is of a run with {', '.join(different)}; that decides what each iteration "
+                             "computes (--iterations, the learning rate), so resume with the same, or start another "
+                             "run with --init-from and another --out")
         load_weights(self.model, checkpoint, path)
-        self.learned.load_state_dict(checkpoint["learned"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for part in ("learned", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(checkpoint[part])
         for state in self.optimizer.state.values():    # on a CPU tensors are the file's, which would stay open
             state.update({key: value.clone() for key, value in state.items() if isinstance(value, Tensor)})
-        self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration, self.evaluated, self.best = (checkpoint[key] for key in ("iteration", "evaluated", "best"))
         print(f"resuming {path} after iteration {self.iteration}")
 
@@ -375,13 +369,16 @@ class Run:
         if args.accumulate > 1 and any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.model.modules()):
             print(f"--accumulate: batch norm sees {self.part * self.world} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
+        if self.rank == 0:
+            cut_log(args.out / "log.jsonl", self.iteration or -1)
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
-        references, images = {}, min(self.scored, REFERENCE_IMAGES)
+        results, images = {}, min(self.scored, REFERENCE_IMAGES)
         if self.train_set.REFERENCES and not args.no_references and self.iteration == 0:
-            references["untrained"] = self.evaluate(odsf=True, limit=images)
+            name = "untrained" if images == self.scored else f"untrained ({images})"
+            results[name] = self.evaluate(odsf=True, limit=images)
 
-        with self.interruption:
+        with self.noting_signals():
             self.train()
             if self.iteration < args.iterations:
                 print(f"stopped after iteration {self.iteration} of {args.iterations}; continue with the same command "
@@ -391,32 +388,30 @@ class Run:
             if trained is None:
                 print(f"trained; scoring was interrupted. Do it with: python train.py --resume --out {args.out}")
                 return {}
-            self.finish({"trained": trained} | {name if images == self.scored else f"{name} ({images})": scores
-                                                for name, scores in references.items()})
-        return {"trained": trained, **references}
+            results = {"trained": trained} | results
+            self.finish(results)
+        return results
 
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
         args, self.losses, self.seconds = self.args, {}, 0.0    # of the iterations since the last line of the log
         indices = batch_indices(self.train_set, args, self.iteration, self.rank, self.world)
-        loaded = loader(self.train_set, indices, args.workers, self.part, pin_memory=self.device.type == "cuda")
-        batches = iter(loaded)
-        bar = tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
-                   unit="img", disable=self.rank > 0, dynamic_ncols=True)
+        batches = iter(loader(self.train_set, indices, args.workers, self.part,
+                              pin_memory=self.device.type == "cuda"))
         stopping = False
         self.model.train()
-        try:
+        with tqdm(total=args.iterations * args.batch_size, initial=self.iteration * args.batch_size, desc="training",
+                  unit="img", disable=self.rank > 0, dynamic_ncols=True) as bar:
             while self.iteration < args.iterations and not stopping:
                 if self.evaluation_is_due():
                     scores = self.evaluate()
-                    if scores is not None:
-                        self.keep(scores)
-                    if self.any_process(self.interruption.noted):
-                        break    # last.pt has these weights
+                    if scores is None:    # interrupted; last.pt has these weights
+                        break
+                    self.keep(scores)
                 begun = time.perf_counter()
                 self.losses[self.iteration] = self.step(batches)
                 self.iteration += 1
-                stopping = self.any_process(self.interruption.noted)
+                stopping = self.interrupted()
                 logging = self.iteration % args.log_every == 0
                 saving = (self.iteration % args.save_every == 0 or self.iteration == args.iterations or stopping
                           or self.evaluation_is_due())
@@ -428,10 +423,6 @@ class Run:
                     self.log_losses(sums, bar)
                 if saving:
                     self.save("last.pt")
-        finally:
-            bar.close()
-            if loaded.num_workers:    # they ignore signals, so nothing else would end them
-                batches._shutdown_workers()
 
     def step(self, batches: Iterator[dict]) -> Tensor:
         """One iteration: forward, backward, update. Returns (2, T), on the device: by task the sum of the losses over
@@ -444,24 +435,25 @@ class Run:
         # For an encoder's dropout: the same after resuming, other numbers in each process.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration, self.rank]).generate_state(1)[0]))
         for i in range(args.accumulate):
-            batch = next(batches)
-            targets = {task: batch[task].to(self.device, non_blocking=True) for task in self.kinds}
+            loaded = next(batches)
+            batch = {key: loaded[key].to(self.device, non_blocking=True) for key in ("image", *self.kinds)}
             first = (i * self.world + self.rank) * self.part
             self.depth.kept.copy_(kept[:, first:first + self.part], non_blocking=True)
-            last = i == args.accumulate - 1
-            with self.network.no_sync() if self.distributed and not last else contextlib.nullcontext():
-                before = random_state(self.device)
+            summing = i == args.accumulate - 1    # the gradients, over the processes
+            with self.network.no_sync() if self.distributed and not summing else contextlib.nullcontext():
+                before = self.random_state()
                 with torch.autocast(self.device.type, AMP[args.amp], enabled=args.amp != "off"):
-                    outputs = self.network(batch["image"].to(self.device, non_blocking=True))
-                if not self.dropout and not torch.equal(before, random_state(self.device)):
+                    outputs = self.network(batch["image"])
+                if not self.dropout and not torch.equal(before, self.random_state()):
                     self.dropout = True
                     print("the network draws random numbers of its own, such as an encoder's dropout: with another "
                           "number of processes, or another --accumulate, the run is another one")
-                losses = {task: kind.image_losses(outputs[task], targets[task]) for task, kind in self.kinds.items()}
+                losses = {task: kind.image_losses(outputs[task], batch[task]) for task, kind in self.kinds.items()}
                 # DDP averages the gradients over the processes.
                 self.scaler.scale(self.total(losses) / args.accumulate).backward()
-            labelled = [kind.valid(targets[task]).flatten(1).any(1).sum() for task, kind in self.kinds.items()]
-            sums += torch.stack([torch.stack([loss.detach().sum() for loss in losses.values()]), torch.stack(labelled)])
+            counted = [(losses[task].detach().sum(), kind.valid(batch[task]).flatten(1).any(1).sum())
+                       for task, kind in self.kinds.items()]
+            sums += torch.stack([torch.stack(pair) for pair in counted], dim=1)
         for parameter in self.learned.parameters():    # the total loss is no part of DDP's module
             if parameter.grad is not None:
                 add_up(parameter.grad).div_(self.world)
@@ -474,20 +466,42 @@ class Run:
         every = self.args.eval_every
         return every > 0 and self.iteration % every == 0 and self.evaluated < self.iteration < self.args.iterations
 
-    def any_process(self, noted: bool) -> bool:
+    @contextlib.contextmanager
+    def noting_signals(self) -> Iterator[None]:
+        """Notes signals, so that the run can finish its step and save: SIGTERM, of a cluster or torchrun; SIGUSR1, with
+        which Slurm warns; SIGHUP, of a closed terminal; SIGINT, of Ctrl-C. Only a second Ctrl-C ends it at once."""
+        def note(number, frame):
+            self.noted = True
+            if number == signal.SIGINT:
+                signal.signal(number, handlers[number])
+
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers |= {number: signal.signal(number, note) for number in SIGNALS
+                         if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
+        else:
+            print("not in the main thread: SIGTERM and Ctrl-C will not save this run")
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                # After a signal was noted, the process is ending: another SIGTERM must not kill it.
+                if number == signal.SIGINT or not self.noted:
+                    signal.signal(number, handler)
+
+    def interrupted(self) -> bool:
         """Whether any process has noted a signal. All of them must stop after the same iteration."""
-        if self.world == 1:
-            return noted
-        flag = torch.tensor(int(noted))
-        dist.all_reduce(flag, group=self.between_cpus)
-        return bool(flag)
+        noted = torch.tensor(int(self.noted))
+        if self.world > 1:
+            dist.all_reduce(noted, group=self.between_cpus)
+        return bool(noted)
 
     def evaluate(self, odsf: bool = False, limit: int | None = None) -> dict | None:
         """Scores the present weights on the validation images, in float32. None where it was interrupted. odsf: with
         odsF, which takes longer than all the rest. limit: number of images."""
         self.evaluation = Evaluation(self.val_set, self.device, self.args.workers, None if odsf else (),
                                      limit or self.scored)
-        return evaluate(self.model, self.evaluation, stop=lambda: self.any_process(self.interruption.noted))
+        return evaluate(self.model, self.evaluation, stop=self.interrupted)
 
     def read_losses(self) -> list[list[float]]:
         """The sums of what step returned since the last line of the log. Waits for the device. One that is not finite
@@ -504,14 +518,13 @@ class Run:
     def log_losses(self, sums: list[list[float]], bar: tqdm):
         """The means since the last line, None for a task of which no image had a label; to the log and the bar."""
         losses = {task: total / images if images else None for task, total, images in zip(self.kinds, *sums)}
-        speed = len(self.losses) * self.args.batch_size / self.seconds
-        self.losses, self.seconds = {}, 0.0
-        lr = learning_rate(self.args.lr, self.iteration - 1, self.args.iterations)
+        lr = self.optimizer.param_groups[0]["lr"]
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
         bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
-        self.log(dict(iteration=self.iteration, losses=losses, lr=lr, images_per_second=speed, peak_memory_gib=memory,
-                      time=time.time()))
+        self.log(dict(iteration=self.iteration, losses=losses, lr=lr, peak_memory_gib=memory, time=time.time(),
+                      images_per_second=len(self.losses) * self.args.batch_size / self.seconds))
+        self.losses, self.seconds = {}, 0.0
 
     def keep(self, results: dict):
         """Logs the scores of the present weights, draws pictures, and saves best.pt if they are the best."""
@@ -538,15 +551,15 @@ class Run:
 
     def finish(self, results: dict[str, dict]):
         """The final table, results.json and the last contact sheet."""
-        data_set, out, trained = self.val_set, self.args.out, results["trained"]
-        improvement = print_scores(results, data_set, self.description["config"], self.single_task, primary_only=True)
-        self.keep(trained)    # after the table, as writing may fail
+        out, config = self.args.out, self.description["config"]
+        improvement = print_scores(results, self.val_set, config, self.single_task, primary_only=True)
+        self.keep(results["trained"])    # after the table, as writing may fail
         if self.rank == 0:
             entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), delta_m=improvement,
-                           results=trained)
-            checkpoint = dict(self.description, iteration=self.iteration)
-            write_results(out / "results.json", entries, self.model, self.evaluation, checkpoint)
-            draw_curves(out, data_set.labels)
+                           results=results["trained"])
+            write_results(out / "results.json", entries, self.model, self.evaluation,
+                          dict(self.description, iteration=self.iteration))
+            draw_curves(out, self.val_set.labels)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)" if (out / "best.pt").exists() else "")
             print("results:   ", out / "results.json")
             print("pictures:  ", save_contact_sheet(self.model, self.evaluation, out / "contact_sheet.png"))
@@ -554,10 +567,9 @@ class Run:
     def save(self, name: str):
         """A checkpoint, with everything that is needed to continue."""
         if self.rank == 0:
-            save_checkpoint(self.args.out / name, dict(
-                self.description, model=self.model.state_dict(), learned=self.learned.state_dict(),
-                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                iteration=self.iteration, evaluated=self.evaluated, best=self.best))
+            states = {part: getattr(self, part).state_dict() for part in ("model", "learned", "optimizer", "scaler")}
+            save_checkpoint(self.args.out / name, dict(self.description, **states, iteration=self.iteration,
+                                                       evaluated=self.evaluated, best=self.best))
 
 
 @contextlib.contextmanager
@@ -569,9 +581,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             if fcntl:    # a lock of this process alone, which the processes that it forks do not hold
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another run writes to {folder}; wait, or give another --out") from error
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(f"another run writes to {folder}; wait, or give another --out") from error
             print(f"{folder} cannot be locked ({error.strerror}): let no other run write to it", file=sys.stderr)
         try:
             yield
@@ -593,17 +605,17 @@ def find_checkpoint(folder: Path, resume: bool) -> dict | None:
     """The content of the run's last.pt; None where a run begins. Raises ValueError where the folder holds another run,
     or last.pt cannot be read."""
     path = folder / "last.pt"
-    if not (resume and path.exists()):
-        if path.exists() or (folder / "best.pt").exists():
-            raise ValueError(f"{folder} holds a run; continue it with --resume, which needs its last.pt, or give "
-                             "another folder with --out")
-        if resume:
-            print(f"nothing to resume in {folder}: starting")
-        return None
-    checkpoint = read_checkpoint(path)
-    if "learned" not in checkpoint:
+    if resume and path.exists():
+        checkpoint = read_checkpoint(path)
+        if "learned" in checkpoint:
+            return checkpoint
         raise ValueError(f"{path} has weights alone or is of an earlier version; start from it with --init-from {path}")
-    return checkpoint
+    if path.exists() or (folder / "best.pt").exists():
+        raise ValueError(f"{folder} holds a run; continue it with --resume, which needs its last.pt, or give another "
+                         "folder with --out")
+    if resume:
+        print(f"nothing to resume in {folder}: starting")
+    return None
 
 
 def append(path: Path, text: str):
@@ -611,7 +623,7 @@ def append(path: Path, text: str):
     data = text.encode()
     try:
         with open(path, "ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
+            end = file.tell()
             if file.write(data) < len(data):    # what a disk still has room for
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -622,18 +634,17 @@ def append(path: Path, text: str):
 
 def cut_log(path: Path, last: int):
     """Leaves the lines up to that iteration. After a kill there may be later ones, and one that is cut off."""
-    kept = [json.dumps(line) + "\n" for line in read_log(path) if line["iteration"] <= last]
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        for line in read_log(path):
+            if line["iteration"] <= last:
+                file.write(f"{json.dumps(line)}\n".encode())
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path) -> Iterator[dict]:
     """The lines of log.jsonl, without those that a kill has cut off."""
-    lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+            yield json.loads(line)
 
 
 def numbers(line: dict, path: str = "") -> Iterator[tuple[str, float]]:
@@ -687,11 +698,11 @@ def selection_score(results: dict, kinds: Mapping) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
-def make_total(name: str, rows: Mapping) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """TOTALS[name], a function or a module, which makes one scalar of the tasks' losses (B,): the mean over the images
-    of an image's total. rows: the tasks' kinds, which have their weights."""
-    total = TOTALS[name]
-    return total(rows) if isinstance(total, type) else functools.partial(total, rows)
+def total_loss(losses: Mapping[str, Tensor], kind: str = "log", rows: Mapping = TASKS) -> Tensor:
+    """The tasks' losses (B,) in one scalar: the mean over the images of an image's total. kind: a key of TOTALS. rows:
+    the tasks' kinds, which have their weights."""
+    total = TOTALS[kind]
+    return total(rows)(losses) if isinstance(total, type) else total(rows, losses)
 
 
 def log_total(rows: Mapping, losses: Mapping[str, Tensor]) -> Tensor:
@@ -707,7 +718,7 @@ def weighted_total(rows: Mapping, losses: Mapping[str, Tensor]) -> Tensor:
 
 # The total losses by --loss: a function of the tasks' rows and losses, or a class of nn.Module that takes the rows and
 # is called with the losses. Its parameters are trained, and saved in checkpoints.
-TOTALS: dict[str, Callable | type[nn.Module]] = {"log": log_total, "weighted": weighted_total}
+TOTALS = {"log": log_total, "weighted": weighted_total}
 
 
 def task_loss(task: str, output: Tensor, target: Tensor) -> Tensor:
@@ -729,19 +740,17 @@ def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, 
     one order, a pure function of the seed: epoch after epoch, each shuffled again. An iteration takes the next
     `batch_size` of them, whatever the number of processes, parts and workers."""
     @functools.lru_cache(maxsize=2)
-    def shuffled(epoch: int) -> np.ndarray:
+    def shuffled(epoch):
         return np.random.default_rng([args.seed, epoch]).permutation(len(data_set))
 
-    def index(position: int) -> int | tuple[int, int]:
-        if not data_set.SHUFFLED:    # there is a new sample for each position
-            return position
+    def index(position):
         epoch, i = divmod(position, len(data_set))
-        return epoch, int(shuffled(epoch)[i])
+        # Unshuffled, there is a new sample for each position.
+        return (epoch, int(shuffled(epoch)[i])) if data_set.SHUFFLED else position
 
-    part = args.batch_size // args.accumulate
-    own = part // world
-    for begin in range(first * args.batch_size, args.iterations * args.batch_size, part):
-        yield [index(position) for position in range(begin + rank * own, begin + (rank + 1) * own)]
+    own = args.batch_size // args.accumulate // world
+    for begin in range(first * args.batch_size + rank * own, args.iterations * args.batch_size, own * world):
+        yield [index(position) for position in range(begin, begin + own)]
 
 
 # -------------------------------------------------------------------------------------------- weights to start from
@@ -772,15 +781,12 @@ def load_fitting_weights(model: MTMamba, path: Path, encoder: str, encoder_kwarg
     published = "published" in read_checkpoint(path)
     source, _ = load_checkpoint(path, torch.device("cpu"), *((encoder, encoder_kwargs) if published else ()))
     state, own = source.state_dict(), model.state_dict()
-    del state["_extra_state"]    # it describes a whole model
-    description = own.pop("_extra_state")
-    same_tasks = list(source.tasks) == list(model.tasks)
+    del state["_extra_state"], own["_extra_state"]    # it describes a whole model
     taken = {key for key, value in own.items() if key in state and state[key].shape == value.shape
-             and (same_tasks or ".ctm." not in key)}
+             and (".ctm." not in key or list(source.tasks) == list(model.tasks))}
     if not taken:
         raise ValueError(f"{path} has nothing that fits this model; start without --init-from")
-    model.load_state_dict({key: state[key] if key in taken else value for key, value in own.items()}
-                          | {"_extra_state": description})
+    model.load_state_dict({key: state[key] for key in taken}, strict=False)
     print(f"took {len(taken)} tensors of {path}")
     for what, keys in (("new, not in the file", own.keys() - taken), ("left in the file", state.keys() - taken)):
         groups = Counter(re.match(r"stages\.\d\.(ctm|\w+\.[\w-]+)|\w+\.[\w-]+(\.\w+)?", key)[0] for key in sorted(keys))
@@ -822,46 +828,12 @@ class StochasticDepth:
         return torch.from_numpy(drawn >= self.rates)
 
 
-def random_state(device: torch.device) -> Tensor:
-    """Of the generator that a model on this device draws from."""
-    return (torch if device.type == "cpu" else torch.get_device_module(device)).get_rng_state()
-
-
 def align_gradients(model: MTMamba):
     """Gives the gradients of weights like (D, 1, 3, 3) the strides of the weights, by a view. Else they differ in
     the dimension of size 1, and DDP warns."""
     for weight in model.parameters():
         if 1 in weight.shape[1:] and weight.requires_grad:
             weight.register_hook(lambda gradient: gradient.flatten(1).view(gradient.shape))
-
-
-# ----------------------------------------------------------------------------------------------------- interruption
-
-class Interruption:
-    """Notes signals, so that the run can finish its step and save: SIGTERM, of a cluster or torchrun; SIGUSR1, with
-    which Slurm warns; SIGHUP, of a closed terminal; SIGINT, of Ctrl-C. Only a second Ctrl-C ends the run at once."""
-
-    noted = False
-
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS
-                             if signal.getsignal(number) != signal.SIG_IGN}    # nohup's stays ignored
-        else:
-            print("not in the main thread: SIGTERM and Ctrl-C will not save this run")
-        return self
-
-    def note(self, number, frame):
-        self.noted = True
-        if number == signal.SIGINT:
-            signal.signal(number, self.handlers[number])
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            # After a signal was noted, the process is ending: another SIGTERM must not kill it.
-            if number == signal.SIGINT or not self.noted:
-                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

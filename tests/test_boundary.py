@@ -217,8 +217,8 @@ def test_nothing_predicted_or_nothing_true():
 
 
 def test_ods_f_by_hand():
-    assert ods_f(np.array([[3, 4, 3, 6], [2, 4, 2, 2], [0, 4, 0, 0]])) == pytest.approx(2 / 3)    # 2 * 2 / (4 + 2)
-    assert ods_f(np.array([[0, 0, 0, 5], [0, 3, 0, 0], [0, 0, 0, 0]])) == 0
+    assert ods_f([[3, 4, 3, 6], [2, 4, 2, 2], [0, 4, 0, 0]]) == pytest.approx(2 / 3)    # 2 * 2 / (4 + 2)
+    assert ods_f([[0, 0, 0, 5], [0, 3, 0, 0], [0, 0, 0, 0]]) == 0
 
 
 @pytest.mark.parametrize("workers, waiting, repeats", [(0, 0, 1), (1, 4, 5), (2, 8, 1)])    # more than wait; fewer

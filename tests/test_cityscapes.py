@@ -15,7 +15,7 @@ import metrics
 import train
 from datasets import IGNORE, Cityscapes
 from metrics import make_meters
-from train import make_total, task_loss
+from train import task_loss, total_loss
 
 SIZE = (48, 96)    # of the recorded images as the network gets them
 
@@ -55,7 +55,7 @@ def test_losses_and_scores_equal_the_published_ones(recorded, root):
     # The recorded losses are of all pixels together: of one tall image.
     one_image = {task: [torch.cat([*maps], dim=1)[None] for maps in (outputs[task], targets[task])] for task in targets}
     losses = {task: task_loss(task, *maps) for task, maps in one_image.items()}
-    for task, loss in [*losses.items(), ("total", make_total("log", {})(losses))]:
+    for task, loss in [*losses.items(), ("total", total_loss(losses))]:
         assert loss.item() == pytest.approx(float(recorded[f"loss/{task}"]), rel=1e-6)
     meters = make_meters(Cityscapes.TASKS, Cityscapes.DEPTH_RANGE)
     for task, meter in meters.items():

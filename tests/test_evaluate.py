@@ -245,6 +245,9 @@ def test_classes_are_compared_by_name(checkpoint, nyud, tmp_path, capsys, monkey
     monkeypatch.setattr(SmallNYUDv2, "LABEL_SCALE", 2)
     assert "the output_scale 2 of nyud's labels" in fails(capsys, *arguments(checkpoint, nyud, tmp_path))
     monkeypatch.setattr(SmallNYUDv2, "LABEL_SCALE", 1)
+    # Tasks that differ in weight, unit and scaling alone are scored alike.
+    monkeypatch.setattr(SmallNYUDv2, "TASKS", NYUD_TASKS | {"semseg": ("parsing", 40), "depth": ("disparity", 1)})
+    assert evaluate.main(arguments(checkpoint, nyud, tmp_path)) == unnamed
     monkeypatch.setattr(SmallNYUDv2, "TASKS", datasets.NYUDv2.TASKS | {"depth": ("values", 1)})
     assert "another --dataset?" in fails(capsys, *arguments(checkpoint, nyud, tmp_path))
 
@@ -262,7 +265,8 @@ def test_no_file_runs_on_a_checkpoints_word(checkpoint, nyud, tmp_path, capsys, 
     torch.save(stored | {"training": {"dataset": named}}, tmp_path / "set.pt")
     torch.save(stored | {"labels": stored["labels"] | {"tasks": {"depth": [kind, 1]}}}, tmp_path / "kind.pt")
     torch.save(stored | {"training": {"dataset": "../theirs.py:Theirs"}}, tmp_path / "up.pt")
-    for path in ("set.pt", "kind.pt", "up.pt"):
+    torch.save(stored | {"training": {"dataset": "/nowhere/theirs.py:Theirs"}}, tmp_path / "gone.pt")
+    for path in ("set.pt", "kind.pt", "up.pt", "gone.pt"):
         assert "--dataset" in fails(capsys, *arguments(tmp_path / path, nyud, tmp_path))
     assert not (tmp_path / "ran").exists()
     results = evaluate.main(arguments(tmp_path / "set.pt", nyud, tmp_path, "--dataset", named))

@@ -212,7 +212,7 @@ def test_a_total_loss_with_parameters_is_one_row(driver, signals, tmp_path, monk
     assert json.loads((tmp_path / "one/results.json").read_text())["training"]["loss"] == "uncertainty"
     # The first step's losses by hand: all s are 0.
     losses = {"semseg": torch.tensor([1.0, 3.0]), "depth": torch.tensor([0.5, 0.1])}
-    assert train.make_total("uncertainty", dict.fromkeys(losses))(losses).item() == pytest.approx(2.3)
+    assert train.total_loss(losses, "uncertainty", losses).item() == pytest.approx(2.3)
 
 
 def test_other_optimisers_and_rates(signals, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_an_image_without_valid_pixels_has_loss_0_and_no_gradient(task, channels
     target[0] = unknown(task)
     output.requires_grad_()
     loss = train.task_loss(task, output, target)
-    total = train.make_total("log", ROWS)({task: loss})
+    total = train.total_loss({task: loss})
     total.backward()
     assert loss[0] == 0 and loss[1] > 0 and (output.grad[0] == 0).all() and output.grad[1].abs().sum() > 0
     # It counts in the number of images that the total is divided by.
@@ -75,22 +75,33 @@ def test_an_image_without_valid_pixels_has_loss_0_and_no_gradient(task, channels
 def test_saliency_of_one_kind_has_loss_0_and_no_gradient(value):
     output = torch.randn(2, 2, 4, 5, requires_grad=True)
     loss = train.task_loss("saliency", output, torch.full((2, 1, 4, 5), value))
-    train.make_total("log", ROWS)({"saliency": loss}).backward()
+    train.total_loss({"saliency": loss}).backward()
     assert (loss == 0).all() and (output.grad == 0).all()
 
 
 def test_total_is_the_mean_over_images_of_the_sum_of_logarithms():
     losses = {"a": torch.tensor([0.5, 3.0]), "b": torch.tensor([2.0, 0.0])}
     expected = (math.log(0.5) + math.log(2.0) + math.log(3.0) + math.log(1e-8)) / 2
-    assert train.make_total("log", ROWS)(losses).item() == pytest.approx(expected, rel=1e-5)
+    assert train.total_loss(losses).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_weighted_total_has_the_weights_of_the_rows():
     losses = {task: torch.tensor(float(i)) for i, task in enumerate(ROWS, start=1)}
-    assert train.make_total("weighted", ROWS)(losses).item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1 + 7 + 8
+    assert train.total_loss(losses, "weighted").item() == 1 * 1 + 2 * 2 + 3 * 5 + 4 * 10 + 5 * 50 + 6 * 1 + 7 + 8
     rows = Labels({"material": ("parsing", 5), "semseg": 3}).kinds
     losses = {"semseg": torch.tensor(3.0), "material": torch.tensor(7.0)}
-    assert train.make_total("weighted", rows)(losses).item() == 3 + 2 * 7
+    assert train.total_loss(losses, "weighted", rows).item() == 3 + 2 * 7
+
+
+@pytest.mark.parametrize("script", [train, evaluate])
+@pytest.mark.parametrize("given", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"])
+def test_spinning_is_limited_unless_the_user_has_set_it(script, given, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY"):
+        monkeypatch.setenv(name, "7")
+        if name != given:
+            monkeypatch.delenv(name)
+    exec(Path(script.__file__).read_text().partition("import argparse")[0], {})
+    assert os.environ.get("GOMP_SPINCOUNT") == {None: "2000", "GOMP_SPINCOUNT": "7"}.get(given)
 
 
 def test_another_task_has_no_loss():
