@@ -373,10 +373,9 @@ class Run:
             cut_log(args.out / "log.jsonl", self.iteration or -1)
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
-        results, images = {}, min(self.scored, REFERENCE_IMAGES)
+        references, images = {}, min(self.scored, REFERENCE_IMAGES)
         if self.train_set.REFERENCES and not args.no_references and self.iteration == 0:
-            name = "untrained" if images == self.scored else f"untrained ({images})"
-            results[name] = self.evaluate(odsf=True, limit=images)
+            references["untrained"] = self.evaluate(odsf=True, limit=images)
 
         with self.noting_signals():
             self.train()
@@ -388,9 +387,9 @@ class Run:
             if trained is None:
                 print(f"trained; scoring was interrupted. Do it with: python train.py --resume --out {args.out}")
                 return {}
-            results = {"trained": trained} | results
-            self.finish(results)
-        return results
+            note = "" if images == self.scored else f" ({images})"
+            self.finish({"trained": trained} | {name + note: scores for name, scores in references.items()})
+        return {"trained": trained} | references
 
     def train(self):
         """The loop, from self.iteration on. It ends with a save, at the last iteration or after an interruption."""
@@ -430,7 +429,7 @@ class Run:
         args, sums = self.args, 0
         for group, initial in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = learning_rate(initial, self.iteration, args.iterations)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         kept = self.depth.draw(args.seed, self.iteration, args.batch_size)
         # For an encoder's dropout: the same after resuming, other numbers in each process.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, self.iteration, self.rank]).generate_state(1)[0]))
@@ -439,8 +438,7 @@ class Run:
             batch = {key: loaded[key].to(self.device, non_blocking=True) for key in ("image", *self.kinds)}
             first = (i * self.world + self.rank) * self.part
             self.depth.kept.copy_(kept[:, first:first + self.part], non_blocking=True)
-            summing = i == args.accumulate - 1    # the gradients, over the processes
-            with self.network.no_sync() if self.distributed and not summing else contextlib.nullcontext():
+            with self.network.no_sync() if self.distributed and i < args.accumulate - 1 else contextlib.nullcontext():
                 before = self.random_state()
                 with torch.autocast(self.device.type, AMP[args.amp], enabled=args.amp != "off"):
                     outputs = self.network(batch["image"])
