@@ -1019,7 +1019,7 @@ def start(name: str) -> Iterator[torch.device]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # true float32
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)    # events and streams belong to the current device
-    if distributed:
+    if distributed and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with contextlib.redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else None):    # None: print is silent
         yield device
