@@ -263,14 +263,14 @@ def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     print(f"loaded {count}/{count} tensors of {path}")
 
 
-def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | None = None, compiled: bool = False,
-                   images: tuple[int, int, int] | None = None) -> str:
+def choose_backend(model: MTMamba, backend: str | None, dtype: torch.dtype | None = None,
+                   compiled: bool = False) -> str:
     """Sets the backend of the model's scans (None: by the device) and returns its name, once the scan has proved itself
     on this device; arguments as in check_scan. Raises ValueError where it is wrong or cannot run."""
     name = backend or default_backend(next(model.parameters()).device)
     set_backend(model, backend)
     try:
-        check_scan(model, dtype or torch.float32, compiled, images)
+        check_scan(model, dtype or torch.float32, compiled)
     except RuntimeError as error:    # also of the machine, such as a GPU for which PyTorch has no kernels
         raise ValueError(str(error)) from error
     return name

@@ -45,7 +45,6 @@ import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -190,10 +189,8 @@ class MTMamba(nn.Module):
             raise ValueError(f"expected an image of at least {stride}x{stride} pixels, found {H}x{W}; enlarge it")
         image = F.pad(image, (0, round_up(W, stride) - W, 0, round_up(H, stride) - H))
 
-        if self.shared_encoder:
-            features = dict.fromkeys(self.tasks, self.encoder(image))            # Eq. 9
-        else:
-            features = {t: self.encoder[t](image) for t in self.tasks}           # Eq. 9
+        features = (dict.fromkeys(self.tasks, self.encoder(image)) if self.shared_encoder
+                    else {t: self.encoder[t](image) for t in self.tasks})        # Eq. 9
         z = {t: f[3] for t, f in features.items()}                               # (B, H'/32, W'/32, C_4)
         for i, stage in enumerate(self.stages):
             z = stage(z, {t: f[2 - i] for t, f in features.items()})             # (B, H'/16.., W'/16.., C_3..)
@@ -241,7 +238,8 @@ class MTMamba(nn.Module):
             encoder.set_grad_checkpointing(enable)
         blocks = [block for stage in self.stages for blocks in stage.blocks.values() for block in blocks]
         blocks += [stage.ctm for stage in self.stages if stage.ctm]
-        for block in (*blocks, *(head for head in self.heads.values() if getattr(head, "recomputed", False))):
+        blocks += [head for head in self.heads.values() if getattr(head, "recomputed", False)]
+        for block in blocks:
             block.__dict__.pop("forward", None)    # of an earlier call
             if enable and not has_batch_norm(block):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -426,8 +424,7 @@ class SS2D(nn.Module):
     """2D selective scan, Eq. 6-8 and 10-12: projects the map to Delta, B and C per direction, then scans. In
     MTMamba++'s cross SS2D they are projected from a second map; all else is equal.
 
-    No outer projections and no LayerNorm. The projections act on each pixel alone, so one linear map serves all
-    directions.
+    No outer projections, no LayerNorm. The projections act on each pixel alone, so one map serves all directions.
     dt_rank: R; None takes ceil(d_inner / (16 alpha)), which is ceil(C / 16).
     Differs: the paper gives A the shape L x C; that of Mamba and of the published weights is D x N, per direction.
     """
@@ -825,7 +822,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"expected features at strides {ENCODER_STRIDES}, or a plain ViT; found {self.name!r} "
                                  f"with {tuple(strides)}")
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-5) for c in self.channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         H, W = image.shape[2:]
@@ -868,12 +865,10 @@ class FeaturePyramid(nn.Module):
     def __init__(self, dim: int, patch: int):
         super().__init__()
         self.patch, self.channels = patch, [dim // 4, dim // 2, dim, dim]
-
-        def double(dim_in):
-            return nn.ConvTranspose2d(dim_in, dim_in // 2, kernel_size=2, stride=2)
+        double = functools.partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
         self.maps = nn.ModuleList([
-            nn.Sequential(double(dim), LayerNorm2d(dim // 2), nn.GELU(), double(dim // 2)), double(dim), nn.Identity(),
-            nn.MaxPool2d(2)])
+            nn.Sequential(double(dim, dim // 2), LayerNorm2d(dim // 2), nn.GELU(), double(dim // 2, dim // 4)),
+            double(dim, dim // 2), nn.Identity(), nn.MaxPool2d(2)])
 
     def resize(self, image: Tensor) -> Tensor:
         """Resizes (B, 3, H, W) so that there are H/16 x W/16 patches: to 14/16 of the size for patches of 14 pixels."""
@@ -931,19 +926,13 @@ _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor BC, Tensor D, Tensor delta_b
 
 @torch.library.custom_op("mtmamba::selective_scan_2d", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _scan_op(*inputs):
-    """Arguments as in selective_scan_2d; BC (B, H, W, K, 2N) holds B and C, in float32 or float64. Returns y
-    (B, H, W, D) and the states to be saved."""
+    """y (B, H, W, D) and the states to be saved. BC (B, H, W, K, 2N) holds B and C, in float32 or float64."""
     x, _, A, *_, backend = inputs
     _expect_backend(backend, x)
     forward, _ = _SCANS[backend]
     states = _scan_states(x, A, backend)
     with torch.autocast(x.device.type, enabled=False):
         return forward(states, *_scan_operands(*inputs)).to(x.dtype), states
-
-
-@_scan_op.register_fake
-def _scan_fake(x, delta, A, *others):
-    return x.new_empty(x.shape), _scan_states(x, A, others[-1])
 
 
 def _scan_states(x, A, backend):
@@ -954,6 +943,9 @@ def _scan_states(x, A, backend):
     shapes = {"torch": (chunks, batch, K, n, d), "numba": (batch, K, chunks, n, round_up(d, BLOCK)),
               "triton": (2, batch, 2, chunks, n, d), "mamba_ssm": (0,)}
     return x.new_empty(shapes[backend], dtype=_compute_dtype(x))
+
+
+_scan_op.register_fake(lambda x, delta, A, *others: (x.new_empty(x.shape), _scan_states(x, A, others[-1])))
 
 
 @torch.library.custom_op("mtmamba::selective_scan_2d_backward", mutates_args=(),
@@ -1047,25 +1039,21 @@ def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
 
 
 @torch.inference_mode(False)
-def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False,
-               images: tuple[int, int, int] | None = None):
+def check_scan(model: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False):
     """Runs the scan of a model's SS2Ds on its device and compares y and, in training mode, all gradients with `loop` in
-    float64 on the CPU. Raises RuntimeError where they differ. PyTorch's random numbers are untouched.
-
-    dtype: of autocast, compared beside float32. compiled: compares the scan behind torch.compile, too.
-    images: (B, H, W) of the batches of a training. "triton" is compared with segments of each length, its gradients
-        with those that the stages take for these batches (None: each).
+    float64 on the CPU, "triton" with segments of each length. Raises RuntimeError where they differ. PyTorch's random
+    numbers are untouched. dtype: of autocast, compared beside float32. compiled: the scan behind torch.compile, too.
     """
     global SEGMENTS
-    usual, trained = SEGMENTS, _triton_lengths(model, *images) if images else set(SEGMENTS)
+    usual = SEGMENTS
     for ss2d in {m.d_state: m for m in model.modules() if isinstance(m, SS2D)}.values():
         backend = ss2d.backend or default_backend(ss2d.D.device)
         lengths = [(length,) for length in usual] if backend == "triton" else [usual]
         cases = [(kind, segments, False) for kind in {torch.float32, dtype} for segments in lengths]
         try:
-            for kind, SEGMENTS, behind_compile in cases + [(dtype, usual, True)] * compiled:
-                gradients = ss2d.training and not trained.isdisjoint(SEGMENTS)
-                _scan_compare(backend, ss2d.d_state, ss2d.D.device, kind, gradients, behind_compile)
+            for kind, segments, behind_compile in cases + [(dtype, usual, True)] * compiled:
+                SEGMENTS = segments
+                _scan_compare(backend, ss2d.d_state, ss2d.D.device, kind, ss2d.training, behind_compile)
         finally:
             SEGMENTS = usual
 
@@ -1090,12 +1078,12 @@ CHECKED = (2, 9, 31, 70)    # (B, H, W, D): several chunks or segments and a par
 
 def _scan_results(backend, N, device, dtype, gradients, compiled):
     """Of fixed inputs: y and, if asked for, gradients, as float64 on the CPU. dtype: of x, delta and autocast."""
-    generator, (B, H, W, D), matrix = torch.Generator().manual_seed(0), CHECKED, (*CHECKED[:3], K, N)
+    generator, (*pixels, D) = torch.Generator().manual_seed(0), CHECKED
 
     def normal(*shape):    # numbers that are the same in each float type
         return torch.randn(shape, generator=generator).bfloat16().double()
-    inputs = dict(x=normal(B, H, W, D), delta=normal(B, H, W, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
-                  B=normal(*matrix), C=normal(*matrix), D=normal(K, D), dt_weight=normal(K, D, 3),
+    inputs = dict(x=normal(*CHECKED), delta=normal(*pixels, K, 3), A=-torch.arange(1, N + 1) * normal(K, D, N).exp(),
+                  B=normal(*pixels, K, N), C=normal(*pixels, K, N), D=normal(K, D), dt_weight=normal(K, D, 3),
                   delta_bias=normal(K, D) - 4)    # softplus(-4) = 0.02, as at the start of training
     half = dtype.itemsize == 2
     leaves = {name: t.to(device, torch.float32 if half and name not in ("x", "delta") else dtype, copy=True)
@@ -1104,7 +1092,7 @@ def _scan_results(backend, N, device, dtype, gradients, compiled):
     with torch.autocast(device.type, dtype, enabled=half), torch.set_grad_enabled(gradients):
         results = {"y": scan(**leaves, backend=backend)}
         if gradients:
-            grads = torch.autograd.grad(results["y"], [*leaves.values()], normal(B, H, W, D).to(results["y"]))
+            grads = torch.autograd.grad(results["y"], [*leaves.values()], normal(*CHECKED).to(results["y"]))
             results |= {f"the gradient of {name}": g for name, g in zip(leaves, grads)}
     return {name: t.detach().cpu().double() for name, t in results.items()}
 
@@ -1189,19 +1177,18 @@ def _numba_kernels(stored):
     x (B, L, D), delta (B, L, K, D), B, C (B, L, K, N), bias (K, D). A (K, N, D) comes multiplied by log2(e), for exp2.
     states (B, K, chunks, N, D): at the chunks' starts, zeros before the first.
     """
-    import numba
-    from numba import types
+    # Numba cannot reload stored code that uses closures. So what the kernels use is global.
+    global single, integer, log2_e, ln_2, shift, stack, wide_vectors, power_of_2, exp2, softplus, pixel
+    from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    # Numba cannot reload stored code that uses closures. So what the kernels use is global.
-    global single, integer, log2_e, ln_2, shift, stack, wide_vectors, power_of_2, exp2, softplus, pixel
-    single, integer = numba.float32, numba.int64
+    single, integer = types.float32, types.int64
     log2_e, ln_2 = single(math.log2(math.e)), single(math.log(2))
     shift = single(1.5 * 2 ** 23 + 127)    # added to z, it rounds z and leaves 127 + the integer in the lowest bits
     # Vector instructions add up sums in another order, which `reassoc` permits. exp2 needs the order as written.
-    jit = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
-    strict = numba.njit(nogil=True, fastmath={"contract"})
+    jit = njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    strict = njit(nogil=True, fastmath={"contract"})
 
     @intrinsic
     def stack(typing_context, kind):
@@ -1535,14 +1522,12 @@ def _triton_segments(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, delt
     pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
     x, delta = x + sample * D + d, delta + sample * delta_pixel + k.to(tl.int64) * delta_k + d
     BC += (sample * 4 + k) * 2 * N + n
-    u_next = tl.load(x + pixel * D, in_D, 0)
-    z_next = tl.load(delta + pixel * delta_pixel, in_D, 0)
+    u_next, z_next = tl.load(x + pixel * D, in_D, 0), tl.load(delta + pixel * delta_pixel, in_D, 0)
     if ADJOINT:
         gy += sample * D + d
         gy_next = tl.load(gy + pixel * D, in_D, 0)
         h = tl.load(starts + sequence * N * D + tile, in_tile, 0)
-        decay = tl.full((TILE_N, BLOCK), 1, tl.float32)
-        g = tl.zeros((TILE_N, BLOCK), tl.float32)
+        decay, g = tl.full((TILE_N, BLOCK), 1, tl.float32), tl.zeros((TILE_N, BLOCK), tl.float32)
     for chunk in range(0, steps, STEPS if ADJOINT else SEGMENT):
         if ADJOINT:
             tl.store(chunk_states + (sequence * (SEGMENT // STEPS) + chunk // STEPS) * N * D + tile, h, in_tile)
@@ -1669,8 +1654,7 @@ def _triton_gradients(x, delta, A, BC, bias, H, W, D, segments, delta_pixel, del
         sequence = (program * 2 + walk).to(tl.int64) * segments + segment
         g_walk = g_parameters + ((k * batch + sample).to(tl.int64) * segments + segment) * D
         g_row = batch.to(tl.int64) * segments * 4 * D    # from one row to the next
-        bias_k = tl.load(bias + k * D + d, in_D, 0)
-        skip_k = tl.load(skip + k * D + d, in_D, 0)
+        bias_k, skip_k = tl.load(bias + k * D + d, in_D, 0), tl.load(skip + k * D + d, in_D, 0)
         g_skip_k, g_bias_k = zeros, zeros
         pixel, ahead, steps = _triton_walk(segment, k, H, W, SEGMENT, 0)
         chunks = tl.cdiv(steps, STEPS)
@@ -1752,13 +1736,6 @@ def _triton_segment(batch, L, D):
     return max([s for s in SEGMENTS if SEGMENT_CHANNELS * s <= batch * L * D], default=SEGMENTS[0])
 
 
-def _triton_lengths(model, batch, H, W):
-    """The steps per segment that the stages of a model take for such images."""
-    H, W = (round_up(n, ENCODER_STRIDES[-1]) for n in (H, W))
-    return {_triton_segment(batch, H * W // stride ** 2, ss2d.D.shape[1])
-            for stride, stage in zip((16, 8, 4), model.stages) for ss2d in stage.modules() if isinstance(ss2d, SS2D)}
-
-
 def _triton_arguments(x, delta, A, BC, delta_bias, segments):
     """The first arguments of the kernels that walk; the constants of those with tiles of states, and of the last."""
     (batch, H, W, d), n = x.shape, A.shape[-1]
@@ -1789,7 +1766,7 @@ def _triton_enter(walk, tiled, ends, BLOCK, gy=None, starts=None, chunk_states=N
 def _triton_forward(states, x, delta, A, BC, D, delta_bias):
     _, batch, _, segments, _, d = states.shape
     walk, tiled, _ = _triton_arguments(x, delta, A, BC, delta_bias, segments)
-    y = x.new_empty(2, *x.shape, dtype=torch.float32)
+    y = states.new_empty(2, *x.shape)    # in float32
     with torch.cuda.device_of(x):
         _triton_enter(walk, tiled, states, BLOCK_D)
         _triton_outputs[triton.cdiv(d, BLOCK_D) * segments * 2 * batch,](
@@ -1825,11 +1802,9 @@ def backend_fault(backend: str) -> str | None:
 def _find_fault(backend):
     """Imports what the backend needs: Numba, which takes a moment, with the first scan. A warning tells, once, that it
     is installed and cannot be used."""
-    if backend == "triton" and not triton:
-        return "no Triton, which comes with PyTorch for CUDA"
-    modules = {"numba": ["numba"], "mamba_ssm": ["selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"]}
+    modules = {"mamba_ssm": ["selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"]}
     try:
-        for name in modules.get(backend, ()):
+        for name in modules.get(backend, [backend]):
             importlib.import_module(name)
         disabled = backend == "numba" and sys.modules["numba"].config.DISABLE_JIT
         fault = "NUMBA_DISABLE_JIT is set" if disabled else None
@@ -1838,7 +1813,7 @@ def _find_fault(backend):
     if fault and backend == "mamba_ssm":    # new releases leave the kernel out unless told otherwise
         fault += (" (run MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm "
                   "causal-conv1d, with the CUDA toolkit)")
-    elif fault and importlib.util.find_spec("numba"):
+    if fault and backend == "numba" and importlib.util.find_spec("numba"):
         warnings.warn(f"the backend torch, several times slower, scans on CPUs, as numba cannot be used: {fault}",
                       stacklevel=2)
     return fault
@@ -1863,8 +1838,8 @@ BACKENDS = ("loop", *_SCANS)
 
 PUBLISHED_TASKS = {"human_parts": "parsing", "sal": "saliency", "normals": "normal", "edge": "boundary"}
 
-# Published name, name here; applied in this order to each key without its prefix "module.". timm's next stage has the
-# downsampling. block_stm and block_ctm are of MTMamba++.
+# Published name, name here; applied in this order to each key without its prefix "module.". In timm, the next stage has
+# the downsampling. block_stm and block_ctm are of MTMamba++.
 _PUBLISHED_NAMES = [row.split() for row in r"""
     ^backbone\.norm(\d)\.                             encoder.norms.\1.
     ^backbone\.                                       encoder.backbone.
@@ -1915,7 +1890,7 @@ def published_config(state: dict[str, Tensor]) -> dict:
             "variant": next(name for name, row in VARIANTS.items() if DecoderConfig(**row) == config)}
 
 
-def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> int:
+def load_published_checkpoint(model: MTMamba, checkpoint: str | os.PathLike | dict) -> int:
     """Loads a checkpoint of the published implementation into a model of the same tasks, encoder and variant.
 
     checkpoint: a path, {"model": state_dict}, or the state_dict itself. Returns the number of its tensors; none is left
@@ -1946,9 +1921,9 @@ def load_published_checkpoint(model: MTMamba, checkpoint: str | Path | dict) -> 
     return len(checkpoint)
 
 
-def read_tensors(path: str | Path):
+def read_tensors(path: str | os.PathLike):
     """Tensors and plain values of a file of torch.save, read when they are used. So replace it, never write into it."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of one")
     try:
         mapped = zipfile.is_zipfile(path) and os.name == "posix"    # Windows does not replace a mapped file
@@ -1976,7 +1951,7 @@ def _convert_published(key, value):
     elif name.endswith(("A_log", "ss2d.D")):                         # (K * D, ...) -> (K, D, ...)
         value = value.unflatten(0, (K, -1))
     elif name.endswith("num_batches_tracked"):                       # a number, which some archives keep as a vector
-        value = value.reshape(()) if value.numel() == 1 else value
+        value = value.squeeze()
     elif value.shape[2:] == (1, 1):                                  # 1x1 convolution -> linear map
         value = value.flatten(1)
     return {name: value}

@@ -305,8 +305,7 @@ class Run:
             init_weights(self.model, args)
         self.model.to(device)
         self.part = args.batch_size // args.accumulate // self.world    # images that are computed at a time
-        self.backend = choose_backend(self.model, args.backend, AMP[args.amp], args.compile,
-                                      (self.part, *args.img_size))
+        self.backend = choose_backend(self.model, args.backend, AMP[args.amp], args.compile)
         self.depth, self.dropout = StochasticDepth(self.model, self.part, device), False
         # Of the generator that the model draws from
         self.random_state = (torch if device.type == "cpu" else torch.get_device_module(device)).get_rng_state

@@ -381,9 +381,9 @@ def test_triton_refuses_what_it_cannot_run(monkeypatch, fresh_faults):
     with pytest.raises(ValueError, match="too large"):
         mtmamba._triton_arguments(*huge, inputs[2], huge[1], inputs[6], 1)
     monkeypatch.undo()
-    monkeypatch.setattr(mtmamba, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     mtmamba._find_fault.cache_clear()
-    with pytest.raises(RuntimeError, match="found no Triton.*; use the backend torch"):
+    with pytest.raises(RuntimeError, match="found ModuleNotFoundError: .*triton.*; use the backend torch"):
         selective_scan_2d(*inputs, backend="triton")
 
 
@@ -650,19 +650,18 @@ def test_scoring_notices_only_what_it_computes(monkeypatch):
         mtmamba.check_scan(module.eval(), compiled=True)
 
 
-def test_triton_proves_the_segments_of_the_model(monkeypatch):
-    """y in every length, gradients in those that the paper's model takes at 448x576: by hand, of B L D / 2^17."""
+def test_triton_proves_segments_of_each_length(monkeypatch):
     with torch.device("meta"):
         model = mtmamba.MTMamba({"depth": 1}, encoder="swin-large", variant="stm1", backend="triton")
     cases = []
     monkeypatch.setattr(mtmamba, "_scan_compare", lambda backend, N, device, kind, gradients, compiled: cases.append(
         (kind, mtmamba.SEGMENTS, gradients, compiled)))
     usual = mtmamba.SEGMENTS
-    mtmamba.check_scan(model, torch.bfloat16, True, (4, 448, 576))    # 47, 94, 189
+    mtmamba.check_scan(model, torch.bfloat16, True)
     assert sorted(cases, key=str) == sorted([
-        (kind, (length,), length != 16, False) for kind in (torch.float32, torch.bfloat16)
+        (kind, (length,), True, False) for kind in (torch.float32, torch.bfloat16)
         for length in (16, 32, 64, 128)] + [(torch.bfloat16, usual, True, True)], key=str)
-    assert mtmamba._triton_lengths(model, 1, 440, 570) == {16, 32} and mtmamba.SEGMENTS == usual == (16, 32, 64, 128)
+    assert mtmamba.SEGMENTS == usual == (16, 32, 64, 128)
 
 
 def test_ss2d_initialisation():
