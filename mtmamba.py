@@ -325,8 +325,7 @@ class DecoderStage(nn.Module):
 class CTM(nn.Module):
     """Cross-task Mamba block, Figure 2(b), Eq. 19-25.
 
-    config.fusion: "adaptive" is Eq. 24. In Table 5, "specific" hands on the task's own feature alone, and "shared" the
-        shared one; they build only what they use.
+    config.fusion: "adaptive" is Eq. 24. Table 5: "specific" hands on the task's own feature, "shared" the shared one.
     Differs from the published implementation, where g^t multiplies the shared feature: as sigma(-a) = 1 - sigma(a) and
     the gate has no bias, load_published_checkpoint negates its weight.
     d_state, backend: N, if it is not config's, and the scans' backend.
@@ -615,7 +614,6 @@ class PatchExpand(nn.Module):
 
 class DenseHead(nn.Module):
     """Section 3.5: patch expand by 4 and a linear map, (B, H, W, C) -> (B, 4H, 4W, channels)."""
-
     recomputed = True    # with activation checkpointing
 
     def __init__(self, dim: int, channels: int):
@@ -712,7 +710,7 @@ def synchronise_batch_norm(module: nn.Module):
 class LiteHead(nn.Module):
     """3x3 convolution, batch norm, ReLU, linear map, (B, H, W, C) -> (B, H, W, channels); MTMamba.predict resizes.
 
-    The convolution has 96 channels with every encoder. In training, an image's outputs depend on its whole batch.
+    It has 96 channels with every encoder. In training, an image's outputs depend on its whole batch.
     """
 
     def __init__(self, dim: int, channels: int):
@@ -734,7 +732,6 @@ class WindowMSA(nn.Module):
 
     (B, H, W, C) -> (B, H, W, C), padded to whole windows inside; 6 divides C.
     """
-
     WINDOW, HEADS = (12, 12), 6
 
     def __init__(self, dim: int):
@@ -886,8 +883,7 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
         raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)} or timm.list_models()")
     fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
     size = {"img_size": tuple(round_up(n, ENCODER_STRIDES[-1]) for n in img_size)} if fixed else {}
-    # Of Swin, any input size, and windows that keep theirs also on smaller maps. Of others, windows for each image, or
-    # position embeddings resized to it.
+    # Swin: any input size, windows keep theirs. Others: windows for each image, or position embeddings resized to it.
     windows = {"strict_img_size": False} | ({"always_partition": True} if name.startswith("swin_") else {})
     sizes = size | windows, {"dynamic_img_size": True}, size
     plain = {key: value for key, value in kwargs.items()
@@ -901,8 +897,7 @@ def create_backbone(name: str, img_size: tuple[int, int], kwargs: dict) -> tuple
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
-    """Loads timm's pretrained weights into a features_only model. Raises where one is missing: timm reports that of a
-    whole classifier alone, so the tensors are copied from there."""
+    """Copies timm's pretrained weights from the whole classifier, of which alone timm reports that one is missing."""
     try:
         source = timm.create_model(name, pretrained=True, **kwargs).state_dict()
     except Exception as error:    # of what kind depends on the library that downloads
@@ -918,8 +913,8 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, kwargs: dict):
 
 # --------------------------------------------------------------------------------------------- appendix: the scan, fast
 #
-# All backends but "loop" are one operator with a backward pass of its own. torch.compile does not look inside it. The
-# inputs and some of the states are saved for the backward pass, which computes the other states again.
+# All backends but "loop" are one operator, into which torch.compile does not look, with a backward pass of its own. The
+# inputs and some of the states are saved for it; it computes the other states again.
 
 _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor BC, Tensor D, Tensor delta_bias, Tensor? dt_weight, str backend"
 
@@ -979,8 +974,7 @@ def _scan_setup_context(ctx, inputs, output):
 
 
 def _scan_autograd(ctx, grad_y, grad_states):
-    # The states leave the operator only to be saved here, so grad_states is None. gradcheck tries grad_y None, too.
-    if grad_y is None:
+    if grad_y is None:    # gradcheck tries it; grad_states is None always, as the states are only saved
         return (None,) * 8
     gBC, g_parameters, gx, g_delta, *g_weight = _scan_backward_op(grad_y, *ctx.saved_tensors, ctx.backend)
     gA, gD, g_bias = g_parameters[:-2].permute(1, 2, 0), g_parameters[-2], g_parameters[-1]
@@ -1806,8 +1800,7 @@ def _find_fault(backend):
     try:
         for name in modules.get(backend, [backend]):
             importlib.import_module(name)
-        disabled = backend == "numba" and sys.modules["numba"].config.DISABLE_JIT
-        fault = "NUMBA_DISABLE_JIT is set" if disabled else None
+        fault = "NUMBA_DISABLE_JIT is set" if backend == "numba" and sys.modules["numba"].config.DISABLE_JIT else None
     except Exception as error:    # besides ImportError, what a package built for another NumPy or LLVM raises
         fault = f"{type(error).__name__}: {error}"
     if fault and backend == "mamba_ssm":    # new releases leave the kernel out unless told otherwise
