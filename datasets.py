@@ -1067,7 +1067,7 @@ def dominated(label: np.ndarray) -> bool:
 # ----------------------------------------------------------------------------------------------------------- check
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="datasets.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("datasets.py", __doc__)
     parser.add_argument("command", choices=["check"], help="reads every file; exit code 1 if one is missing or wrong")
     parser.add_argument("--dataset", required=True, help=f"{', '.join(DATASETS)} or path/to/file.py:Class")
     parser.add_argument("--root", type=Path, help="folder of a benchmark (default: data/...)")
@@ -1146,8 +1146,8 @@ def draw_samples(dataset: type[LabelledDataset], args: argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """Ends a script with one line and exit code 2 on bad input."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, prog: str, description: str | None = None):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.register("type", Path, lambda text: Path(text).expanduser())    # shells leave --out=~/x as it is
         self.register("type", dict, lambda text: dict(json.loads(text)))
 

@@ -36,8 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +96,7 @@ PAPER_COST = {"mtmamba": (307.99, 540.81), "stm1": (252.51, 354.13), "stm2": (27
 def main(argv: list[str] | None = None) -> Results:
     """The scores; {} with --cost, --export and --image. Exit code 2: bad input; 1: a picture was skipped or something
     could not be written; 130: Ctrl-C or SIGTERM."""
-    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("evaluate.py", __doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
     with parser.told("make room, or name another folder with --out"):
@@ -126,8 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--checkpoint", type=Path, help="of train.py or of the published implementation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", choices=BACKENDS, help="of the scan (default: by the device)")
-    add("--out", type=Path, help="folder of all files (default: evaluation_NAME beside the checkpoint NAME; with "
-        "--image, predictions)")
+    add("--out", type=Path, help="folder of all files (default: evaluation_NAME or predictions, beside the checkpoint)")
     add("--overwrite", action="store_true", help="replace files of an earlier --image or --save-predictions")
     add("--save-predictions", type=Path, metavar="DIR", help="raw maps of the data set or of --image, at the images' "
         "own sizes: TASK/NAME.png of 8 bits (classes; 255 p of saliency and boundaries) or .npy of float32 (depth in "
@@ -146,8 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--data-root", type=Path, help="where the data set is unpacked")
     add("--workers", type=int, help="processes that load images, and as many that match boundaries (default: one per "
         "core, at most 16; 0 for synthetic scenes)")
-    add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json to take delta_m against, one or one per "
-        "task (NYUDv2: the paper's)")
+    add("--baseline", type=Path, nargs="+", metavar="FILE", help="results.json for delta_m, one or one per task")
     add("--boundary-list", type=Path, help="score odsF on these images only, one ID per line")
     add("--save-images", type=int, default=4, metavar="N", help="contact sheets of the first N images")
     add = parser.add_argument_group("your own pictures").add_argument
@@ -182,7 +179,9 @@ def check_arguments(args: argparse.Namespace, parser: Parser):
     if args.checkpoint is None and not args.cost:
         raise ValueError("expected --checkpoint FILE, or --cost")
     mode = next((mode for mode in FLAGS if mode and getattr(args, mode)), "")
-    useful = set(FLAGS[mode].split()) - ({"device", "backend", "batch_size"} if args.variant == "all" else set())
+    useful = set(FLAGS[mode].split())
+    if args.variant == "all":
+        useful -= {"device", "backend", "batch_size"}
     if args.cost and args.checkpoint:    # which knows them
         useful -= {"variant", "dataset"}
     if not args.save_predictions:
@@ -256,9 +255,8 @@ def load_weights(model: MTMamba, checkpoint: dict, path: str | Path):
     try:
         load_published_checkpoint(model, state) if published else model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        advice = "; give its encoder with --encoder" if published else ""
         raise ValueError(f"{path} holds weights of another architecture or of other tasks than {model.tasks}: "
-                         f"{str(error)[:300]}{advice}") from error
+                         f"{str(error)[:300]}{'; give its encoder with --encoder' * published}") from error
     count = len(state) - ("_extra_state" in state)
     print(f"loaded {count}/{count} tensors of {path}")
 
@@ -412,12 +410,11 @@ def versions() -> dict[str, str | None]:
 @torch.inference_mode()
 def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable | None = None,
              stop: Callable | None = None) -> Results | None:
-    """The scores of a model, whose mode (train or eval) stays as it was. Tasks without a label are left out.
+    """The scores of a model, which is then in evaluation mode. Tasks without a label are left out.
     Every process of a group has to call this: they share the images, and all return the same figures. They share whole
     batches, as outputs differ in the last digits with the batch: the figures are the same for any number of processes.
     save: called with each image's name, its outputs {task: (1, C_t, H, W)} and its own_area. stop: asked before each
     batch whether to give up, then the result is None; it must answer the same in every process."""
-    training = model.training
     model.eval()
     with evaluation.running() as loaded:
         for batches in loaded:
@@ -425,10 +422,7 @@ def evaluate(model: MTMamba, evaluation: "Evaluation", save: Callable | None = N
                 break
             for batch in batches:
                 evaluation.update(batch, model(batch["image"].to(evaluation.device)), save)
-    model.train(training)
-    if stop and stop():
-        return None
-    return evaluation.results()
+    return None if stop and stop() else evaluation.results()
 
 
 class Evaluation:
@@ -498,13 +492,11 @@ class Evaluation:
         return dict(images_per_second=self.images / self.seconds, validation_losses=losses, confusion=confusion)
 
 
-@dataclass
 class WithTruths:
     """A data set's samples with the boundaries that odsF is scored against, {task: bool (h, w)}."""
 
-    dataset: DenseDataset
-    boundaries: list[str]
-    scored: Collection[str]
+    def __init__(self, dataset, boundaries, scored):
+        self.dataset, self.boundaries, self.scored = dataset, boundaries, scored
 
     def __getitem__(self, index):
         sample = self.dataset[index]
@@ -515,13 +507,10 @@ class WithTruths:
 def collate_by_size(samples: list[dict]) -> list[dict]:
     """The samples in batches of equal size, in order: an image larger than the data set's size is a batch of its own.
     Tensors are stacked, which also needs fewer open files: a tensor that comes from another process holds one."""
-    batches = []
-    for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape):
-        group = list(group)
-        batch = {key: [sample[key] for sample in group] for key in group[0]}
-        batches.append({key: torch.stack(values) if isinstance(values[0], Tensor) else values
-                        for key, values in batch.items()})
-    return batches
+    groups = [list(group) for _, group in itertools.groupby(samples, lambda sample: sample["image"].shape)]
+    batches = [{key: [sample[key] for sample in group] for key in group[0]} for group in groups]
+    return [{key: torch.stack(values) if isinstance(values[0], Tensor) else values for key, values in batch.items()}
+            for batch in batches]
 
 
 def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
@@ -532,7 +521,7 @@ def own_area(image: Tensor, size: tuple[int, int], scale: int = 1) -> tuple:
 class RawMaps:
     """The files of --save-predictions, with --probabilities and --label-ids."""
 
-    def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Iterable[Path]):
+    def __init__(self, args: argparse.Namespace, labels: Labels, names: list[str], read: Collection[Path]):
         """names: of the images. read: see claim. Raises ValueError as claim, and if the data set has no label IDs."""
         self.args, self.labels = args, labels
         if args.label_ids and not labels.label_ids:
@@ -601,16 +590,14 @@ def probabilities(labels: Labels, outputs: dict[str, Tensor]) -> dict[str, Tenso
 
 @torch.inference_mode()
 def save_contact_sheet(model: MTMamba, evaluation: Evaluation, path: Path, images: range = range(4)) -> Path:
-    """Writes a PNG of some images of the evaluation: each image, and each task's prediction above its ground truth."""
-    dataset, training, scale, blocks, maps = evaluation.dataset, model.training, model.output_scale, [], []
-    model.eval()
+    """A PNG of some images of an evaluation that has run: each image, each task's prediction above its ground truth."""
+    dataset, scale, blocks, maps = evaluation.dataset, model.output_scale, [], []
     for sample in fetch(dataset, images[:len(dataset)], evaluation.workers):
         predicted = predict_maps(dataset.labels, model(sample["image"][None].to(evaluation.device)))
         inner = own_area(sample["image"], sample["size"])
         blocks.append([[(sample["name"], to_picture(sample["image"][inner]))]])
         maps.append({task: [both[:, ::scale, ::scale][inner].numpy() for both in (values[0].cpu(), sample[task])]
                      for task, values in predicted.items()})    # at the image's size
-    model.train(training)
     with replacing(path) as file:
         draw_maps(blocks, dataset.labels, maps, (", predicted", ", true"), 1).save(file, "PNG")
     return path
@@ -688,13 +675,13 @@ def draw_prediction(title: str, image: Image.Image, maps: dict[str, Tensor], hea
     return files | {"sheet": draw_sheet([columns], legends)}
 
 
-def keep_inputs(written: Path, read: Iterable[Path]):
+def keep_inputs(written: Path, read: Collection[Path]):
     """Raises ValueError where a file or a folder that is read would be written to."""
     if written.resolve() in {path.resolve() for path in read}:
         raise ValueError(f"{written} is read here; write to another place")
 
 
-def claim(folder: Path, names: list[str], read: Iterable[Path], overwrite: bool):
+def claim(folder: Path, names: list[str], read: Collection[Path], overwrite: bool):
     """Makes the folder for these files. Raises ValueError if it is also read, or if a file is there already."""
     keep_inputs(folder, read)
     found = [name for name in names if os.path.lexists(folder / name)]
@@ -759,14 +746,14 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
     outputs = model.predict(features, pixels.shape[2:])
     interpolate = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
-    def enlarged(values: Tensor, resize: Callable | None = None) -> Tensor:
+    def enlarged(values, resize=None):
         values = values[0, :, :image.height, :image.width].cpu()
         if values.shape[1:] == size:
             return values
         return resize(values, size) if resize else interpolate(values[None], size)[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
-    norms = {task: z.float().norm(dim=-1)[:, None] for task, z in features.items()}    # (1, 1, H / 4, W / 4)
-    heat = {task: enlarged(interpolate(norm, scale_factor=4 * scale))[0] for task, norm in norms.items()}
+    heat = {task: enlarged(interpolate(z.float().norm(dim=-1)[:, None], scale_factor=4 * scale))[0]
+            for task, z in features.items()}    # z: (1, H / 4, W / 4, C_1)
     if not with_probabilities:
         return maps, heat
     return maps, heat, {task: enlarged(values) for task, values in probabilities(labels, outputs).items()}
@@ -775,11 +762,10 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
 def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
     """A sheet of pictures that can be read at a screen's width. Columns that do not fit go on below. blocks: columns of
     each image, [(title, picture), ...]. legends: a title and the lines of Kind.picture."""
-    number = len(blocks[0])
     widest = max(picture.width for columns in blocks for column in columns for _, picture in column)
-    abreast = min(number, SHEET // min(max(150, 2 * widest), 300))    # 150: of titles; small pictures are doubled
-    step, rows = min(SHEET // abreast, 512), []
-    cell = step - GAP
+    abreast = min(len(blocks[0]), SHEET // min(max(150, 2 * widest), 300))    # 150: of titles; small ones are doubled
+    step = min(SHEET // abreast, 512)
+    cell, rows = step - GAP, []
     for columns in blocks:
         drawn = []
         for column in columns:
@@ -796,7 +782,7 @@ def draw_sheet(blocks: list[list], legends: list[list[tuple]]) -> Image.Image:
 
 def join(pictures: list[Image.Image], axis: int) -> Image.Image:
     """Side by side (axis 0) or one above the other (axis 1), on white."""
-    size, corner = [max(sides) for sides in zip(*(picture.size for picture in pictures))], [0, 0]
+    size, corner = np.max([picture.size for picture in pictures], axis=0), [0, 0]
     size[axis] = sum(picture.size[axis] for picture in pictures)
     joined = Image.new("RGB", tuple(size), "white")
     for picture in pictures:
@@ -833,7 +819,7 @@ def font_of(text: str) -> ImageFont.FreeTypeFont:
     for path in itertools.chain([None], found):
         with contextlib.suppress(OSError):    # of a file that is no font
             font = ImageFont.truetype(str(path), LETTERS) if path else own
-            if bytes(font.getmask("\uffff")) not in {bytes(font.getmask(c)) for c in set(text) - {" "}}:
+            if bytes(font.getmask("\uffff")) not in {bytes(font.getmask(letter)) for letter in text}:
                 return font
     return own
 
@@ -871,7 +857,7 @@ def export(args: argparse.Namespace):
             else:
                 of, off = "its pixels", (outputs[task] != output).double().mean()
             print(f"{task}: {tuple(output.shape)}, off by {off:.1e} of {of}")
-            if not off < EXPORT_TOLERANCE:
+            if not off < 1e-3:    # float32's rounding, through some dozens of layers, is a hundredth of that
                 raise ValueError(f"the exported model's {task} is off by {off:.1e} of {of}; nothing was written")
         names = sorted(os.listdir(temporary))    # beside a large .onnx lie its weights, which are moved first
         for name in reversed(names):
@@ -912,7 +898,6 @@ def write_onnx(network, image, path, metadata):
 
 
 EXPORTS = {".onnx": write_onnx, ".pt2": write_pt2}
-EXPORT_TOLERANCE = 1e-3    # float32's rounding, through some dozens of layers, is a hundredth of that
 
 
 # ----------------------------------------------------------------------------------------------------------- cost
@@ -1006,8 +991,8 @@ def peak_memory(device: torch.device) -> str:
 def start(name: str) -> Iterator[torch.device]:
     """The device, and under torchrun the process group, of which only the first process prints. Raises ValueError for a
     device that does not exist, and for several processes that cannot find each other."""
-    distributed = "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
-    if distributed and "RANK" not in os.environ:
+    distributed = "RANK" in os.environ
+    if not distributed and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("WORLD_SIZE is set, but not RANK; start with torchrun, or unset WORLD_SIZE for one process")
     if distributed and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

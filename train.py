@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
     Exit code 2 on bad input, 1 where the run had to stop, 130 after Ctrl-C or SIGTERM where nothing could be saved.
     """
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("train.py", __doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
     with parser.told("earlier checkpoints are unchanged; make room, then continue with --resume"):
@@ -406,6 +406,7 @@ class Run:
                     if scores is None:    # interrupted; last.pt has these weights
                         break
                     self.keep(scores)
+                    self.model.train()
                 begun = time.perf_counter()
                 self.losses[self.iteration] = self.step(batches)
                 self.iteration += 1

@@ -39,7 +39,7 @@ NETWORKS = {"single-task": {f"single-{task}": ["--variant", "stm2", "--tasks", t
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 1 where a run failed, 2 where a folder has a run with other flags."""
-    parser = Parser(prog="ablation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("ablation.py", __doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
                         help=f"rows of the table: {', '.join(NETWORKS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")

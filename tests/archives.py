@@ -4,7 +4,6 @@
     python tests/archives.py cityscapes data/Cityscapes --size 128 256    # smaller images, (H, W)
 """
 
-import argparse
 import signal
 import sys
 from functools import partial
@@ -143,7 +142,7 @@ def normal_pixels(normal: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="archives.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("archives.py", __doc__)
     parser.add_argument("kind", choices=SIZES)
     parser.add_argument("root", type=Path, help="a new or empty folder")
     parser.add_argument("--count", type=int, default=40, help="images to train on; a quarter as many to validate")
