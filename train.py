@@ -333,7 +333,7 @@ class Run:
         place for another schedule: it scales the rate of each group."""
         trained = [p for part in (self.model, self.learned) for p in part.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=self.args.weight_decay,
-                                 fused=self.device.type in ("cuda", "cpu"))
+                                 fused=self.device.type != "mps")
 
     def restore(self, checkpoint: dict):
         """Continues from last.pt. Raises ValueError where it belongs to a run with other flags or images."""
@@ -368,8 +368,8 @@ class Run:
         if args.accumulate > 1 and any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.model.modules()):
             print(f"--accumulate: batch norm sees {self.part * self.world} images of a batch at a time")
         print("configuration:", json.dumps(self.flags))
-        if self.rank == 0:
-            cut_log(args.out / "log.jsonl", self.iteration or -1)
+        if self.rank == 0 and (log := args.out / "log.jsonl").is_file():
+            cut_log(log, self.iteration or -1)
         self.log(dict(config=self.flags, versions=self.description["versions"], processes=self.world,
                       iteration=self.iteration))
         references, images = {}, min(self.scored, REFERENCE_IMAGES)
@@ -549,8 +549,9 @@ class Run:
 
     def finish(self, results: dict[str, dict]):
         """The final table, results.json and the last contact sheet."""
-        out, config = self.args.out, self.description["config"]
-        improvement = print_scores(results, self.val_set, config, self.single_task, primary_only=True)
+        out = self.args.out
+        improvement = print_scores(results, self.val_set, self.description["config"], self.single_task,
+                                   primary_only=True)
         self.keep(results["trained"])    # after the table, as writing may fail
         if self.rank == 0:
             entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), delta_m=improvement,
@@ -732,8 +733,7 @@ def learning_rate(initial: float, iteration: int, iterations: int) -> float:
     return initial * (1 - iteration / iterations) ** 0.9
 
 
-def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, rank: int,
-                  world: int) -> Iterator[list]:
+def batch_indices(data_set: DenseDataset, args: argparse.Namespace, first: int, rank: int, world: int) -> Iterator:
     """The indices that this process loads, for each part of each batch from iteration `first` on. All samples stand in
     one order, a pure function of the seed: epoch after epoch, each shuffled again. An iteration takes the next
     `batch_size` of them, whatever the number of processes, parts and workers."""
