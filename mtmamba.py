@@ -473,7 +473,7 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
     """
     delta = F.softplus(delta + delta_bias)                                      # Eq. 8
 
-    def steps(h, delta, delta_u, B, C, A):    # T of them; h (1, ..., N, D), B (T, ..., N, 1), C (T, ..., 1, N), others D
+    def steps(h, delta, delta_u, B, C, A):    # T steps; h (1, ..., N, D), delta (T, ..., 1, D), B (T, ..., N, 1)
         A_bar, B_bar_u = torch.exp(delta * A), B * delta_u                      # Eq. 5, with u
         H = []
         for A_bar_t, B_bar_u_t in zip(A_bar.split(1), B_bar_u.split(1)):
@@ -487,10 +487,10 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 
 def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
-    """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported, with
-    PyTorch's scan operator. That is one node for any L, and exported files run without this project.
+    """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
+    with PyTorch's scan operator. That is one node for any L, and exported files run without this project.
 
-    A turn of the loop takes T steps, as many as a CPU's cache has room for. At the end zeros fill it up: a Delta of 0
+    A turn takes T steps, as many as a CPU's cache has room for; the last one is filled up with zeros, as a Delta of 0
     leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
     L = sequences[0].shape[0]
     T = min(16, max(1, 2 ** 15 // A.numel())) if isinstance(L, int) else 1

@@ -243,7 +243,8 @@ def test_the_collectives_of_heads_have_one_order(tiny_model, two_processes):
     graphs = []
 
     def keep(graph, inputs):
-        graphs.append([node for node in graph.graph.nodes if node.target is torch.ops.mtmamba.sum_over_processes.default])
+        summed = torch.ops.mtmamba.sum_over_processes.default
+        graphs.append([node for node in graph.graph.nodes if node.target is summed])
         return make_boxed_func(graph.forward)
     model = tiny_model({"a": 1, "b": 2, "c": 1}, variant="f-ctm-lite", encoder="resnet10t", encoder_kwargs=None,
                        d_state=1)
