@@ -490,25 +490,25 @@ def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
     """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
     with PyTorch's scan operator. That is one node for any L, and exported files run without this project.
 
-    A turn takes T steps, as many as a CPU's cache has room for; the last one is filled up with zeros, as a Delta of 0
-    leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
+    A turn takes T steps, as many as a CPU's cache has room for. The scan operator's last one is filled up with zeros:
+    a Delta of 0 leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
     L = sequences[0].shape[0]
     T = min(16, max(1, 2 ** 15 // A.numel())) if isinstance(L, int) else 1
+    if not torch.compiler.is_compiling():
+        y = []
+        for now in zip(*(t.split(T) for t in sequences)):
+            h, y_now = steps(h, *now, A)
+            y.append(y_now)
+        return torch.cat(y)
     chunks = [F.pad(t, (0, 0) * (t.ndim - 1) + (0, -L % T)).unflatten(0, (-1, T)) for t in sequences]
     if torch.compiler.is_dynamo_compiling():
         from torch._higher_order_ops.scan import scan
         # PyTorch 2.11 hands no gradient from step to step unless the first state needs one. Here it is 0, of A.
         h = A.expand_as(h).masked_fill(torch.ones((), dtype=torch.bool, device=h.device), 0)
         y = scan(lambda h, now: steps(h, *now, A), h, chunks)[1]
-    elif torch.compiler.is_compiling():    # the same operator, without compiling each step function
+    else:    # the same operator, without compiling each step function
         from torch._higher_order_ops.scan import scan_op
         y = scan_op(steps, [h], chunks, (A,))[1]
-    else:
-        y = []
-        for now in zip(*chunks):
-            h, y_t = steps(h, *now, A)
-            y.append(y_t)
-        y = torch.stack(y)
     return y.flatten(0, 1)[:L]
 
 

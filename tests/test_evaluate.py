@@ -618,7 +618,7 @@ def test_published_checkpoint_of_another_data_set(data, tmp_path, capsys):
     (["--encoder-kwargs", "[1]"], "--encoder-kwargs"),
     (["--encoder-kwargs", "{"], "--encoder-kwargs"),
     (["--features"], "--features"),
-    (["--label-ids"], "give --save-predictions DIR, too"),
+    (["--label-ids"], "--label-ids has no effect here"),
     (["--variant", "stm1"], "--variant"),
 ])
 def test_bad_arguments(argv, message, checkpoint, nyud, tmp_path, capsys):

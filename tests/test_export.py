@@ -306,7 +306,7 @@ def test_images_of_four_channels():
     image = torch.randn(1, 4, 32, 32)
     assert torch.equal(model(image)["depth"], earlier(image)["depth"])
     assert count_cost(model, (32, 32))[0] == count_cost(build({"depth": 1}), (32, 32))[0] + 8 * 16
-    with pytest.raises(ValueError, match=r"expected a float image batch \(B, 4, H, W\).*in_chans"):
+    with pytest.raises(ValueError, match=r"expected a batch \(B, 4, H, W\).*in_chans"):
         model(torch.randn(1, 3, 32, 32))
 
 
