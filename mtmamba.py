@@ -169,7 +169,7 @@ class MTMamba(nn.Module):
         Under autocast, any float type but float64 is accepted.
         """
         global _last_sum
-        _last_sum = image.new_zeros((), dtype=torch.float64)
+        _last_sum = image.new_zeros((), dtype=torch.float64) if _has_processes() else None
         outputs = self.predict(self.decode(image), image.shape[2:], tasks)
         _last_sum = None
         return outputs
