@@ -14,6 +14,7 @@ import torch
 from constants import score_constants
 from PIL import Image, ImageFont
 from test_model import published_state
+from torch.utils.benchmark import Timer
 
 import datasets
 import evaluate
@@ -918,8 +919,15 @@ def test_cost_beside_the_papers(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].split() == ["stm1", "252.5188", "252.51", "354.1305", "354.13"]
 
 
+@pytest.fixture
+def short_measurements(monkeypatch):
+    """A tenth of a second in place of five."""
+    measure = Timer.blocked_autorange
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, min_run_time: measure(timer, min_run_time=0.1))
+
+
 @pytest.mark.parametrize("more, size", [([], (64, 64)), (["--img-size", "32", "96"], (32, 96))])
-def test_cost_of_a_checkpoint(more, size, checkpoint, capsys):
+def test_cost_of_a_checkpoint(more, size, checkpoint, capsys, short_measurements):
     """Of its own variant, tasks and size, beside no figure of the paper; measured on this machine."""
     evaluate.main(["--cost", "--checkpoint", str(checkpoint), "--device", "cpu", "--batch-size", "2", *more])
     _, _, _, row, parts, measured = capsys.readouterr().out.splitlines()
@@ -946,7 +954,7 @@ def test_flags_that_cost_does_not_use(checkpoint, capsys):
                                                           "--max-side", "31")
 
 
-def test_cost_of_a_data_sets_tasks_and_size(capsys):
+def test_cost_of_a_data_sets_tasks_and_size(capsys, short_measurements):
     evaluate.main(["--cost", "--dataset", "cityscapes", "--variant", "stm1", "--encoder", "swin-tiny", "--img-size",
                    "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu", "--batch-size", "1"])
     printed = capsys.readouterr().out
