@@ -1203,7 +1203,8 @@ TROUBLES = {
     r"^torch\._(?:dynamo|inductor)\S+ (?:(?s:.*)Developer debug context: (.+)|(.+\n?.*))":
         r"--compile failed (\1\2); train with --no-compile",
 }
-FAULTS = AttributeError, LookupError, NameError, TypeError, AssertionError, NotImplementedError    # wherever raised
+# Errors of code. They keep their traceback, also where a library raises them on purpose.
+FAULTS = AttributeError, LookupError, NameError, TypeError, AssertionError, NotImplementedError
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

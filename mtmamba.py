@@ -1970,8 +1970,8 @@ _sum_over_processes.register_fake(lambda x, after: (torch.empty_like(x, memory_f
 _sum_over_processes.register_autograd(lambda _, *gradients: _sum_over_processes(*gradients))
 
 # All processes must make their sums in the same order. Those of different heads do not depend on each other, so a
-# compiler might choose. Inside of MTMamba.forward each takes this, the second output of the one before, and in the
-# backward pass its gradient: of the one after.
+# compiler might choose. So inside MTMamba.forward each sum takes the second output of the one before, which stands
+# here. In the backward pass that output's gradient links them in the opposite order.
 _last_sum = None
 
 
