@@ -582,8 +582,9 @@ def _compute_dtype(x):
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
-    maps = (t.to(_compute_dtype(x)) for t in (x.unsqueeze(3), delta, B, C))
-    u, delta, B, C = (_to_sequences(t).permute(1, 2, 0, 3) for t in maps)          # Eq. 10   (B, K, L, .)
+    maps = [t.to(_compute_dtype(x)) for t in (x.unsqueeze(3).expand(-1, -1, -1, K, -1), delta, B, C)]
+    sequences = _to_sequences(torch.cat(maps, dim=-1)).permute(1, 2, 0, 3)         # Eq. 10
+    u, delta, B, C = sequences.split([t.shape[-1] for t in maps], dim=-1)          # (B, K, L, .)
     A, D, delta_bias = A.to(u.dtype), D.to(u.dtype)[:, None], delta_bias.to(u.dtype)[:, None]
     if dt_weight is not None:
         delta = delta @ dt_weight.to(u.dtype).mT                                   # (B, K, L, D)
@@ -1024,12 +1025,13 @@ def _is_transformed(t):
 
 def _to_sequences(t: Tensor) -> Tensor:
     """A map (B, H, W, K or 1, X) -> sequences (L, B, K, X), each direction in its order. 1: all read the same."""
-    return torch.stack([expand(t[:, :, :, k % t.shape[3]].movedim(0, 2), k) for k in range(K)], dim=2)
+    t = t.movedim(0, 2)
+    return torch.stack([expand(t[:, :, :, k % t.shape[3]], k) for k in range(K)], dim=2)
 
 
 def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:
     """(L, B, K, X) -> (B, H, W, K, X), every direction's steps back in place: the inverse of _to_sequences."""
-    return torch.stack([merge(t[:, :, k], k, H, W).movedim(2, 0) for k in range(K)], dim=3)
+    return torch.stack([merge(t[:, :, k], k, H, W) for k in range(K)], dim=3).movedim(2, 0)
 
 
 @torch.inference_mode(False)

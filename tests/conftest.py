@@ -62,9 +62,10 @@ def costs_counted_once(monkeypatch):
 def imports(tmp_path, monkeypatch):
     """A process loads one file of a name; here several tests do."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
     yield
-    for name, module in list(sys.modules.items()):
-        if str(tmp_path) in str(getattr(module, "__file__", None)):
+    for name in sys.modules.keys() - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
             del sys.modules[name]
 
 

@@ -21,7 +21,7 @@ from processes import descendants
 
 TINY = ["--encoder", "convnext_atto", "--encoder-kwargs", json.dumps(dict(dims=(4, 4, 4, 4), depths=(1, 1, 1, 1))),
         "--no-pretrained", "--variant", "stm1", "--tasks", "semseg", "boundary", "--img-size", "64", "64",
-        "--batch-size", "2", "--iterations", "1", "--device", "cpu"]
+        "--batch-size", "2", "--iterations", "1", "--device", "cpu", "--no-references"]
 FULL = "No space left on device"
 
 
@@ -50,7 +50,9 @@ def small_files():
 def nyud(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "NYUDv2"
     export("nyud", root, 8, (64, 64))
-    return root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.NYUDv2, "VAL_SIZE", (64, 64))
+        yield root
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,9 @@ def test_evaluation_names_the_file(name, full_disk, nyud, trained, tmp_path, cap
     assert not list(tmp_path.rglob("*.tmp")) and ("odsF" in output) == ("maps" not in name)
 
 
-def test_pictures_and_exports_name_their_file(small_files, trained, tmp_path, capsys):
+def test_pictures_and_exports_name_their_file(small_files, trained, tmp_path, capsys, monkeypatch):
+    of_a_layer = torch.export.export(torch.nn.Linear(200, 200), (torch.zeros(200),))    # sooner than of a model
+    monkeypatch.setattr(torch.export, "export", lambda *arguments: of_a_layer)
     rows = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     (tmp_path / "photos").mkdir()
     Image.fromarray(rows).resize((512, 384)).save(tmp_path / "photos/a.jpg")
@@ -148,6 +152,7 @@ import datasets, evaluate, metrics, train
 if "SPAWN" in os.environ:    # as without the tests, which fork them
     datasets.get_context = multiprocessing.get_context
 evaluate.EVALUATION_BATCH = 1
+datasets.NYUDv2.VAL_SIZE = 64, 64
 own_area, suppress, check = evaluate.own_area, metrics.suppress_non_maxima, datasets.PascalContext.check
 evaluate.own_area = lambda *arguments: time.sleep(1.5) or own_area(*arguments)
 metrics.suppress_non_maxima = lambda prediction: time.sleep(1.5) or suppress(prediction)

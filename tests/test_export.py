@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
+import mtmamba
 import train
 from conftest import NYUD_TASKS
 from evaluate import count_cost
@@ -72,11 +73,13 @@ assert found["tasks"] == {"depth": {"kind": "depth", "unit": "m"}}
 
 
 @pytest.mark.parametrize("suffix, code", [("pt2", RUN_PT2), ("onnx", RUN_ONNX)])
-def test_exported_file_runs_without_this_project(suffix, code, checkpoint, tmp_path, capsys):
+def test_exported_file_runs_without_this_project(suffix, code, tmp_path, capsys, monkeypatch):
     """The .pt2 file takes a normalised image, the .onnx file the pixels of a picture."""
     if suffix == "onnx":
         for name in ("onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason="the extra export is not installed")
+    monkeypatch.setitem(mtmamba.VARIANTS, "short", dict(depth=0, ctm="semantic", head="lite"))    # three scans
+    checkpoint = save_checkpoint(tmp_path / "last.pt", "short")
     path, of_pictures = tmp_path / "exported" / f"model.{suffix}", ["--with-preprocessing"] * (suffix == "onnx")
     evaluate.main(["--checkpoint", str(checkpoint), "--export", str(path), "--img-size", "32", "50", *of_pictures])
     printed = capsys.readouterr().out
