@@ -488,10 +488,9 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
     """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
-    with PyTorch's scan operator. That is one node for any L, and exported files run without this project.
-
-    A turn takes T steps, as many as a CPU's cache has room for. The scan operator's last one is filled up with zeros:
-    a Delta of 0 leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
+    with PyTorch's scan operator, one node for any L, which runs without this project. A turn takes T steps, as many as
+    a CPU's cache has room for. The operator's last turn is filled up with zeros: a Delta of 0 leaves the state as it
+    is. In an export for any size, whose L is not a number, T is 1."""
     L = sequences[0].shape[0]
     T = min(16, max(1, 2 ** 15 // A.numel())) if isinstance(L, int) else 1
     if not torch.compiler.is_compiling():
@@ -501,13 +500,12 @@ def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
             y.append(y_now)
         return torch.cat(y)
     chunks = [F.pad(t, (0, 0) * (t.ndim - 1) + (0, -L % T)).unflatten(0, (-1, T)) for t in sequences]
+    from torch._higher_order_ops.scan import scan, scan_op
     if torch.compiler.is_dynamo_compiling():
-        from torch._higher_order_ops.scan import scan
         # PyTorch 2.11 hands no gradient from step to step unless the first state needs one. Here it is 0, of A.
         h = A.expand_as(h).masked_fill(torch.ones((), dtype=torch.bool, device=h.device), 0)
         y = scan(lambda h, now: steps(h, *now, A), h, chunks)[1]
     else:    # the same operator, without compiling each step function
-        from torch._higher_order_ops.scan import scan_op
         y = scan_op(steps, [h], chunks, (A,))[1]
     return y.flatten(0, 1)[:L]
 
@@ -582,10 +580,10 @@ def _compute_dtype(x):
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
-    maps = [t.to(_compute_dtype(x)) for t in (x.unsqueeze(3).expand(-1, -1, -1, K, -1), delta, B, C)]
-    sequences = _to_sequences(torch.cat(maps, dim=-1)).permute(1, 2, 0, 3)         # Eq. 10
-    u, delta, B, C = sequences.split([t.shape[-1] for t in maps], dim=-1)          # (B, K, L, .)
-    A, D, delta_bias = A.to(u.dtype), D.to(u.dtype)[:, None], delta_bias.to(u.dtype)[:, None]
+    maps = torch.stack([x] * K, 3), delta, B, C
+    sequences = _to_sequences(torch.cat(maps, -1).to(_compute_dtype(x)))           # Eq. 10
+    u, delta, B, C = sequences.permute(1, 2, 0, 3).split([t.shape[-1] for t in maps], -1)    # (B, K, L, .)
+    A, D, delta_bias = A.to(u), D[:, None].to(u), delta_bias[:, None].to(u)
     if dt_weight is not None:
         delta = delta @ dt_weight.to(u.dtype).mT                                   # (B, K, L, D)
     y = s6(u, delta, A, B, C, D, delta_bias)                                       # Eq. 11   (B, K, L, D)
@@ -1025,8 +1023,7 @@ def _is_transformed(t):
 
 def _to_sequences(t: Tensor) -> Tensor:
     """A map (B, H, W, K or 1, X) -> sequences (L, B, K, X), each direction in its order. 1: all read the same."""
-    t = t.movedim(0, 2)
-    return torch.stack([expand(t[:, :, :, k % t.shape[3]], k) for k in range(K)], dim=2)
+    return torch.stack([expand(t[:, :, :, k % t.shape[3]].movedim(0, 2), k) for k in range(K)], dim=2)
 
 
 def _from_sequences(t: Tensor, H: int, W: int) -> Tensor:

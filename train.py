@@ -550,18 +550,19 @@ class Run:
     def finish(self, results: dict[str, dict]):
         """The final table, results.json and the last contact sheet."""
         out = self.args.out
-        improvement = print_scores(results, self.val_set, self.description["config"], self.single_task,
-                                   primary_only=True)
+        delta = print_scores(results, self.val_set, self.description["config"], self.single_task, primary_only=True)
         self.keep(results["trained"])    # after the table, as writing may fail
         if self.rank == 0:
-            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), delta_m=improvement,
+            entries = dict(dataset=self.args.dataset, checkpoint=str(out / "last.pt"), delta_m=delta,
                            results=results["trained"])
             write_results(out / "results.json", entries, self.model, self.evaluation,
-                          dict(self.description, iteration=self.iteration))
+                          self.description | {"iteration": self.iteration})
             draw_curves(out, self.val_set.labels)
-            print("checkpoint:", out / "last.pt", "(the best one: best.pt)" if (out / "best.pt").exists() else "")
+            print("checkpoint:", out / "last.pt", "(the best one: best.pt)" * (out / "best.pt").exists())
             print("results:   ", out / "results.json")
-            print("pictures:  ", save_contact_sheet(self.model, self.evaluation, out / "contact_sheet.png"))
+            with replacing(out / "contact_sheet.png") as file:
+                file.write((out / f"pictures/{self.iteration:06d}.png").read_bytes())
+            print("pictures:  ", out / "contact_sheet.png")
 
     def save(self, name: str):
         """A checkpoint, with everything that is needed to continue."""

@@ -14,7 +14,7 @@ import pytest
 TINY_SWIN = dict(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
 NYUD_TASKS = {"semseg": 40, "depth": 1, "normal": 3, "boundary": 1}
 PASCAL_TASKS = {"semseg": 21, "parsing": 7, "saliency": 2, "normal": 3, "boundary": 1}
-COSTS = {}
+COSTS, SCENES = {}, {}
 
 
 def pytest_collectstart():
@@ -56,6 +56,21 @@ def costs_counted_once(monkeypatch):
         return COSTS[key]
     count_cost = evaluate.count_cost
     monkeypatch.setattr(evaluate, "count_cost", count)
+
+
+@pytest.fixture(autouse=True)
+def scenes_rendered_once(request, monkeypatch):
+    """Most runs are trained on the same few scenes. The tests of the renderer render them anew."""
+    import datasets
+
+    def keep(self, index):
+        key = self.seed, index, *self.size
+        if key not in SCENES:
+            SCENES[key] = render(self, index)
+        return SCENES[key]
+    render = datasets.Synthetic.render
+    if request.path.stem != "test_synthetic":
+        monkeypatch.setattr(datasets.Synthetic, "render", keep)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 import datasets
 import mtmamba
+import train
 
 TESTS = Path(__file__).parent
 sys.modules["matplotlib.figure"] = None    # as in conftest.py
@@ -29,6 +30,7 @@ if not mtmamba.backend_fault("numba"):    # the scan is compiled once, not by ea
     pixel, each, matrix = (torch.zeros(shape) for shape in ((1, 1, 1, 1), (1, 1, 1, 4, 1), (4, 1, 1)))
     inputs = pixel, each, matrix, each.repeat(1, 1, 1, 1, 2), matrix[:, 0], matrix[:, 0], None, "numba"
     mtmamba._scan_backward_op(*mtmamba._scan_op(*inputs), *inputs)
+mtmamba._scan_reference(train.SMALL["d_state"])    # for check_scan
 
 
 def descendants(pid: int) -> list[int]:
