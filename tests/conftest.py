@@ -1,5 +1,6 @@
 """What several tests share: a model small enough to run in a fraction of a second."""
 
+import gc
 import os
 import sys
 
@@ -26,6 +27,12 @@ def pytest_collectstart():
     if not torch.cuda.is_available():
         # Triton's kernels run in its interpreter then, on the CPU. It has to know before they are defined.
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish():
+    """Python looks for garbage less often, and not among what has been imported: that took an eighth of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,6 +5,7 @@ where it would start an interpreter for each. The rest is as it is without: pids
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,7 @@ if not mtmamba.backend_fault("numba"):    # the scan is compiled once, not by ea
     inputs = pixel, each, matrix, each.repeat(1, 1, 1, 1, 2), matrix[:, 0], matrix[:, 0], None, "numba"
     mtmamba._scan_backward_op(*mtmamba._scan_op(*inputs), *inputs)
 mtmamba._scan_reference(train.SMALL["d_state"])    # for check_scan
+gc.freeze()    # or each process copies the memory of what has been imported, to look for garbage there
 
 
 def descendants(pid: int) -> list[int]:

@@ -175,7 +175,7 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     assert ours["precision"] == dict(training="float32", scoring="float32")
     assert ours["versions"]["training"]["torch"] == torch.__version__
     picture = evaluate.Image.open(tmp_path / "evaluation_last/contact_sheet.png")
-    assert picture.size[0] > 7 * 64 and len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    assert picture.size[0] > 7 * 64 and len(picture.getcolors(2 ** 24)) > 100
     assert not list(tmp_path.glob("*.tmp"))
 
 
