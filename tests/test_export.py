@@ -72,7 +72,7 @@ assert found["tasks"] == {"depth": {"kind": "depth", "unit": "m"}}
 """
 
 
-@pytest.mark.parametrize("suffix, code", [("pt2", RUN_PT2), ("onnx", RUN_ONNX)])
+@pytest.mark.parametrize("suffix, code", [("pt2", RUN_PT2), ("onnx", RUN_ONNX)], ids=["pt2", "onnx"])
 def test_exported_file_runs_without_this_project(suffix, code, tmp_path, capsys, monkeypatch):
     """The .pt2 file takes a normalised image, the .onnx file the pixels of a picture."""
     if suffix == "onnx":

@@ -179,10 +179,12 @@ def test_thresholds_are_strict():
 
 
 def test_normal_error_of_known_angles():
-    target = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 3)
-    angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0]))
-    output = 7 * torch.stack([angles.sin(), torch.zeros(3), angles.cos()]).view(1, 3, 1, 3)
-    assert score("normal", 3, output, target)["mErr"] == pytest.approx((1e-3 + 90) / 3, rel=1e-6)
+    target = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 5)
+    angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0, 180.0, 180.0]))
+    output = 7 * torch.stack([angles.sin(), torch.zeros(5), angles.cos()]).view(1, 3, 1, 5)
+    scores = score("normal", 3, output, target)
+    assert scores["mErr"] == pytest.approx((1e-3 + 90 + 360) / 5, rel=1e-6) and scores["below_11.25"] == 40
+    assert scores["median"] == pytest.approx(90, abs=0.01)
 
 
 def test_depth_counts_inside_an_open_range():
