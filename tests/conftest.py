@@ -5,6 +5,7 @@ import os
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"    # there is a process of the suite for each core
+os.fsync = lambda file: None    # no test is about a loss of power, and a disk may take its time
 sys.modules["matplotlib.figure"] = None    # as if it were not installed: curves.png takes each run two seconds
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""    # they would crowd a GPU; with -n 0, the scan's tests run on it

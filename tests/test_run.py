@@ -62,7 +62,7 @@ if __name__ == "__main__":
         evaluate.Evaluation.update = lambda *arguments: time.sleep(1) or update(*arguments)
     if "SLOW" in os.environ:
         step = train.Run.step
-        train.Run.step = lambda *arguments: time.sleep(0.4) or step(*arguments)
+        train.Run.step = lambda *arguments: time.sleep(0.25) or step(*arguments)
     if "LEARNED" in os.environ:
         from test_run import Uncertainty
         train.TOTALS["uncertainty"] = Uncertainty
