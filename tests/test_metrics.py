@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import IGNORE, Labels, Meter, delta_m, make_meters
+from metrics import COLOUR_MAP, IGNORE, Labels, Meter, delta_m, make_meters
 from metrics import TASKS as ROWS
 
 
@@ -405,6 +405,8 @@ def test_what_an_owner_should_look_at():
 
 def test_pictures():
     """Colours by hand, and the legend's line for unknown pixels."""
+    viridis = "440154 46327e 365c8d 277f8e 1fa187 4ac16d a0da39 fde725"
+    assert COLOUR_MAP.tolist() == [list(bytes.fromhex(colour)) for colour in viridis.split()]
     colours, lines = kind_of("values", 1).picture(np.float32([[[0, 3, np.nan, 6]]]), np.float32([[0, 6]]))
     assert colours.tolist() == [[[68, 1, 84], [35, 143, 138], [224, 224, 192], [253, 231, 37]]]
     assert [text for text, _ in lines] == ["0.00 to 6.00", "unknown"]
@@ -419,7 +421,7 @@ def test_pictures():
     colours, lines = kind_of("boundary", 1).picture(np.float32([[[0, 0.5, 1, 255]]]), np.float32([[0]]))
     assert colours.tolist() == [[[0] * 3, [127] * 3, [255] * 3, [224, 224, 192]]]
     assert lines == [("probability 0 to 1", [(0, 0, 0), (255, 255, 255)]), ("unknown", (224, 224, 192))]
-    colours, _ = kind_of("disparity", 1).picture(np.float32([[[-1, 2]]]), np.float32([[2, 4]]))
+    colours, _ = kind_of("disparity", 1).picture(np.float32([[[-1, 0.5]]]), np.float32([[0.5, 4]]))
     assert colours.tolist() == [[[224, 224, 192], [68, 1, 84]]]
     colours, lines = kind_of("semseg", 9).picture(np.uint8([[[0, 1, 8]]]), np.uint8([[255]]))
     assert colours.tolist() == [[[0, 0, 0], [128, 0, 0], [64, 0, 0]]]
