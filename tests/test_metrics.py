@@ -1,4 +1,4 @@
-"""Metrics against hand-computed cases and against plain loops in numpy."""
+"""Losses and metrics against hand-computed cases and against plain loops in numpy."""
 
 import re
 
@@ -8,6 +8,7 @@ import torch
 
 from metrics import COLOUR_MAP, IGNORE, Labels, Meter, delta_m, make_meters
 from metrics import TASKS as ROWS
+from train import task_loss
 
 
 def make_meter(task, channels):
@@ -129,6 +130,38 @@ def test_equals_brute_force(task, channels, compare):
             assert abs(ours[name] - value) <= 0.0051
         else:
             compare(ours[name], value, rtol=1e-5, atol=0)
+
+
+def brute_force_loss(task, output, target):
+    cases = pixels(output, target)
+    if task in ("semseg", "parsing"):
+        return np.mean([np.log(np.exp(o).sum()) - o[t[0]] for o, t in cases])
+    if task == "saliency":
+        w1 = np.mean([t[0] == 0 for _, t in cases])
+        return np.mean([(w1 if t[0] else 1 - w1) * (np.log(np.exp(o).sum()) - o[t[0]]) for o, t in cases])
+    if task == "boundary":
+        p = [1 / (1 + np.exp(-o[0])) for o, _ in cases]
+        return np.mean([-0.95 * np.log(p) if t[0] else -0.05 * np.log(1 - p) for p, (_, t) in zip(p, cases)])
+    if task == "normal":
+        return np.mean([abs(o / np.linalg.norm(o) - t).sum() for o, t in cases])
+    return np.mean([abs(o - t).mean() for o, t in cases])
+
+
+@pytest.mark.parametrize("task, channels", TASKS.items())
+def test_loss_of_each_image_equals_brute_force(task, channels):
+    output, target = random_case(task, channels)
+    ours = task_loss(task, torch.as_tensor(output), torch.as_tensor(target))
+    assert ours.shape == (len(output),) and len(output) > 1
+    for i, loss in enumerate(ours.tolist()):
+        assert loss == pytest.approx(brute_force_loss(task, output[i:i + 1], target[i:i + 1]), rel=1e-5)
+    alone = task_loss(task, torch.as_tensor(output[1:2]), torch.as_tensor(target[1:2]))
+    assert alone.item() == pytest.approx(ours[1].item(), rel=1e-6)
+    rounded = task_loss(task, torch.as_tensor(output).bfloat16(), torch.as_tensor(target))
+    assert rounded.dtype == torch.float32
+    meter, target = make_meter(task, channels), target.copy()
+    target[0] = unknown(task)
+    meter.update(torch.as_tensor(output), torch.as_tensor(target), with_losses=True)
+    assert meter.losses.tolist() == [pytest.approx(ours[1:].sum().item(), rel=1e-6), len(output) - 1]
 
 
 def test_median_of_many_angles_and_shares_below_limits():

@@ -1,4 +1,4 @@
-"""Losses against plain loops, the schedule, a short training run, and the scripts from end to end."""
+"""The sum of the losses, the schedule, a short training run, and the scripts from end to end."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_metrics import TASKS, pixels, random_case, unknown
+from test_metrics import TASKS, brute_force_loss, pixels, random_case, unknown
 from torch.utils.data import default_collate
 
 import evaluate
@@ -28,34 +28,6 @@ def few_scenes(images):
     def open(cls, split, size, tasks=None, root=None, seed=0):
         return cls(images, size, 2 * seed if split == "train" else 1, tasks)
     return classmethod(open)
-
-
-def brute_force_loss(task, output, target):
-    cases = pixels(output, target)
-    if task in ("semseg", "parsing"):
-        return np.mean([np.log(np.exp(o).sum()) - o[t[0]] for o, t in cases])
-    if task == "saliency":
-        w1 = np.mean([t[0] == 0 for _, t in cases])
-        return np.mean([(w1 if t[0] else 1 - w1) * (np.log(np.exp(o).sum()) - o[t[0]]) for o, t in cases])
-    if task == "boundary":
-        p = [1 / (1 + np.exp(-o[0])) for o, _ in cases]
-        return np.mean([-0.95 * np.log(p) if t[0] else -0.05 * np.log(1 - p) for p, (_, t) in zip(p, cases)])
-    if task == "normal":
-        return np.mean([abs(o / np.linalg.norm(o) - t).sum() for o, t in cases])
-    return np.mean([abs(o - t).mean() for o, t in cases])
-
-
-@pytest.mark.parametrize("task, channels", TASKS.items())
-def test_loss_of_each_image_equals_brute_force(task, channels):
-    output, target = random_case(task, channels)
-    ours = train.task_loss(task, torch.as_tensor(output), torch.as_tensor(target))
-    assert ours.shape == (len(output),) and len(output) > 1
-    for i, loss in enumerate(ours.tolist()):
-        assert loss == pytest.approx(brute_force_loss(task, output[i:i + 1], target[i:i + 1]), rel=1e-5)
-    alone = train.task_loss(task, torch.as_tensor(output[1:2]), torch.as_tensor(target[1:2]))
-    assert alone.item() == pytest.approx(ours[1].item(), rel=1e-6)
-    rounded = train.task_loss(task, torch.as_tensor(output).bfloat16(), torch.as_tensor(target))
-    assert rounded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("task, channels", TASKS.items())
