@@ -1578,6 +1578,21 @@ def test_helpers_that_fail(forked_pools, monkeypatch):
     assert datasets.usable_cpus() == 61
 
 
+def test_boundaries_of_ones_own_are_scored_as_the_label_thinned():
+    label = np.uint8(np.kron([[0, 0, 0], [1, 1, 0], [0, 0, 255]], np.ones((4, 4))))
+
+    class Edges(datasets.LabelledDataset):
+        TASKS = {"boundary": 1}
+
+        def list_names(self):
+            return ["x"]
+
+        def read(self, name):
+            return np.zeros((12, 12, 3), np.uint8), {"boundary": label}
+    truth = Edges("val", (12, 12)).boundary_truth(0)
+    assert truth.any() and np.array_equal(truth, thin(label == 1))
+
+
 def test_a_damaged_file_stops_a_run_with_workers(pascal, tmp_path):
     root = shutil.copytree(pascal, tmp_path / "copy")
     shortened(root / "human_parts/synthetic_train_00002.mat")

@@ -213,11 +213,11 @@ def test_thresholds_are_strict():
 
 def test_normal_error_of_known_angles():
     target = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 5)
-    angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.0, 180.0, 180.0]))
+    angles = torch.deg2rad(torch.tensor([0.0, 1e-3, 90.004, 180.0, 180.0]))
     output = 7 * torch.stack([angles.sin(), torch.zeros(5), angles.cos()]).view(1, 3, 1, 5)
     scores = score("normal", 3, output, target)
-    assert scores["mErr"] == pytest.approx((1e-3 + 90 + 360) / 5, rel=1e-6) and scores["below_11.25"] == 40
-    assert scores["median"] == pytest.approx(90, abs=0.01)
+    assert scores["mErr"] == pytest.approx((1e-3 + 90.004 + 360) / 5, rel=1e-6) and scores["below_11.25"] == 40
+    assert scores["median"] == pytest.approx(90.005, abs=1e-4)    # the middle of its bin
 
 
 def test_depth_counts_inside_an_open_range():
@@ -357,6 +357,15 @@ def test_what_differs_by_task():
         "disparity": (1, " px", 4, ".npy", 1, (1, 1)), "values": (1, "", 4, ".npy", 0, (1, 255))}
     assert [task for task, kind in ROWS.items() if kind.lower_is_better] == ["normal", "depth", "disparity", "values"]
     assert [task for task, kind in ROWS.items() if kind.binary] == ["saliency", "boundary"]
+
+
+@pytest.mark.parametrize("table, fits, other", [
+    ("colours", [(0, 1, 255), (2, 3, 4)], [(0, 1, 256), (2, 3, 4)]), ("colours", [(0, 0, 0)] * 2, [(0, 0, 0)] * 3),
+    ("label_ids", [0, 255], [0, 256]), ("label_ids", [7, 8], [-1, 8])])
+def test_colours_and_ids_are_numbers_of_a_byte_for_each_class(table, fits, other):
+    kind_of("semseg", 2, **{table: {"semseg": fits}})
+    with pytest.raises(ValueError, match=r"numbers of 0\.\.255, of the shape"):
+        kind_of("semseg", 2, **{table: {"semseg": other}})
 
 
 @pytest.mark.parametrize("task, channels, values, fits", [
