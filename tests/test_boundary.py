@@ -233,6 +233,16 @@ def test_the_meter_adds_up_the_images_counts(workers, waiting, repeats, chain_co
     np.testing.assert_array_equal(meter.counts[:-1], expected)
 
 
+@pytest.mark.parametrize("best", [0, -1])
+def test_the_first_and_the_last_threshold_count(best):
+    counts = np.tile([1, 2, 1, 2], (len(THRESHOLDS), 1))
+    counts[best] = 2
+    meter = OdsMeter(0.0075, None, 1)
+    meter.pending.append(lambda: counts)
+    scores = meter.compute()
+    assert scores["odsF"] == scores["oisF"] == 100
+
+
 def test_ois_and_ap_by_hand():
     """As BSDS defines them: OIS of each image's best threshold, AP of precision at recalls 0, 0.01 .. 1."""
     def images():

@@ -445,6 +445,16 @@ def test_what_an_owner_should_look_at():
     assert depth.examples(np.arange(1024.0).reshape(1, 32, 32)).tolist() == [list(range(0, 1024, 4))]
 
 
+def test_maps_at_another_size():
+    """Numbers between the pixels' centres; classes of the nearest pixel; directions of unit length."""
+    row = torch.tensor([[[0.0, 1.0]]])
+    assert kind_of("depth", 1).resize(row, (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
+    assert kind_of("semseg", 2).resize(row.byte(), (1, 4)).tolist() == [[[0, 0, 1, 1]]]
+    normals = kind_of("normal", 3).resize(torch.cat([row, 1 - row, 0 * row]), (1, 4))
+    torch.testing.assert_close(normals[:, 0, 1], torch.tensor([0.1, 0.9, 0.0]).sqrt())
+    torch.testing.assert_close(normals.norm(dim=0), torch.ones(1, 4))
+
+
 def test_pictures():
     """Colours by hand, and the legend's line for unknown pixels."""
     viridis = "440154 46327e 365c8d 277f8e 1fa187 4ac16d a0da39 fde725"
