@@ -455,6 +455,15 @@ def test_maps_at_another_size():
     torch.testing.assert_close(normals.norm(dim=0), torch.ones(1, 4))
 
 
+def test_maps_as_they_are_stored():
+    maps = np.float32([[[1, 2]], [[3, 4]]])
+    assert kind_of("depth", 1).raw(maps[:1]).tolist() == [[1, 2]]
+    assert kind_of("values", 2).raw(maps).tolist() == maps.tolist()
+    semseg, classes = kind_of("semseg", 2, label_ids={"semseg": [7, 8]}), np.uint8([[[0, 1, 255]]])
+    assert semseg.raw(classes).tolist() == [[0, 1, 255]]
+    assert semseg.raw(classes[..., :2], label_ids=True).tolist() == [[7, 8]]
+
+
 def test_pictures():
     """Colours by hand, and the legend's line for unknown pixels."""
     viridis = "440154 46327e 365c8d 277f8e 1fa187 4ac16d a0da39 fde725"
