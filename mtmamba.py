@@ -488,9 +488,9 @@ def s6(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, del
 
 def _run_steps(steps, h: Tensor, sequences: list[Tensor], A: Tensor) -> Tensor:
     """Runs all steps and returns their outputs (L, ...): in a Python loop or, while a model is compiled or exported,
-    with PyTorch's scan operator, one node for any L, which runs without this project. A turn takes T steps, as many as
-    a CPU's cache has room for. The operator's last turn is filled up with zeros: a Delta of 0 leaves the state as it
-    is. In an export for any size, whose L is not a number, T is 1."""
+    with PyTorch's scan operator. That is one node for any L, and exported files run without this project. A turn takes
+    T steps, as many as a CPU's cache has room for. The operator's last turn is filled up with zeros: a Delta of 0
+    leaves the state as it is. In an export for any size, whose L is not a number, T is 1."""
     L = sequences[0].shape[0]
     T = min(16, max(1, 2 ** 15 // A.numel())) if isinstance(L, int) else 1
     if not torch.compiler.is_compiling():
@@ -580,7 +580,7 @@ def _compute_dtype(x):
 
 
 def _scan_loop(x, delta, A, B, C, D, delta_bias, dt_weight):
-    maps = torch.stack([x] * K, 3), delta, B, C
+    maps = torch.stack([x] * K, 3), delta, B, C    # ordered in one go: an exported scan has 76 nodes, not 128
     sequences = _to_sequences(torch.cat(maps, -1).to(_compute_dtype(x)))           # Eq. 10
     u, delta, B, C = sequences.permute(1, 2, 0, 3).split([t.shape[-1] for t in maps], -1)    # (B, K, L, .)
     A, D, delta_bias = A.to(u), D[:, None].to(u), delta_bias[:, None].to(u)

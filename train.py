@@ -560,7 +560,7 @@ class Run:
             draw_curves(out, self.val_set.labels)
             print("checkpoint:", out / "last.pt", "(the best one: best.pt)" * (out / "best.pt").exists())
             print("results:   ", out / "results.json")
-            with replacing(out / "contact_sheet.png") as file:
+            with replacing(out / "contact_sheet.png") as file:    # `keep` has just drawn it
                 file.write((out / f"pictures/{self.iteration:06d}.png").read_bytes())
             print("pictures:  ", out / "contact_sheet.png")
 

@@ -113,7 +113,7 @@ def test_ten_steps_lower_every_loss(monkeypatch, tmp_path):
 
 
 def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(Synthetic, "open", few_scenes(3))
+    monkeypatch.setattr(Synthetic, "open", few_scenes(5))
     results = train.main([*TINY, "--iterations", "2", "--variant", "stm1", "--out", str(tmp_path)])
     table = capsys.readouterr().out
     (tmp_path / "contact_sheet.png").unlink()
@@ -127,7 +127,7 @@ def test_evaluate_repeats_the_figures_of_training(monkeypatch, tmp_path, capsys)
     ours, again = (json.loads(path.read_text()) for path in files)
     assert ours.pop("images_per_second") > 0 and again.pop("images_per_second") > 0
     model, _ = evaluate.load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))
-    scenes = default_collate([Synthetic(3, (32, 64), 1)[i] for i in range(3)])
+    scenes = default_collate([Synthetic(5, (32, 64), 1)[i] for i in range(5)])
     with torch.inference_mode():
         outputs = model(scenes["image"])
     for task, loss in ours.pop("validation_losses").items():
