@@ -370,7 +370,7 @@ def read_baseline(paths: list[Path] | None, name: str, dataset: DenseDataset, ou
     for path in paths or ():
         try:
             content = json.loads(path.read_text())
-            figures |= {task: content["results"][task][kind.metrics[0 if dataset.BOUNDARY_TOLERANCE else -1]]
+            figures |= {task: content["results"][task][kind.primary(kind.metrics, bool(dataset.BOUNDARY_TOLERANCE))]
                         for task, kind in dataset.kinds.items() if task in content["results"]
                         if content["dataset"] == name}
         except (ValueError, LookupError, TypeError) as error:
@@ -744,12 +744,10 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
     pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
-    interpolate = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+    interpolate = functools.partial(F.interpolate, mode="bilinear")
 
     def enlarged(values, resize=None):
         values = values[0, :, :image.height, :image.width].cpu()
-        if values.shape[1:] == size:
-            return values
         return resize(values, size) if resize else interpolate(values[None], size)[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
     heat = {task: enlarged(interpolate(z.float().norm(dim=-1)[:, None], scale_factor=4 * scale))[0]

@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -98,9 +98,9 @@ class Kind(abc.ABC):
     def scores(self, sums: Tensor) -> dict[str, Tensor]:
         """The metrics by name."""
 
-    def primary(self, scores: Mapping[str, float]) -> str:
-        """The metric by which the task is compared, among those that were computed."""
-        return next(metric for metric in self.metrics if metric in scores)
+    def primary(self, scores: Collection[str], odsf: bool = True) -> str:
+        """The metric by which the task is compared, among those that were computed. odsf: unless it is odsF."""
+        return next(metric for metric in self.metrics if metric in scores and (odsf or metric != "odsF"))
 
     def valid(self, target: Tensor) -> Tensor:
         """Where labels (B, 1 or C, H, W) are known: bool (B, H, W)."""
@@ -151,7 +151,7 @@ class Kind(abc.ABC):
 
     def resize(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """A map (1 or C, h, w) at another size (h', w')."""
-        return F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(values[None], size, mode="bilinear")[0]
 
     def confusion(self, sums: Tensor) -> dict | None:
         """The confusion matrix in the sums, [label][prediction], and what its rows are called, where there is one."""

@@ -519,7 +519,7 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items() if loss is not None)
-        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""), refresh=False)
+        bar.set_postfix_str(f"{shown} lr {lr:.1e}" + (f" {memory:.1f} GiB" if memory else ""))
         self.log(dict(iteration=self.iteration, losses=losses, lr=lr, peak_memory_gib=memory, time=time.time(),
                       images_per_second=len(self.losses) * self.args.batch_size / self.seconds))
         self.losses, self.seconds = {}, 0.0
@@ -669,7 +669,7 @@ def draw_curves(folder: Path, labels: Labels):
             curves[name].append((line["iteration"], value))
     panels = []    # title and names of curves, column by column
     for task, kind in labels.kinds.items():
-        metric = kind.metrics[-1]
+        metric = kind.primary(kind.metrics, odsf=False)
         panels += [(f"{kind.title}: losses", f"losses/{task}", f"validation_losses/{task}"),
                    (f"{kind.title}: {metric}{kind.unit}", f"results/{task}/{metric}")]
     panels += [("lr", "lr"), ("selection", "selection")]
@@ -689,9 +689,9 @@ def draw_curves(folder: Path, labels: Labels):
 
 def selection_score(results: dict, kinds: Mapping) -> float:
     """What best.pt is chosen by: the mean over the tasks of log(metric), of -log(metric) if lower is better; to first
-    order, delta_m against any baseline. A task's last metric counts: for boundaries pixelF, as evaluations during the
-    training lack odsF. A metric of 0 counts as 1e-6."""
-    logs = [(-1) ** kinds[task].lower_is_better * math.log(max(scores[kinds[task].metrics[-1]], 1e-6))
+    order, delta_m against any baseline. For boundaries pixelF counts, as evaluations during the training lack odsF. A
+    metric of 0 counts as 1e-6."""
+    logs = [(-1) ** kinds[task].lower_is_better * math.log(max(scores[kinds[task].primary(scores, odsf=False)], 1e-6))
             for task, scores in results.items()]
     return sum(logs) / len(logs)
 

@@ -105,26 +105,7 @@ def test_other_files_are_refused_by_name(root, recorded, folder, suffix, damage,
     assert Cityscapes(root, "val", size=SIZE)[1]
 
 
-def test_a_picture_keeps_its_size_and_colours(tiny_model):
-    """It is halved for the network, and the maps are as large as it is."""
-    model = tiny_model(Cityscapes.TASKS, output_scale=2, variant="mtmamba++").eval()
-    model.labels = Cityscapes.describe(Cityscapes.TASKS)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3), dtype=np.uint8))
-    maps, heat = evaluate.predict_picture(model, picture, torch.device("cpu"))
-    half = datasets.to_tensor(np.array(picture.resize((65, 38), Image.Resampling.BILINEAR)))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGE_MEAN, datasets.IMAGE_STD))
-    with torch.no_grad():
-        outputs = model(((half - mean) / std)[None])
-    assert torch.equal(maps["semseg"], outputs["semseg"].argmax(1)[:, :75, :130])
-    assert maps["depth"].shape == (1, 75, 130) and heat["depth"].shape == (75, 130)
-    with torch.no_grad():
-        norm = model.decode(((half - mean) / std)[None])["depth"].norm(dim=-1)
-    enlarged = torch.nn.functional.interpolate(norm[:, None], scale_factor=8, mode="bilinear")[0, 0]
-    torch.testing.assert_close(heat["depth"], enlarged[:75, :130])
-    whole, _ = evaluate.predict_picture(model, picture, torch.device("cpu"), max_side=65)    # of what the network sees
-    assert torch.equal(whole["depth"], maps["depth"])
-    thin, _ = evaluate.predict_picture(model, picture.resize((640, 40)), torch.device("cpu"), max_side=64)
-    assert thin["depth"].shape == (1, 40, 640)
+def test_colours_of_pictures():
     labels = Cityscapes.describe(Cityscapes.TASKS)
     semseg, depth = labels.kinds["semseg"], labels.kinds["depth"]
     assert depth.title == "disparity" and depth.unit == " px"

@@ -1,5 +1,6 @@
 """evaluate.py: tables, sharing over processes, boundary lists, raw maps, published checkpoints, own pictures, costs."""
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from constants import score_constants
 from PIL import Image, ImageFont
+from test_cost import PAPER
 from test_model import published_state
 from torch.utils.benchmark import Timer
 
@@ -225,6 +227,9 @@ def test_baseline(checkpoint, nyud, tmp_path, capsys, monkeypatch):
         path.write_text(json.dumps(content))
         assert message in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", path))
     assert "nowhere.json" in fails(capsys, *arguments(checkpoint, nyud, tmp_path, "--baseline", "nowhere.json"))
+    path.write_text(json.dumps({"dataset": "nyud", "results": half | {"boundary": {"pixelF": 1.0}}}))
+    without = argparse.Namespace(BOUNDARY_TOLERANCE=None, kinds=metrics.Labels(NYUD_TASKS).kinds)    # of odsF
+    assert evaluate.read_baseline([path], "nyud", without, tmp_path)["boundary"] == 1.0
     assert "File exists" in fails(capsys, *arguments(checkpoint, nyud, path))    # --out is a file
 
 
@@ -674,11 +679,10 @@ def test_pictures_are_drawn_at_their_own_size(checkpoint, picture, tmp_path, cap
     boundary = 255 * outputs["boundary"][0, 0].sigmoid().numpy()
     np.testing.assert_allclose(files["a_boundary.png"], np.repeat(boundary[..., None], 3, axis=2), atol=1.1)
     assert features["depth"].shape == (1, 16, 24, 12)    # 45 x 70, padded to 64 x 96, at stride 4
-    heat = features["depth"].norm(dim=-1)[0]
-    hottest = np.unravel_index(heat[:11, :17].argmax().item(), (11, 17))
-    colored = (files["a_depth_feature.png"] - 0.4 * np.asarray(picture)) / 0.6
-    bright = colored.sum(-1)[4 * hottest[0]:4 * hottest[0] + 4, 4 * hottest[1]:4 * hottest[1] + 4]
-    assert bright.max() > 0.9 * colored.sum(-1).max()
+    heat = torch.nn.functional.interpolate(features["depth"].norm(dim=-1)[None], scale_factor=4, mode="bilinear")
+    heat = heat[0, 0, :45, :70].numpy()
+    colours = metrics.colour_map(heat, heat.min(), heat.max())
+    np.testing.assert_allclose(files["a_depth_feature.png"], 0.4 * np.asarray(picture) + 0.6 * colours, atol=2)
 
 
 def test_legend_names_what_occurs():
@@ -739,10 +743,33 @@ def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(check
     shares = shares["semseg"]
     assert shares.shape == (40, 135, 210) and (shares.sum(0) - 1).abs().max() < 1e-5
     assert (shares[:, 1::3, 1::3].argmax(0) == small["semseg"][0]).float().mean() > 0.999
-    whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=210)
+    whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=300)
+    assert torch.equal(whole["depth"], evaluate.predict_picture(model, large, torch.device("cpu"))[0]["depth"])
     assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
     thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
     assert thin["semseg"].shape == (1, 40, 640)
+
+
+def test_a_picture_is_reduced_by_the_output_scale(tiny_model):
+    """It is halved for the network, and the maps are as large as it is."""
+    model = tiny_model(datasets.Cityscapes.TASKS, output_scale=2, variant="mtmamba++").eval()
+    model.labels = datasets.Cityscapes.describe(datasets.Cityscapes.TASKS)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3), dtype=np.uint8))
+    maps, heat = evaluate.predict_picture(model, picture, torch.device("cpu"))
+    half = datasets.to_tensor(np.array(picture.resize((65, 38), Image.Resampling.BILINEAR)))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (datasets.IMAGE_MEAN, datasets.IMAGE_STD))
+    with torch.no_grad():
+        outputs = model(((half - mean) / std)[None])
+    assert torch.equal(maps["semseg"], outputs["semseg"].argmax(1)[:, :75, :130])
+    assert maps["depth"].shape == (1, 75, 130) and heat["depth"].shape == (75, 130)
+    with torch.no_grad():
+        norm = model.decode(((half - mean) / std)[None])["depth"].norm(dim=-1)
+    enlarged = torch.nn.functional.interpolate(norm[:, None], scale_factor=8, mode="bilinear")[0, 0]
+    torch.testing.assert_close(heat["depth"], enlarged[:75, :130])
+    whole, _ = evaluate.predict_picture(model, picture, torch.device("cpu"), max_side=65)    # of what the network sees
+    assert torch.equal(whole["depth"], maps["depth"])
+    thin, _ = evaluate.predict_picture(model, picture.resize((640, 40)), torch.device("cpu"), max_side=64)
+    assert thin["depth"].shape == (1, 40, 640)
 
 
 def test_nothing_is_overwritten_unasked_and_inputs_never(checkpoint, picture, tmp_path, capsys):
@@ -917,6 +944,7 @@ def test_cost_beside_the_papers(capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "VARIANTS", ["stm1"])
     assert evaluate.main(["--cost", "--variant", "all"]) == {}
     assert capsys.readouterr().out.splitlines()[-1].split() == ["stm1", "252.5188", "252.51", "354.1305", "354.13"]
+    assert evaluate.PAPER_COST == PAPER | {"swin-single-task": (888.77, 1074.79)}
 
 
 @pytest.fixture
@@ -945,6 +973,14 @@ def test_cost_of_a_checkpoint(more, size, checkpoint, capsys, short_measurements
     assert memory == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, rel=0.2)
 
 
+@pytest.mark.parametrize("platform, expected", [("linux", "1024.00 GiB"), ("darwin", "1.00 GiB")])
+def test_units_of_the_peak_memory(platform, expected, monkeypatch):
+    """It is counted in kibibytes, on macOS in bytes."""
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda process: argparse.Namespace(ru_maxrss=2 ** 30))
+    assert evaluate.peak_memory(torch.device("cpu")) == f"{expected} of the process"
+
+
 def test_flags_that_cost_does_not_use(checkpoint, capsys):
     for flag in ("--variant=stm1", "--dataset=nyud", "--workers=1"):
         assert f"{flag.split('=')[0]} has no effect" in fails(capsys, "--cost", "--checkpoint", checkpoint, flag)
@@ -956,7 +992,7 @@ def test_flags_that_cost_does_not_use(checkpoint, capsys):
 
 def test_cost_of_a_data_sets_tasks_and_size(capsys, short_measurements):
     evaluate.main(["--cost", "--dataset", "cityscapes", "--variant", "stm1", "--encoder", "swin-tiny", "--img-size",
-                   "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu", "--batch-size", "1"])
+                   "32", "64", "--encoder-kwargs", json.dumps(TINY_SWIN), "--device", "cpu"])
     printed = capsys.readouterr().out
     for text in ("(swin-tiny), decoder", "(semseg, depth); images of 32x64", "1 at a time"):
         assert text in printed

@@ -185,15 +185,18 @@ def test_a_batch_norm_of_ones_own_counts_a_batch_once(tiny_model):
     assert norm.num_batches_tracked == 1
 
 
-def test_heads_of_ones_own_are_computed_again_if_they_ask_for_it(tiny_model):
+def test_heads_are_computed_again_if_they_ask_for_it(tiny_model):
     calls, model = [], tiny_model({"depth": 1}, variant="stm1", d_state=1).train()
-    model.heads["depth"] = head = torch.nn.Sequential(torch.nn.Linear(12, 1))
-    head[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for head.recomputed, expected in ((False, 1), (True, 2)):
-        calls.clear()
+    published, own = model.heads["depth"], torch.nn.Sequential(torch.nn.Linear(12, 1))
+    for head, recomputed, expected in ((published, True, 2), (own, False, 1), (own, True, 2)):
+        assert head is own or head.recomputed
+        model.heads["depth"], head.recomputed = head, recomputed
+        hook = next(head.children()).register_forward_pre_hook(lambda *_: calls.append(1))
         model.set_grad_checkpointing()
         model(torch.randn(1, 3, 32, 32))["depth"].sum().backward()
         assert len(calls) == expected
+        hook.remove()
+        calls.clear()
 
 
 class OwnBlock(torch.nn.Module):

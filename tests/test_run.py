@@ -556,8 +556,9 @@ def test_the_untrained_model_is_scored_on_the_first_images(tmp_path, monkeypatch
         evaluate.evaluate(model, evaluation, **options)))
     without = run(tmp_path / "without", *FEW, "--no-references")
     assert without["trained"] == results["trained"] and list(without) == ["trained"] and scored == [3]
-    trial = train.main([*SMALL[:-1], *FEW, "--val-images", "1", "--eval-every", "3", "--out", str(tmp_path / "trial")])
-    assert scored[1:] == [1, 1, 1] and trial["trained"] != results["trained"]
+    trial = train.main([*SMALL[:-1], "--variant", "stm1", "--tasks", "semseg", "boundary", "--val-images", "1",
+                        "--eval-every", "3", "--out", str(tmp_path / "trial")])
+    assert scored[1:] == [1, 1, 1] and "odsF" in trial["untrained"]["boundary"]
     content = json.loads((tmp_path / "trial/results.json").read_text())
     assert content["images"] == content["boundary_images"] == 1
     monkeypatch.setattr(Synthetic, "open", few_scenes(1))
@@ -762,7 +763,10 @@ def test_compiled_once(tmp_path, monkeypatch):
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, **options, backend=backend))
+    def compile(model, **options):
+        assert options == dict(fullgraph=True, dynamic=False)
+        return compiled(model, **options, backend=backend)
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 2)
     arguments = [*SWIN, *FEW, "--eval-every", 2]
     run(tmp_path / "compiled", *arguments, "--compile")
@@ -858,15 +862,26 @@ def test_logs_and_pictures(tmp_path, monkeypatch, capsys):
     assert "pip install -e '.[plot]'" in capsys.readouterr().out and not (tmp_path / "curves.png").exists()
 
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    axes, curves = pytest.importorskip("matplotlib.axes").Axes, []
-    monkeypatch.setattr(axes, "plot", lambda self, x, y, plot=axes.plot, **options: (
-        curves.append([*zip(x, y)]), plot(self, x, y, **options)))
+    figure, drawn = pytest.importorskip("matplotlib.figure").Figure, []
+    monkeypatch.setattr(figure, "savefig", lambda self, *arguments, save=figure.savefig, **options: (
+        drawn.append(self), save(self, *arguments, **options)))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.writelines(json.dumps({"iteration": i, "lr": 0.1}) + "\n" for i in range(7, 34))
     train.draw_curves(tmp_path, Synthetic(1, tasks=["depth", "semseg"]).labels)
-    assert Image.open(tmp_path / "curves.png").size[0] > 1000
-    assert curves[:3] == [[(line["iteration"], line["losses"]["depth"]) for line in losses],
-                          [(line["iteration"], line["validation_losses"]["depth"]) for line in scores],
-                          [(line["iteration"], line["results"]["depth"]["RMSE"]) for line in scores]]
-    assert len(curves) == 8 and curves[-2] == [(line["iteration"], line["lr"]) for line in losses]
+    assert Image.open(tmp_path / "curves.png").size == (1200, 600)
+    axes = drawn[0].axes
+    assert [a.get_title() for a in axes] == ["depth: losses", "semseg: losses", "lr",
+                                             "depth: RMSE m", "semseg: mIoU %", "selection"]
+    assert {a.get_xlim() for a in axes} == {axes[2].get_xlim()} and axes[2].get_xlim()[1] > 33
+    assert [a.get_ylim()[0] == 0 for a in axes[:3]] == [True, True, False]
+    curves = [[(curve.get_label(), curve.get_marker(), [*zip(*curve.get_data())]) for curve in a.lines] for a in axes]
+    assert curves[0] == [
+        ("losses", ".", [(line["iteration"], line["losses"]["depth"]) for line in losses]),
+        ("validation_losses", ".", [(line["iteration"], line["validation_losses"]["depth"]) for line in scores])]
+    assert curves[3] == [("results", ".", [(line["iteration"], line["results"]["depth"]["RMSE"]) for line in scores])]
+    assert curves[2] == [("lr", "", [(line["iteration"], line["lr"]) for line in losses] +    # 30 points and no marks
+                          [(i, 0.1) for i in range(7, 34)])]
+    assert curves[5][0][2] == [(line["iteration"], line["selection"]) for line in scores]
 
 
 @pytest.mark.parametrize("dataset, size", [("rooms.py:Rooms", (96, 128)), ("nyud", (448, 576))])
@@ -1041,9 +1056,9 @@ def test_tasks_without_labels_or_with_a_score_of_0_do_not_end_the_run(tmp_path, 
 
 def test_the_best_checkpoint_has_the_best_geometric_mean():
     """To first order its logarithm differs as delta_m does, against any baseline."""
-    kinds = Labels({"semseg": 3, "depth": 1, "boundary": 1}).kinds
-    first = {"semseg": {"mIoU": 40.0}, "depth": {"RMSE": 2.0}, "boundary": {"odsF": 1.0, "pixelF": 30.0}}
-    second = {"semseg": {"mIoU": 40.4}, "depth": {"RMSE": 1.99}, "boundary": {"pixelF": 29.97}}
+    kinds = Labels({"semseg": 3, "albedo": ("values", 2), "boundary": 1}).kinds
+    first = {"semseg": {"mIoU": 40.0}, "albedo": {"RMSE": 2.0, "MAE": 1.0}, "boundary": {"odsF": 1.0, "pixelF": 30.0}}
+    second = {"semseg": {"mIoU": 40.4}, "albedo": {"RMSE": 1.99, "MAE": 2.0}, "boundary": {"pixelF": 29.97}}
     gain = train.selection_score(second, kinds) - train.selection_score(first, kinds)
     assert gain == pytest.approx((math.log(40.4 / 40) - math.log(1.99 / 2) + math.log(29.97 / 30)) / 3)
     primary = [{task: scores.get("pixelF", next(iter(scores.values()))) for task, scores in results.items()}

@@ -666,12 +666,15 @@ def test_triton_proves_segments_of_each_length(monkeypatch):
 
 def test_ss2d_initialisation():
     torch.manual_seed(0)
-    module = SS2D(64, d_state=16)
-    assert module.dt_rank == 2
-    torch.testing.assert_close(-module.A_log.exp(), -torch.arange(1.0, 17).expand(K, 64, 16))
+    module = SS2D(256)
+    assert module.dt_rank == 8
+    torch.testing.assert_close(-module.A_log.exp(), -torch.arange(1.0, 17).expand(K, 256, 16))
     step = torch.nn.functional.softplus(module.dt_bias)
-    assert 0.001 * 0.999 <= step.min() < 0.002 and 0.05 < step.max() <= 0.1 * 1.001
-    assert 0.5 * 2 ** -0.5 < module.dt_weight.abs().max() <= 2 ** -0.5
+    assert 0.001 * 0.999 <= step.min() < 0.00102 and 0.098 < step.max() <= 0.1 * 1.001
+    for weight, inputs in ((module.x_proj_weight, 256), (module.dt_weight, 8)):
+        limits = torch.tensor([-1, 1]) * inputs ** -0.5
+        torch.testing.assert_close(torch.stack(weight.aminmax()), limits, rtol=0.01, atol=0)
+        assert weight.abs().max() <= limits[1]
     assert (module.D == 1).all()
 
 
