@@ -372,15 +372,24 @@ class RecordedKernel:
 
 
 @needs_triton
+@pytest.mark.parametrize("d, n, delta_pixel, largest", [(64, 1, 256, 256), (1, 64, 4, 512), (2, 1, 1024, 1024)])
+def test_triton_refuses_maps_whose_pixels_32_bits_cannot_count(d, n, delta_pixel, largest):
+    """largest: numbers per pixel of delta, of B and C, and of what delta is a part of."""
+    def arguments(columns):
+        map = functools.partial(torch.empty, 1, 2 ** 11, columns, device="meta")
+        delta = map(delta_pixel)[..., :K * d].unflatten(-1, (K, d))
+        A, bias = torch.empty(K, d, n, device="meta"), torch.empty(K, d, device="meta")
+        return mtmamba._triton_arguments(map(d), delta, A, map(K, 2, n), bias, 1)
+    arguments(2 ** 20 // largest - 1)
+    with pytest.raises(ValueError, match="too large"):
+        arguments(2 ** 20 // largest)
+
+
+@needs_triton
 def test_triton_refuses_what_it_cannot_run(monkeypatch, fresh_faults):
     inputs = random_inputs(1, 4, 5, 3, 2, device=DEVICE)
     with pytest.raises(RuntimeError, match="found torch.float64"):
         selective_scan_2d(*inputs, backend="triton")
-    huge = [t.detach()[:, :1, :1].float().to("meta").expand(-1, 2 ** 14, 2 ** 14, *t.shape[3:]) for t in inputs[:2]]
-    monkeypatch.setattr(mtmamba.triton, "JITFunction", type(None))    # pass for the interpreter, which takes any device
-    with pytest.raises(ValueError, match="too large"):
-        mtmamba._triton_arguments(*huge, inputs[2], huge[1], inputs[6], 1)
-    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "triton", None)
     mtmamba._find_fault.cache_clear()
     with pytest.raises(RuntimeError, match="found ModuleNotFoundError: .*triton.*; use the backend torch"):
