@@ -746,8 +746,10 @@ def test_larger_pictures_are_reduced_for_the_model_and_their_maps_enlarged(check
     whole, _ = evaluate.predict_picture(model, large, torch.device("cpu"), max_side=300)
     assert torch.equal(whole["depth"], evaluate.predict_picture(model, large, torch.device("cpu"))[0]["depth"])
     assert (whole["depth"] - maps["depth"]).abs().max() > 1e-4
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     thin, _ = evaluate.predict_picture(model, large.resize((640, 40)), torch.device("cpu"), max_side=64)
-    assert thin["semseg"].shape == (1, 40, 640)
+    assert thin["semseg"].shape == (1, 40, 640) and seen == [(1, 3, 32, 64)]
 
 
 def test_a_picture_is_reduced_by_the_output_scale(tiny_model):

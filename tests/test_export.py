@@ -1,7 +1,5 @@
-"""Out of the checkout: exported files run without this project, compiled models at several sizes, weights that do not
-belong to a model are refused, and what people change in the model that they copied."""
+"""Out of the checkout: exported files run without this project."""
 
-import json
 import math
 import subprocess
 import sys
@@ -11,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
-from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import mtmamba
 import train
-from conftest import NYUD_TASKS
-from evaluate import count_cost
 from metrics import Labels
 from mtmamba import SS2D, MTMamba
 
@@ -36,8 +30,6 @@ def run_alone(code, *arguments):
     blocked = "import sys; sys.modules.update(mtmamba=None, evaluate=None, timm=None)\n"
     subprocess.run([sys.executable, "-c", blocked + code, *map(str, arguments)], check=True, cwd="/")
 
-
-# ---------------------------------------------------------------------------------------------------------- files
 
 def save_checkpoint(path, variant):
     config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 32), variant=variant)
@@ -171,19 +163,6 @@ def test_operators_of_an_exported_scan(tmp_path):
         torch.testing.assert_close(y, module(x), rtol=0, atol=1e-5 * module(x).abs().max().item())
 
 
-def test_flops_of_a_scan():
-    """PyTorch's counter knows the operator: 2 per multiply-add, 9 N + 1 + R per pixel, direction and channel, and twice
-    that in the backward pass; the projection beside it by hand."""
-    module, x = SS2D(8, d_state=4, dt_rank=2, backend="torch"), torch.randn(1, 3, 5, 8)
-    with FlopCounterMode(display=False) as counter:
-        y = module(x)
-        forward = counter.get_total_flops()
-        y.sum().backward()
-    scan, projection = 2 * 15 * 4 * 8 * (9 * 4 + 1 + 2), 2 * 15 * 8 * 4 * (2 + 2 * 4)
-    assert forward == scan + projection
-    assert counter.get_total_flops() == 3 * scan + 2 * projection    # x needs no gradient
-
-
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_of_a_fast_scan_names_the_cause(strict):
     if strict and torch.__version__ < "2.11":
@@ -221,105 +200,6 @@ def test_export_without_its_packages(checkpoint, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "model.onnx")])
     assert "pip install -e '.[export]'" in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------------------------- compiled
-
-def test_compiled_at_a_second_size(tiny_model):
-    """With dynamic=False, as the README has it: once per size, and exactly the eager outputs."""
-    counter = CompileCounterWithBackend("eager")
-    model = tiny_model({"depth": 1}, variant="stm1").eval()
-    network = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
-    with torch.no_grad():
-        for i, size in enumerate([(64, 96), (96, 64), (64, 96)]):
-            image = torch.randn(1, 3, *size)
-            torch.testing.assert_close(network(image)["depth"], model(image)["depth"])
-            assert counter.frame_count == min(i + 1, 2)
-
-
-def test_compiled_loop_has_gradients():
-    torch.manual_seed(0)
-    ss2d, x, gradients = SS2D(4, d_state=2, backend="loop"), torch.randn(2, 3, 5, 4, requires_grad=True), []
-    for network in (ss2d, torch.compile(ss2d, fullgraph=True, dynamic=False, backend="aot_eager")):
-        gradients.append(torch.autograd.grad(network(x).square().sum(), [x, *ss2d.parameters()]))
-    for eager, compiled in zip(*gradients):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
-
-
-# --------------------------------------------------------------------------------------------------------- weights
-
-TWO = {"semseg": 3, "depth": 1}
-
-
-@pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++", "fusion-shared"])
-def test_weights_of_tasks_in_another_order_are_refused(variant):
-    """Also of those that went through a file, a copy of the dictionary, or JSON, which may sort keys."""
-    source = build(TWO, variant=variant)
-    other = build(json.loads(json.dumps(TWO, sort_keys=True)), variant=variant)
-    before = {key: value.clone() for key, value in other.state_dict().items()}
-    for strict in (True, False):
-        with pytest.raises(ValueError, match=r"tasks \['semseg', 'depth'\] \(here \['depth', 'semseg'\]\)"):
-            other.load_state_dict({**source.state_dict()}, strict=strict)
-    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
-    build(TWO, variant=variant).load_state_dict(source.state_dict())
-
-
-def test_the_order_of_tasks_that_exchange_nothing_is_free():
-    source, other = build(TWO), build(dict(reversed(TWO.items())))
-    other.load_state_dict(source.state_dict())
-    image = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(other(image), source(image), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("first, second, named", [
-    ({}, {"output_scale": 2}, "output_scale 1"),
-    (dict(encoder="resnet18", encoder_kwargs={}), {"encoder": "resnetblur18"}, "encoder resnet18 "),
-    (dict(encoder="swinv2_cr_tiny_224", encoder_kwargs=dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),
-                                                            window_size=4)),
-     {"encoder_kwargs": dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=8)}, "windows")])
-def test_weights_of_a_model_that_computes_something_else_are_refused(first, second, named):
-    """Every tensor fits by name and shape."""
-    source, other = (build({"depth": 1}, img_size=(256, 256), **first | change) for change in ({}, second))
-    shapes = [{key: value.shape for key, value in model.state_dict().items() if key != "_extra_state"}
-              for model in (source, other)]
-    assert shapes[0] == shapes[1]
-    with pytest.raises(ValueError, match=named):
-        other.load_state_dict(source.state_dict())
-
-
-# ------------------------------------------------------------------------------------------------- in other projects
-
-@pytest.mark.parametrize("stride", [1, 2, 4])
-def test_a_head_of_ones_own(stride):
-    class Head(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convolution = torch.nn.ConvTranspose2d(8, 1, 4 // stride, 4 // stride)
-
-        def forward(self, z):
-            return self.convolution(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    model = build({"depth": 1})
-    model.heads["depth"] = Head()
-    assert model(torch.randn(2, 3, 40, 72))["depth"].shape == (2, 1, 40, 72)
-
-
-def test_images_of_four_channels():
-    earlier = build({"depth": 1}, encoder_kwargs=dict(ATTO["encoder_kwargs"], in_chans=4))
-    model = build({"depth": 1}, in_chans=4)
-    image = torch.randn(1, 4, 32, 32)
-    assert torch.equal(model(image)["depth"], earlier(image)["depth"])
-    assert count_cost(model, (32, 32))[0] == count_cost(build({"depth": 1}), (32, 32))[0] + 8 * 16
-    with pytest.raises(ValueError, match=r"expected a batch \(B, 4, H, W\).*in_chans"):
-        model(torch.randn(1, 3, 32, 32))
-
-
-def test_some_of_the_tasks(tiny_model):
-    model, image = tiny_model(variant="mtmamba").eval(), torch.randn(1, 3, 32, 64)
-    whole, some = model(image), model(image, tasks=["normal", "semseg"])
-    assert list(some) == ["normal", "semseg"] and list(whole) == list(NYUD_TASKS)
-    assert all(torch.equal(some[task], whole[task]) for task in some)
-    with pytest.raises(ValueError, match="no task 'sky'; choose from semseg, depth, normal, boundary"):
-        model(image, tasks=["sky"])
 
 
 def test_the_oldest_versions_are_those_of_the_project(request):

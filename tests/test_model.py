@@ -1,14 +1,18 @@
-"""The model: equality with the published implementation, its variants, encoders, input sizes and errors."""
+"""The model: equality with the published implementation, its variants, encoders, input sizes and errors, weights that
+are not its own, and what people change in it."""
 
 import argparse
 import copy
 import functools
+import json
 import pickle
 import re
 
 import pytest
 import timm
 import torch
+from test_export import ATTO, build
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import NYUD_TASKS, PASCAL_TASKS, TINY_SWIN
 from evaluate import count_cost
@@ -212,14 +216,14 @@ def test_blocks_alone():
     """With the paper's N, and with other arguments of their own."""
     z = torch.randn(1, 5, 6, 32)
     assert MFE(32, 32)(z).shape == (1, 5, 6, 64)
-    for build in (STM, functools.partial(CTM, ["a", "b"]), functools.partial(SCTM, ["a"])):
+    for make in (STM, functools.partial(CTM, ["a", "b"]), functools.partial(SCTM, ["a"])):
         for own, N, backend in (({}, 16, None), (dict(d_state=3, backend="loop"), 3, "loop"),
                                 (dict(config=DecoderConfig(d_state=5)), 5, None)):
-            block = build(32, **own)
+            block = make(32, **own)
             scans = [module for module in block.modules() if isinstance(module, SS2D)]
             assert {(scan.A_log.shape, scan.d_state, scan.backend) for scan in scans} == {((4, 64, N), N, backend)}
-        output = block(z) if build is STM else block({task: z for task in block.out})
-        assert all(y.shape == z.shape for y in ([output] if build is STM else output.values()))
+        output = block(z) if make is STM else block({task: z for task in block.out})
+        assert all(y.shape == z.shape for y in ([output] if make is STM else output.values()))
 
 
 def test_the_figures_of_the_paper():
@@ -566,3 +570,91 @@ def test_files_that_are_no_checkpoint(tiny_model, tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}, "args": argparse.Namespace()}, path)
     with pytest.raises(ValueError, match="other than tensors .argparse.Namespace"):
         load_published_checkpoint(model, path)
+
+
+# --------------------------------------------------------------------------------------------- weights of another model
+
+TWO = {"semseg": 3, "depth": 1}
+
+
+@pytest.mark.parametrize("variant", ["mtmamba", "mtmamba++", "fusion-shared"])
+def test_weights_of_tasks_in_another_order_are_refused(variant):
+    """Also of those that went through a file, a copy of the dictionary, or JSON, which may sort keys."""
+    source = build(TWO, variant=variant)
+    other = build(json.loads(json.dumps(TWO, sort_keys=True)), variant=variant)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"tasks \['semseg', 'depth'\] \(here \['depth', 'semseg'\]\)"):
+            other.load_state_dict({**source.state_dict()}, strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    build(TWO, variant=variant).load_state_dict(source.state_dict())
+
+
+def test_the_order_of_tasks_that_exchange_nothing_is_free():
+    source, other = build(TWO), build(dict(reversed(TWO.items())))
+    other.load_state_dict(source.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other(image), source(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first, second, named", [
+    ({}, {"output_scale": 2}, "output_scale 1"),
+    (dict(encoder="resnet18", encoder_kwargs={}), {"encoder": "resnetblur18"}, "encoder resnet18 "),
+    (dict(encoder="swinv2_cr_tiny_224", encoder_kwargs=dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),
+                                                            window_size=4)),
+     {"encoder_kwargs": dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=8)}, "windows")])
+def test_weights_of_a_model_that_computes_something_else_are_refused(first, second, named):
+    """Every tensor fits by name and shape."""
+    source, other = (build({"depth": 1}, img_size=(256, 256), **first | change) for change in ({}, second))
+    shapes = [{key: value.shape for key, value in model.state_dict().items() if key != "_extra_state"}
+              for model in (source, other)]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match=named):
+        other.load_state_dict(source.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- in other projects
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_head_of_ones_own(stride):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.ConvTranspose2d(8, 1, 4 // stride, 4 // stride)
+
+        def forward(self, z):
+            return self.convolution(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    model = build({"depth": 1})
+    model.heads["depth"] = Head()
+    assert model(torch.randn(2, 3, 40, 72))["depth"].shape == (2, 1, 40, 72)
+
+
+def test_images_of_four_channels():
+    earlier = build({"depth": 1}, encoder_kwargs=dict(ATTO["encoder_kwargs"], in_chans=4))
+    model = build({"depth": 1}, in_chans=4)
+    image = torch.randn(1, 4, 32, 32)
+    assert torch.equal(model(image)["depth"], earlier(image)["depth"])
+    assert count_cost(model, (32, 32))[0] == count_cost(build({"depth": 1}), (32, 32))[0] + 8 * 16
+    with pytest.raises(ValueError, match=r"expected a batch \(B, 4, H, W\).*in_chans"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_some_of_the_tasks(tiny_model):
+    model, image = tiny_model(variant="mtmamba").eval(), torch.randn(1, 3, 32, 64)
+    whole, some = model(image), model(image, tasks=["normal", "semseg"])
+    assert list(some) == ["normal", "semseg"] and list(whole) == list(NYUD_TASKS)
+    assert all(torch.equal(some[task], whole[task]) for task in some)
+    with pytest.raises(ValueError, match="no task 'sky'; choose from semseg, depth, normal, boundary"):
+        model(image, tasks=["sky"])
+
+
+def test_compiled_at_a_second_size(tiny_model):
+    """With dynamic=False, as the README has it: once per size, and exactly the eager outputs."""
+    counter = CompileCounterWithBackend("eager")
+    model = tiny_model({"depth": 1}, variant="stm1").eval()
+    network = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    with torch.no_grad():
+        for i, size in enumerate([(64, 96), (96, 64), (64, 96)]):
+            image = torch.randn(1, 3, *size)
+            torch.testing.assert_close(network(image)["depth"], model(image)["depth"])
+            assert counter.frame_count == min(i + 1, 2)

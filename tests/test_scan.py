@@ -18,6 +18,7 @@ import torch
 from gpu import LAYOUTS
 from test_export import save_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import mtmamba
@@ -585,6 +586,28 @@ def test_compiles_where_dynamo_takes_every_call_for_an_export(monkeypatch):
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
 
 
+def test_flops_of_a_scan():
+    """PyTorch's counter knows the operator: 2 per multiply-add, 9 N + 1 + R per pixel, direction and channel, and twice
+    that in the backward pass; the projection beside it by hand."""
+    module, x = SS2D(8, d_state=4, dt_rank=2, backend="torch"), torch.randn(1, 3, 5, 8)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    scan, projection = 2 * 15 * 4 * 8 * (9 * 4 + 1 + 2), 2 * 15 * 8 * 4 * (2 + 2 * 4)
+    assert forward == scan + projection
+    assert counter.get_total_flops() == 3 * scan + 2 * projection    # x needs no gradient
+
+
+def test_compiled_loop_has_gradients():
+    torch.manual_seed(0)
+    ss2d, x, gradients = SS2D(4, d_state=2, backend="loop"), torch.randn(2, 3, 5, 4, requires_grad=True), []
+    for network in (ss2d, torch.compile(ss2d, fullgraph=True, dynamic=False, backend="aot_eager")):
+        gradients.append(torch.autograd.grad(network(x).square().sum(), [x, *ss2d.parameters()]))
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
+
+
 @pytest.fixture
 def compiled_quickly(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -657,6 +680,13 @@ def test_scoring_notices_only_what_it_computes(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda scan, **_: lambda **inputs: scan(**inputs) * 1.001)
     with pytest.raises(RuntimeError, match="compiled.*give --no-compile or --backend loop"):
         mtmamba.check_scan(module.eval(), compiled=True)
+
+
+def test_triton_segments_fill_a_gpu():
+    """The longest of which there are enough for 128 multiprocessors with 32 warps of 32 channels each."""
+    for images, pixels, expected in ((1, 1, 16), (2, 2 ** 14 - 1, 16), (1, 2 ** 15, 32), (2, 2 ** 14, 32),
+                                     (2, 2 ** 15 - 1, 32), (2, 2 ** 15, 64), (1, 2 ** 17, 128), (9, 2 ** 20, 128)):
+        assert mtmamba._triton_segment(images, pixels, 128) == expected
 
 
 def test_triton_proves_segments_of_each_length(monkeypatch):
