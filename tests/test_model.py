@@ -4,6 +4,7 @@ are not its own, and what people change in it."""
 import argparse
 import copy
 import functools
+import inspect
 import json
 import pickle
 import re
@@ -65,6 +66,14 @@ def test_every_published_tensor_has_its_place(request, name, tasks, tensors):
         model = MTMamba(tasks)
     shapes = published_shapes(request.path.parent / "data" / f"published_keys_{name}.txt")
     assert load_published_checkpoint(model, shapes) == len(shapes) == tensors
+
+
+def test_defaults():
+    """NYUDv2's size, the paper's encoder, variant and N, labels of the image's size, three channels of colour."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(MTMamba).parameters.items()}
+    assert defaults == dict(
+        tasks=inspect.Parameter.empty, img_size=(448, 576), encoder="swin_large_patch4_window12_384", pretrained=False,
+        encoder_kwargs=None, variant="mtmamba", output_scale=1, d_state=16, backend=None, in_chans=3)
 
 
 def test_published_checkpoint_from_a_file(tiny_model, data, tmp_path):
