@@ -1539,6 +1539,8 @@ def test_loading_processes_fit_into_shared_memory(free, fitting, monkeypatch, ca
     monkeypatch.setattr(datasets, "fetch", lambda dataset, indices, workers: [{"image": torch.zeros(100), "name": "a"}])
     assert datasets.fit_workers(3, None, 2) == fitting
     assert ("--shm-size" in capsys.readouterr().out) == (fitting < 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")    # training processes, which share it
+    assert datasets.fit_workers(3, None, 1) == fitting
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")

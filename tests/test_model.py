@@ -453,7 +453,7 @@ def test_an_encoder_of_ones_own():
 def test_a_frozen_encoder_stays_as_it_is(tiny_model, compiled):
     """In training, with dropped blocks, batch norm and checkpointing, too."""
     model = tiny_model({"depth": 1}, variant="stm1", encoder="resnet10t", encoder_kwargs=None).eval()
-    assert model.encoder.train().training
+    assert model.encoder.train().backbone.training
     model.freeze_encoder()
     model.set_grad_checkpointing()
     before = {key: value.clone() for key, value in model.encoder.backbone.state_dict().items()}

@@ -32,7 +32,7 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 64, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3),
 
 # The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 # Several images, segments and chunks, some cut short; rows, columns, a pixel; two blocks of channels or of 16 states.
-TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 10, 1, 1, 2), (1, 1, 2, 2, 18)]
+TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 33, 1, 1, 2), (1, 1, 2, 2, 18)]
 needs_triton = pytest.mark.skipif(bool(mtmamba.backend_fault("triton")), reason="needs Triton")
 needs_numba = pytest.mark.skipif(bool(mtmamba.backend_fault("numba")), reason="needs Numba")
 NUMBA, TRITON = pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)
