@@ -744,13 +744,14 @@ def predict_picture(model: MTMamba, image: Image.Image, device: torch.device, ma
     pixels = normalised(to_tensor(np.array(small)))[None].to(device)
     features = model.decode(pixels)
     outputs = model.predict(features, pixels.shape[2:])
-    interpolate = functools.partial(F.interpolate, mode="bilinear")
 
     def enlarged(values, resize=None):
         values = values[0, :, :image.height, :image.width].cpu()
-        return resize(values, size) if resize else interpolate(values[None], size)[0]
+        if values.shape[1:] == size:
+            return values
+        return resize(values, size) if resize else F.interpolate(values[None], size, mode="bilinear")[0]
     maps = {task: enlarged(values, labels.kinds[task].resize) for task, values in predict_maps(labels, outputs).items()}
-    heat = {task: enlarged(interpolate(z.float().norm(dim=-1)[:, None], scale_factor=4 * scale))[0]
+    heat = {task: enlarged(F.interpolate(z.float().norm(dim=-1)[:, None], scale_factor=4 * scale, mode="bilinear"))[0]
             for task, z in features.items()}    # z: (1, H / 4, W / 4, C_1)
     if not with_probabilities:
         return maps, heat

@@ -677,7 +677,7 @@ def draw_curves(folder: Path, labels: Labels):
     figure = Figure(figsize=(2 * len(panels), 6), layout="constrained")
     for axes, (title, *names) in zip(figure.subplots(2, len(panels) // 2, sharex=True).T.flat, panels):
         for name in filter(curves.get, names):
-            axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 30 else "", label=name.partition("/")[0])
+            axes.plot(*zip(*curves[name]), marker=".", label=name.partition("/")[0])
         axes.set(title=title, xlabel="iteration")
         if axes.lines and names[1:]:
             axes.set(ylim=(0, None))

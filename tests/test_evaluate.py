@@ -685,6 +685,17 @@ def test_pictures_are_drawn_at_their_own_size(checkpoint, picture, tmp_path, cap
     np.testing.assert_allclose(files["a_depth_feature.png"], 0.4 * np.asarray(picture) + 0.6 * colours, atol=2)
 
 
+def test_a_features_picture_stands_below_its_map(picture, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or picture)
+    maps = {"semseg": torch.zeros(1, 45, 70, dtype=torch.long), "depth": torch.rand(1, 45, 70)}
+    labels, heat = metrics.Labels({"semseg": 3, "depth": 1}), {"semseg": torch.rand(45, 70)}
+    evaluate.draw_prediction("a", picture, maps, heat, labels)
+    ((columns,), legends), = sheets
+    titles = [[title.partition(":")[0] for title, _ in column] for column in columns]
+    assert titles == [["a"], ["semseg", "feature's norm"], ["depth"]] and len(legends) == 2
+
+
 def test_legend_names_what_occurs():
     label = np.zeros((1, 4, 4), np.int64)
     label[0, 0, 0] = 39

@@ -31,8 +31,8 @@ def run_alone(code, *arguments):
     subprocess.run([sys.executable, "-c", blocked + code, *map(str, arguments)], check=True, cwd="/")
 
 
-def save_checkpoint(path, variant):
-    config = dict(ATTO, tasks={"depth": 1}, img_size=(32, 32), variant=variant)
+def save_checkpoint(path, variant, task="depth", channels=1):
+    config = dict(ATTO, tasks={task: channels}, img_size=(32, 32), variant=variant)
     torch.manual_seed(0)
     content = dict(model=MTMamba(**config).state_dict(), config=config, labels=Labels(config["tasks"]).plain())
     train.save_checkpoint(path, content)
@@ -180,6 +180,25 @@ def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys
         evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "exported/model.pt2")])
     assert "depth is off by 1.2e-03 of its largest value; nothing was written" in capsys.readouterr().err
     assert not list((tmp_path / "exported").iterdir())
+
+
+def test_an_export_with_wrong_classes_is_not_written(tmp_path, monkeypatch, capsys):
+    """2 of 1,024 pixels are too many."""
+    def write(model, image, path, metadata):
+        path.touch()
+        semseg = model(image)["semseg"]
+        semseg[0, 0, 0, :wrong] += 1
+        return {"semseg": semseg}
+    monkeypatch.setitem(evaluate.EXPORTS, ".pt2", write)
+    command = ["--checkpoint", str(save_checkpoint(tmp_path / "classes.pt", "stm1", "semseg", 3)), "--export",
+               str(tmp_path / "model.pt2"), "--with-preprocessing"]
+    wrong = 2
+    with pytest.raises(SystemExit):
+        evaluate.main(command)
+    assert "semseg is off by 2.0e-03 of its pixels; nothing was written" in capsys.readouterr().err
+    wrong = 1
+    evaluate.main(command)
+    assert (tmp_path / "model.pt2").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
