@@ -963,8 +963,10 @@ def test_cost_beside_the_papers(capsys, monkeypatch):
 @pytest.fixture
 def short_measurements(monkeypatch):
     """A tenth of a second in place of five."""
-    measure = Timer.blocked_autorange
-    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, min_run_time: measure(timer, min_run_time=0.1))
+    def shorter(timer, min_run_time, measure=Timer.blocked_autorange):
+        assert min_run_time == 5
+        return measure(timer, min_run_time=0.1)
+    monkeypatch.setattr(Timer, "blocked_autorange", shorter)
 
 
 @pytest.mark.parametrize("more, size", [([], (64, 64)), (["--img-size", "32", "96"], (32, 96))])
