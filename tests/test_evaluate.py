@@ -970,10 +970,13 @@ def short_measurements(monkeypatch):
 
 
 @pytest.mark.parametrize("more, size", [([], (64, 64)), (["--img-size", "32", "96"], (32, 96))])
-def test_cost_of_a_checkpoint(more, size, checkpoint, capsys, short_measurements):
+def test_cost_of_a_checkpoint(more, size, checkpoint, capsys, short_measurements, monkeypatch):
     """Of its own variant, tasks and size, beside no figure of the paper; measured on this machine."""
+    forward, measured = MTMamba.forward, []
+    monkeypatch.setattr(MTMamba, "forward", lambda model, images: measured.append(images) or forward(model, images))
     evaluate.main(["--cost", "--checkpoint", str(checkpoint), "--device", "cpu", "--batch-size", "2", *more])
-    _, _, _, row, parts, measured = capsys.readouterr().out.splitlines()
+    assert {len(images) for images in measured if images.device.type == "cpu"} == {1, 2}
+    _, _, _, row, parts, line = capsys.readouterr().out.splitlines()
     model, _ = evaluate.load_checkpoint(checkpoint, torch.device("cpu"))
     parameters, flops = evaluate.count_cost(model, size)
     assert row.split() == ["stm1", f"{parameters / 1e6:.4f}", f"{flops / 1e9:.4f}"]
@@ -983,7 +986,7 @@ def test_cost_of_a_checkpoint(more, size, checkpoint, capsys, short_measurements
                      f"{count['heads']:.4f} (semseg, depth, normal, boundary); images of {size[0]}x{size[1]}")
     ms, slow, speed, memory = map(float, re.search(
         r"one image takes ([\d.]+) ms .*; 90 % within ([\d.]+) ms\); 2 at a time, ([\d.]+) images per second; "
-        r"peak memory ([\d.]+) GiB", measured).groups())
+        r"peak memory ([\d.]+) GiB", line).groups())
     assert 0.1 < ms * speed / 1000 < 10 and ms <= slow < 100 * ms
     assert memory == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, rel=0.2)
 

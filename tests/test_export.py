@@ -177,9 +177,9 @@ def test_a_wrong_export_is_not_written(checkpoint, tmp_path, monkeypatch, capsys
         return {"depth": model(image)["depth"] * 1.0012}
     monkeypatch.setitem(evaluate.EXPORTS, ".pt2", write)
     with pytest.raises(SystemExit):
-        evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "exported/model.pt2")])
+        evaluate.main(["--checkpoint", str(checkpoint), "--export", str(tmp_path / "new/too/model.pt2")])
     assert "depth is off by 1.2e-03 of its largest value; nothing was written" in capsys.readouterr().err
-    assert not list((tmp_path / "exported").iterdir())
+    assert not list((tmp_path / "new/too").iterdir())
 
 
 def test_an_export_with_wrong_classes_is_not_written(tmp_path, monkeypatch, capsys):
