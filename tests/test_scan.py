@@ -3,6 +3,7 @@
 import errno
 import functools
 import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -457,6 +458,19 @@ def test_strong_decay_stays_finite(backend, small_blocks):
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), inputs))
 
 
+@pytest.mark.parametrize("backend", ["torch", NUMBA, TRITON])
+def test_decays_of_every_size(backend, small_blocks):
+    """exp(-decay) from 1 down to where float32 ends, at 87.3 and below."""
+    x, delta = torch.zeros(1, 1, 2, 480, device=device_of(backend)), math.log(math.e - 1)    # whose softplus is 1
+    x[:, :, 0] = 1
+    decay = torch.linspace(0, 120, 480)
+    A, ones = -decay.expand(K, 1, 480).mT, x.new_ones(1, 1, 2, K, 1)
+    zeros = x.new_zeros(K, 480)
+    y = selective_scan_2d(x, x.new_full((1, 1, 2, K, 480), delta), A.to(x), ones, ones, zeros, zeros, backend)
+    assert y[0, 0, 0].sub(4).abs().max() < 1e-5
+    torch.testing.assert_close(y[0, 0, 1].cpu(), 2 * torch.exp(-decay.double()).float(), rtol=5e-5, atol=2.4e-38)
+
+
 @pytest.mark.paper("Eq. 10-12", against="finite differences")
 def test_gradcheck(compare):
     inputs = random_inputs(1, 5, 7, 2, 2)    # 35 steps: two chunks
@@ -678,8 +692,9 @@ def test_scoring_notices_only_what_it_computes(monkeypatch):
         mtmamba.check_scan(module.train())
     monkeypatch.setattr(mtmamba, "_scan_compare", lambda *case: plain(*case) if case[-1] else None)
     monkeypatch.setattr(torch, "compile", lambda scan, **_: lambda **inputs: scan(**inputs) * 1.001)
+    mtmamba.check_scan(module.eval())
     with pytest.raises(RuntimeError, match="compiled.*give --no-compile or --backend loop"):
-        mtmamba.check_scan(module.eval(), compiled=True)
+        mtmamba.check_scan(module, compiled=True)
 
 
 def test_triton_segments_fill_a_gpu():
