@@ -33,7 +33,7 @@ SHAPES = [(2, 5, 9, 3, 4), (1, 8, 8, 64, 16), (1, 1, 1, 2, 1), (3, 1, 33, 2, 3),
 
 # The same for the kernels, in segments of 4 steps by 2 and blocks of 64 channels.
 # Several images, segments and chunks, some cut short; rows, columns, a pixel; two blocks of channels or of 16 states.
-TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 33, 1, 1, 2), (1, 1, 2, 2, 18)]
+TRITON_SHAPES = [(2, 3, 3, 3, 3), (1, 1, 1, 2, 1), (1, 1, 7, 66, 2), (1, 10, 1, 1, 2), (1, 1, 2, 2, 18)]
 needs_triton = pytest.mark.skipif(bool(mtmamba.backend_fault("triton")), reason="needs Triton")
 needs_numba = pytest.mark.skipif(bool(mtmamba.backend_fault("numba")), reason="needs Numba")
 NUMBA, TRITON = pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)
@@ -695,6 +695,25 @@ def test_scoring_notices_only_what_it_computes(monkeypatch):
     mtmamba.check_scan(module.eval())
     with pytest.raises(RuntimeError, match="compiled.*give --no-compile or --backend loop"):
         mtmamba.check_scan(module, compiled=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_triton_combines_more_segments_than_it_reads_at_a_time(adjoint):
+    """Upwards in directions 0 and 1, downwards in 2 and 3; against the walk for gradients."""
+    torch.manual_seed(0)
+    batch, segments, N, D = 2, 11, 2, 3
+    ends, totals = torch.randn(2, batch, 2, segments, N, D), torch.rand(2, batch, 2, segments, D)
+    A, expected = -torch.rand(K, N, D), torch.empty_like(ends)
+    for pair, sample, walk in np.ndindex(2, batch, 2):
+        h = torch.zeros(N, D)
+        for i in range(segments)[::1 if walk == adjoint else -1]:
+            expected[pair, sample, walk, i] = h
+            h = torch.exp(totals[pair, sample, walk, i] * A[pair + 2 * walk]) * h + ends[pair, sample, walk, i]
+    ends, totals, A = (t.to(DEVICE) for t in (ends, totals, A))
+    mtmamba._triton_combine[N * K * batch,](ends, totals, A, batch, segments, D, N=N, BLOCK=mtmamba.BLOCK_D, AHEAD=8,
+                                            ADJOINT=adjoint, num_warps=1)
+    torch.testing.assert_close(ends.cpu(), expected)
 
 
 def test_triton_segments_fill_a_gpu():
