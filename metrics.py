@@ -99,7 +99,7 @@ class Kind(abc.ABC):
         """The metrics by name."""
 
     def primary(self, scores: Collection[str], odsf: bool = True) -> str:
-        """The metric by which the task is compared, among those that were computed. odsf: unless it is odsF."""
+        """The metric by which the task is compared, among those that were computed. odsf=False: other than odsF."""
         return next(metric for metric in self.metrics if metric in scores and (odsf or metric != "odsF"))
 
     def valid(self, target: Tensor) -> Tensor:
