@@ -438,8 +438,9 @@ def test_usual_size_of_batches(size, expected):
     assert found == expected
 
 
-@pytest.mark.parametrize("cpus, expected", [(40, 16), (3, 3)])
-def test_loading_processes_without_workers(cpus, expected, checkpoint, nyud, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cpus, on_disk, expected", [(40, True, 16), (3, True, 3), (3, False, 0)])
+def test_loading_processes_without_workers(cpus, on_disk, expected, checkpoint, nyud, tmp_path, monkeypatch):
+    monkeypatch.setattr(SmallNYUDv2, "SHUFFLED", on_disk)
     monkeypatch.setattr(evaluate, "usable_cpus", lambda: cpus)
     monkeypatch.setattr(evaluate, "Evaluation", lambda dataset, device, workers, scored: (
         pytest.fail("as expected") if workers == expected else None))
@@ -521,11 +522,15 @@ def test_sheets_are_as_wide_as_a_screen(size, columns, shown, rows):
 
 
 def test_the_range_of_a_legend_is_that_of_the_truth(monkeypatch):
+    """The classes are those of both."""
     monkeypatch.setattr(evaluate, "draw_sheet", lambda blocks, legends: legends)
     maps = [{"depth": [np.float32([[[0, 10]]]), np.float32([[[1, 2]]])]}]    # predicted and true
     for first, text in ((0, "0.00 to 10.00 m"), (1, "1.00 to 2.00 m")):
         (_, (found, _)), = evaluate.draw_maps([[]], metrics.Labels({"depth": 1}), maps, ("", ""), first)
         assert found == text
+    maps = [{"semseg": [np.array([[[2, 0]]]), np.array([[[0, 1]]])]}]
+    (_, *lines), = evaluate.draw_maps([[]], metrics.Labels({"semseg": 3}), maps, ("", ""), 1)
+    assert [name for name, _ in lines] == ["class 0", "class 1", "class 2"]
 
 
 def test_places_of_a_legends_squares():
