@@ -549,7 +549,7 @@ class RawMaps:
                     np.savez_compressed(file, probability=shares[task].half().numpy())
 
 
-def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float], primary_only: bool = False):
+def print_table(columns: dict[str, Results], labels: Labels, paper: dict[str, float], primary_only: bool):
     """A line per metric, a column per set of results; if known, the paper's figures and the first column's gap."""
     titles = [*columns, *(["paper", "difference"] if paper else [])]
     print(f"\n{'task':<12}{'metric':<17}" + "".join(f"{title:>20}" for title in titles))
